@@ -1,0 +1,103 @@
+"""The blocks of the drafter's decoder layer, named as EAGLE's checkpoints name them.
+
+Attention itself is passed in: decoding attends over a cache, training over the streams of the unroll steps.
+Axes: B batch, T position, D hidden, H attention head, E head dimension.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(query_BHTE, key_BGTE, value_BGTE) -> out_BHTE, with G key/value heads, H a multiple of G."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 as Llama does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x_BTD.float(), x_BTD.shape[-1:], None, self.eps).type_as(x_BTD) * self.weight
+
+
+class Rope(nn.Module):
+    """Rotary position embedding with the target's own frequencies (llama3, yarn … as transformers computes them)."""
+
+    inv_freq_E: torch.Tensor
+
+    def __init__(self, llama_config: Any) -> None:
+        super().__init__()
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        reference = LlamaRotaryEmbedding(llama_config)
+        self.register_buffer("inv_freq_E", reference.inv_freq.float(), persistent=False)
+        self.scaling = float(reference.attention_scaling)
+
+    def forward(self, position_BT: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [B,1,T,E], ready to broadcast over heads."""
+        angle_BTE = position_BT[..., None].float() * self.inv_freq_E
+        angle_B1TE = torch.cat((angle_BTE, angle_BTE), dim=-1)[:, None]
+        return (angle_B1TE.cos() * self.scaling).to(dtype), (angle_B1TE.sin() * self.scaling).to(dtype)
+
+
+def rotate(x_BHTE: torch.Tensor, cos_B1TE: torch.Tensor, sin_B1TE: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + E/2) of a head by its position's angle: Llama's half-split layout."""
+    low, high = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_B1TE + torch.cat((-high, low), dim=-1) * sin_B1TE
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without biases or q/k norm: what the serving engines' drafter class has."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+
+    def forward(
+        self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend
+    ) -> torch.Tensor:
+        def split(y_BTD: torch.Tensor) -> torch.Tensor:
+            return y_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        query_BHTE, key_BGTE = rotate(split(self.q_proj(x_BTD)), *cos_sin), rotate(split(self.k_proj(x_BTD)), *cos_sin)
+        out_BHTE = attend(query_BHTE, key_BGTE, split(self.v_proj(x_BTD)))
+        return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Gated MLP with SiLU."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class DraftLayer(nn.Module):
+    """EAGLE's decoder layer: no norm before attention, one after it."""
+
+    def __init__(self, hidden: int, heads: tuple[int, int, int], intermediate: int, eps: float) -> None:
+        super().__init__()
+        self.self_attn = Attention(hidden, *heads)
+        self.mlp = MLP(hidden, intermediate)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+
+    def forward(
+        self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + self.self_attn(x_BTD, cos_sin, attend)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

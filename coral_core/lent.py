@@ -1,0 +1,75 @@
+"""What the target lends to the drafter: its embedding, its LM head, and what its logits go through.
+
+Saved beside the features, so that training runs on a machine that never loads the target.
+Axes: D hidden, V vocabulary.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Lent:
+    """Frozen weights of the target that the drafter reads; `head_VD is embed_VD` when the target ties them."""
+
+    embed_VD: torch.Tensor
+    head_VD: torch.Tensor
+    head_bias_V: torch.Tensor | None = None
+    embed_scale: float = 1.0
+    """The factor the target multiplies its embeddings with (Gemma: sqrt(D))."""
+    logit_scale: float = 1.0
+    """The factor on the logits (Cohere, Granite)."""
+    logit_softcap: float = 0.0
+    """Gemma-2's tanh cap on the logits; 0 is none."""
+
+    def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
+        """The target's own logits [..., V] of features [..., D]: the full head, the reference."""
+        return self.transform(torch.nn.functional.linear(feature_XD, self.head_VD, self.head_bias_V))
+
+    def transform(self, raw_XV: torch.Tensor) -> torch.Tensor:
+        """Scale and cap raw products with head rows, as the target does."""
+        if self.logit_scale != 1.0:
+            raw_XV = raw_XV * self.logit_scale
+        if self.logit_softcap:
+            raw_XV = torch.tanh(raw_XV / self.logit_softcap) * self.logit_softcap
+        return raw_XV
+
+    def embed(self, ids_X: torch.Tensor) -> torch.Tensor:
+        """Embeddings [..., D] of token ids [...]."""
+        embedded_XD = torch.nn.functional.embedding(ids_X, self.embed_VD)
+        return embedded_XD if self.embed_scale == 1.0 else embedded_XD * self.embed_scale
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Lent":
+        """A copy on another device or in another dtype; tied tensors stay tied."""
+        embed_VD = self.embed_VD.to(device, dtype)
+        tied = self.head_VD is self.embed_VD
+        bias_V = None if self.head_bias_V is None else self.head_bias_V.to(device, dtype)
+        return dataclasses.replace(
+            self,
+            embed_VD=embed_VD,
+            head_VD=embed_VD if tied else self.head_VD.to(device, dtype),
+            head_bias_V=bias_V,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; a tied head is stored once."""
+        tensors = {"embed": self.embed_VD.contiguous()}
+        if self.head_VD is not self.embed_VD:
+            tensors["head"] = self.head_VD.contiguous()
+        if self.head_bias_V is not None:
+            tensors["head_bias"] = self.head_bias_V.contiguous()
+        scalars = ("embed_scale", "logit_scale", "logit_softcap")
+        save_file(tensors, path, metadata={key: repr(getattr(self, key)) for key in scalars})
+
+    @classmethod
+    def load(cls, path: Path) -> "Lent":
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            scalars = {key: float(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+        embed_VD = tensors["embed"]
+        return cls(embed_VD, tensors.get("head", embed_VD), tensors.get("head_bias"), **scalars)

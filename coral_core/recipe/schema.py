@@ -1,0 +1,203 @@
+"""The recipe: one frozen value that describes a whole run, checked once when it is made.
+
+Sections are read by one stage each, so that a stage's fingerprint depends on what it reads and on nothing else.
+Numerical code never sees these classes: builders translate them into plain arguments.
+"""
+
+import dataclasses
+from typing import Literal
+
+from coral_core.errors import RecipeError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _require(ok: bool, path: str, value: object, rule: str) -> None:
+    if not ok:
+        raise RecipeError(f"{path} is {value!r}; it must be {rule}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetSpec:
+    """The frozen language model that is to be made faster."""
+
+    model: str = "pico"
+    """`pico` (embedded), a Hugging Face Hub id, or a local folder."""
+    revision: str = "main"
+    """Hub revision; ignored for a folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' dtype; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless said here."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Dialogues, answered by the target, and the features tapped from it."""
+
+    prompts: str = "self"
+    """`self` (the target writes its own prompts), a JSONL / JSON / Parquet / text file, or a Hub dataset id."""
+    max_samples: int = 800
+    """Dialogues to keep, held-out ones included."""
+    max_length: int = 512
+    """Tokens of one dialogue, prompt and answers; longer ones are cut."""
+    max_new_tokens: int = 128
+    """Tokens of one regenerated answer, and of one self-written prompt."""
+    regenerate: Literal["greedy", "sample", "none"] = "greedy"
+    """How the target answers the prompts anew; `none` keeps the answers given in the file."""
+    temperature: float = 1.0
+    """For self-written prompts, and for answers when `regenerate` is `sample`."""
+    batch_size: int = 32
+    """Dialogues generated, or tapped, at once."""
+    holdout: int = 48
+    """Dialogues never trained on: tau is measured on their prompts."""
+    feature_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of the features on disk."""
+    shard_tokens: int = 65536
+    """Tokens of one shard on disk: bounds memory and what an interruption can lose."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_samples >= 1, "data.max_samples", self.max_samples, "at least 1")
+        _require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
+        _require(self.temperature > 0, "data.temperature", self.temperature, "above 0")
+        _require(
+            0 <= self.holdout < self.max_samples,
+            "data.holdout",
+            self.holdout,
+            f"at least 0 and below data.max_samples ({self.max_samples})",
+        )
+        for key in ("max_new_tokens", "batch_size", "shard_tokens"):
+            _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """The drafter's training. `preset` sets the method's keys; a key written in the recipe wins over it."""
+
+    preset: Literal["eagle2", "hass", "coral"] = "coral"
+    """eagle2: one unroll step; hass: three, with the top-K loss; coral: hass with alignment across steps (CSRA)."""
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Dialogues per forward pass and process."""
+    accumulate: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW, after warm-up; it then falls to a tenth along a cosine."""
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up."""
+    clip_norm: float = 0.5
+    """Largest global norm of the gradient."""
+    feature_noise: float = 0.2
+    """Width of the uniform noise on the input features, scaled by 512 / T as EAGLE does; 0 turns it off."""
+    unroll_steps: int = 3
+    """Training passes n: pass F sees what the F-th drafted token sees when decoding."""
+    regression_weight: float = 1.0
+    """Weight of the smooth-L1 distance between drafted and true features."""
+    distill_weight: float = 0.1
+    """Weight of the cross-entropy against the target's whole distribution."""
+    topk_weight: float = 1.0
+    """Weight of HASS's loss on the target's `topk` most likely tokens."""
+    topk: int = 10
+    """Tokens in the top-K loss."""
+    csra_weight: float = 0.1
+    """Weight of cross-step representation alignment (InfoNCE over the unroll steps' outputs)."""
+    csra_temperature: float = 0.07
+    """Temperature of the alignment's cosine similarities."""
+    csra_negatives: int = 256
+    """Other positions each position is contrasted with, at most: bounds memory."""
+    csra_include_target: bool = False
+    """Whether the target's own feature is one of the aligned representations."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """accelerate's mixed precision; master weights stay in float32."""
+    checkpoint_every: int = 100
+    """Optimizer steps between resumable checkpoints."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "csra_negatives", "checkpoint_every"):
+            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        for key in ("learning_rate", "clip_norm", "csra_temperature"):
+            _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
+        for key in ("warmup_steps", "feature_noise", "regression_weight", "distill_weight", "topk_weight", "csra_weight"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """Which rows of the LM head the drafter multiplies."""
+
+    kind: Literal["grouped", "full", "static"] = "grouped"
+    """grouped: a router picks groups of rows; full: every row; static: the most frequent tokens (FR-Spec)."""
+    clustering: Literal["kmeans", "frequency", "id"] = "kmeans"
+    """How rows form groups: balanced k-means on the rows, frequency order, or id order (the control)."""
+    groups: int = 64
+    """Groups of equal size."""
+    active: int = 16
+    """Groups multiplied per level; for `static`, the share active / groups of the vocabulary is kept."""
+    router_steps: int = 400
+    """Optimizer steps of the router's training."""
+    router_learning_rate: float = 1e-3
+    """Peak rate of AdamW for the router."""
+
+    def __post_init__(self) -> None:
+        _require(self.groups >= 1, "head.groups", self.groups, "at least 1")
+        _require(
+            1 <= self.active <= self.groups, "head.active", self.active, f"from 1 to head.groups ({self.groups})"
+        )
+        _require(self.router_steps >= 1, "head.router_steps", self.router_steps, "at least 1")
+        _require(self.router_learning_rate > 0, "head.router_learning_rate", self.router_learning_rate, "above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeSpec:
+    """How answers are generated: the tree, the distribution, the limit."""
+
+    draft_depth: int = 5
+    """Levels of the draft tree."""
+    draft_nodes: int = 8
+    """Drafted nodes verified per round, the root not counted."""
+    draft_topk: int = 4
+    """Nodes expanded per level, and children each proposes."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus: smallest set of tokens whose probability reaches this; 1 turns it off."""
+    top_k: int = 0
+    """Most likely tokens kept; 0 turns it off."""
+    max_new_tokens: int = 128
+    """Tokens of an answer, at most."""
+
+    def __post_init__(self) -> None:
+        for key in ("draft_depth", "draft_nodes", "draft_topk", "max_new_tokens"):
+            _require(getattr(self, key) >= 1, f"decode.{key}", getattr(self, key), "at least 1")
+        _require(self.temperature >= 0, "decode.temperature", self.temperature, "at least 0")
+        _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= 0, "decode.top_k", self.top_k, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run, whole. Every command takes it; with none given, the defaults describe the embedded pico."""
+
+    name: str = "pico"
+    """The run's folder is runs/NAME."""
+    seed: int = 0
+    """Seed of sampling, shuffling and initial weights."""
+    target: TargetSpec = TargetSpec()
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    head: HeadSpec = HeadSpec()
+    decode: DecodeSpec = DecodeSpec()
+
+    def __post_init__(self) -> None:
+        plain = self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() and self.name[0] != "."
+        _require(bool(self.name) and plain, "name", self.name, "letters, digits, '-', '_' and '.' (it names a folder)")
+
+
+PRESETS: dict[str, dict[str, int | float]] = {
+    "eagle2": {"unroll_steps": 1, "topk_weight": 0.0, "csra_weight": 0.0},
+    "hass": {"unroll_steps": 3, "topk_weight": 1.0, "csra_weight": 0.0},
+    "coral": {"unroll_steps": 3, "topk_weight": 1.0, "csra_weight": 0.1},
+}
