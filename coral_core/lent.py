@@ -19,8 +19,6 @@ class Lent:
     embed_VD: torch.Tensor
     head_VD: torch.Tensor
     head_bias_V: torch.Tensor | None = None
-    embed_scale: float = 1.0
-    """The factor the target multiplies its embeddings with (Gemma: sqrt(D))."""
     logit_scale: float = 1.0
     """The factor on the logits (Cohere, Granite)."""
     logit_softcap: float = 0.0
@@ -39,9 +37,8 @@ class Lent:
         return raw_XV
 
     def embed(self, ids_X: torch.Tensor) -> torch.Tensor:
-        """Embeddings [..., D] of token ids [...]."""
-        embedded_XD = torch.nn.functional.embedding(ids_X, self.embed_VD)
-        return embedded_XD if self.embed_scale == 1.0 else embedded_XD * self.embed_scale
+        """Embeddings [..., D] of token ids [...], without any factor of the target's own: engines feed the rows as they are."""
+        return torch.nn.functional.embedding(ids_X, self.embed_VD)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Lent":
         """A copy on another device or in another dtype; tied tensors stay tied."""
@@ -62,7 +59,7 @@ class Lent:
             tensors["head"] = self.head_VD.contiguous()
         if self.head_bias_V is not None:
             tensors["head_bias"] = self.head_bias_V.contiguous()
-        scalars = ("embed_scale", "logit_scale", "logit_softcap")
+        scalars = ("logit_scale", "logit_softcap")
         save_file(tensors, path, metadata={key: repr(getattr(self, key)) for key in scalars})
 
     @classmethod

@@ -1,0 +1,28 @@
+"""Tapping features: the target's last hidden state after its final norm, which is what its LM head reads.
+
+Axes: B batch, T position, D hidden.
+"""
+
+import dataclasses
+
+import torch
+
+from coral_core.target.load import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """The features of a batch of dialogues; rows past a dialogue's end mean nothing."""
+
+    feature_BTD: torch.Tensor
+
+
+@torch.no_grad()
+def tap(target: Target, ids_BT: torch.Tensor, valid_BT: torch.Tensor) -> Capture:
+    """One forward over right-padded dialogues, no cache.
+
+    Causal attention alone keeps a real row from seeing the padding to its right, so the target gets no padding mask;
+    a test compares with one-by-one forwards. `valid_BT` only guards that the padding is indeed on the right.
+    """
+    assert bool((valid_BT[:, 1:] <= valid_BT[:, :-1]).all()), "padding must be on the right"
+    return Capture(target.forward(ids_BT.to(target.device)))

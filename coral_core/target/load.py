@@ -1,0 +1,237 @@
+"""The frozen target: a Hugging Face causal LM, unchanged, and what coral needs to know of it.
+
+Axes: B batch, T position, D hidden, V vocabulary, K cached position.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coral_core.errors import TargetError
+from coral_core.lent import Lent
+from coral_core.recipe.schema import TargetSpec
+
+PICO = Path(__file__).parent.parent / "pico"
+"""The embedded target, and the drafter and head trained for it."""
+
+MASKED_TYPES = {"full_attention", "sliding_attention"}
+"""Layer types that an explicit mask fully describes; others keep a state that a rejected draft would spoil."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A frozen causal LM; `forward` gives features, `lent.logits` its own logits from them."""
+
+    model: Any
+    tokenizer: Any
+    lent: Lent
+    fingerprint: str
+    """Names the weights, the vocabulary and the chat template: artifacts made for another target are refused by it."""
+    stop_ids: frozenset[int]
+    max_positions: int
+    layer_types: tuple[str, ...]
+    """The distinct kinds of attention layer, sorted."""
+    window: int
+    """Positions that a sliding layer sees, itself included; 0 when no layer slides."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first weights are."""
+        return self.lent.embed_VD.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.lent.embed_VD.dtype
+
+    def forward(
+        self,
+        ids_BT: torch.Tensor,
+        *,
+        position_BT: torch.Tensor | None = None,
+        mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        cache: Any = None,
+    ) -> torch.Tensor:
+        """Features [B,T,D]. `mask` is additive [B,1,T,K], or one per layer type where the model mixes types."""
+        out = self.model.base_model(
+            input_ids=ids_BT,
+            position_ids=position_BT,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU when there is one. Raises TargetError for a device this machine lacks."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TargetError(f"target.device is {device!r}, which this machine lacks ({reason}); try auto") from error
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def load_target(spec: TargetSpec) -> Target:
+    """Load model and tokenizer. Raises TargetError, in one line, for anything that is not there or cannot be sped up."""
+    from transformers import AutoTokenizer
+
+    device = pick_device(spec.device)
+    model = _load_model(spec, pick_dtype(spec.dtype, device)).to(device)
+    source, options = _source(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise TargetError(f"target '{spec.model}' has no tokenizer that loads: {_line(error)}") from error
+    return wrap(model, tokenizer)
+
+
+def wrap(model: Any, tokenizer: Any) -> Target:
+    """A Target around a loaded model. Raises TargetError when coral cannot decode speculatively with it."""
+    model = model.eval().requires_grad_(False)
+    config = model.config.get_text_config()
+    types = _layer_types(model, config)
+    lent = _lend(model, config)
+    target = Target(
+        model=model,
+        tokenizer=tokenizer,
+        lent=lent,
+        fingerprint=_identify(model, tokenizer),
+        stop_ids=_stop_ids(model, tokenizer),
+        max_positions=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
+        layer_types=types,
+        window=int(config.sliding_window) if "sliding_attention" in types else 0,
+    )
+    _probe(target)
+    return target
+
+
+def drafter_shape(config: Any) -> dict[str, Any]:
+    """The shape of the target's own decoder layer, as DrafterConfig's keywords. `config` is a Hugging Face config."""
+    config = config.get_text_config()
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(value, dict) for value in rope.values()):  # one set of parameters per layer type
+        rope = rope.get("full_attention") or next(iter(rope.values()))
+    rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": int(getattr(config, "intermediate_size", None) or 4 * hidden),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(getattr(config, "num_key_value_heads", None) or heads),
+        "head_dim": int(getattr(config, "head_dim", None) or hidden // heads),
+        "vocab_size": int(config.vocab_size),
+        "rms_norm_eps": float(getattr(config, "rms_norm_eps", 1e-6)),
+        "max_position_embeddings": int(getattr(config, "max_position_embeddings", 2048)),
+        "rope_parameters": rope or {"rope_type": "default", "rope_theta": 10000.0},
+    }
+
+
+def _source(spec: TargetSpec) -> tuple[str, dict[str, Any]]:
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    if spec.model == "pico":
+        return str(PICO / "target"), options
+    if not Path(spec.model).is_dir():
+        options["revision"] = spec.revision
+    return spec.model, options
+
+
+def _load_model(spec: TargetSpec, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    source, options = _source(spec)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise TargetError(
+            f"cannot load target '{spec.model}': {_line(error)} Set target.model to a folder or a Hub id of a causal LM"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of a library's message, which may run over many lines."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."
+
+
+def _layer_types(model: Any, config: Any) -> tuple[str, ...]:
+    """Raises TargetError for layers whose state a rejected draft would spoil, or that cannot place tree nodes."""
+    name = type(model).__name__
+    types = set(getattr(config, "layer_types", None) or [])
+    if not types:
+        types = {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+    strange = sorted(types - MASKED_TYPES)
+    if getattr(model, "_is_stateful", False) and not strange:
+        strange = ["recurrent"]
+    if strange:
+        raise TargetError(
+            f"{name} has layers of type '{strange[0]}', whose state cannot take back a rejected draft; "
+            "coral needs full or sliding-window attention. Choose another target.model"
+        )
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise TargetError(f"{name} takes no position ids, so tree nodes cannot be placed. Choose another target.model")
+    return tuple(sorted(types))
+
+
+def _lend(model: Any, config: Any) -> Lent:
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        raise TargetError(f"{type(model).__name__} has no LM head. Choose a causal LM as target.model")
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    if getattr(config, "logits_scaling", None):
+        scale /= float(config.logits_scaling)
+    embed_VD, head_VD = embed.weight.detach(), head.weight.detach()
+    return Lent(
+        embed_VD=embed_VD,
+        head_VD=embed_VD if head_VD.data_ptr() == embed_VD.data_ptr() else head_VD,
+        head_bias_V=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        logit_scale=scale,
+        logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    )
+
+
+def _identify(model: Any, tokenizer: Any) -> str:
+    """A hash over every tensor's name, shape and first rows (as bfloat16, so that loading in float32 keeps it), the
+    vocabulary's size and the chat template. Hashing all of an 8B model's bytes would take most of a minute."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        head = weight.detach().reshape(-1)[:64].to("cpu", torch.bfloat16).view(torch.uint8)
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + head.numpy().tobytes())
+    if tokenizer is not None:
+        digest.update(f"{len(tokenizer)}{tokenizer.chat_template}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The ids at which `model.generate` stops: the generation config's, else the tokenizer's end of sequence."""
+    stop = model.generation_config.eos_token_id
+    if stop is None:
+        stop = getattr(tokenizer, "eos_token_id", None)
+    return frozenset([] if stop is None else [stop] if isinstance(stop, int) else stop)
+
+
+@torch.no_grad()
+def _probe(target: Target) -> None:
+    """Prove on four tokens that head(feature) is what the model itself answers. Raises TargetError when it is not."""
+    ids_BT = torch.arange(4, device=target.device)[None] % target.lent.embed_VD.shape[0]
+    own_BTV = target.model(input_ids=ids_BT, use_cache=False).logits.float()
+    ours_BTV = target.lent.logits(target.forward(ids_BT)).float()
+    gap = float((own_BTV - ours_BTV).abs().max())
+    if not gap <= 1e-2 * max(1.0, float(own_BTV.abs().max())):
+        raise TargetError(
+            f"{type(target.model).__name__}: its LM head on its last hidden state misses its own logits by {gap:.3g}; "
+            "it transforms them in a way coral does not know. Choose another target.model"
+        )
