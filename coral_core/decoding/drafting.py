@@ -1,0 +1,78 @@
+"""Growing one draft with the drafter and its cache.
+
+The drafter's cache holds a row per committed position, then, while a tree grows, a row per expanded node; those are
+cut again when the draft is done, because verified features replace drafted ones (EAGLE-2).
+Axes: B batch, T position, D hidden, N beam node, S drafted slot, K cached row.
+"""
+
+import dataclasses
+
+import torch
+
+from coral_core.decoding import tree
+from coral_core.decoding.cache import Slots
+from coral_core.decoding.rounds import Clock
+from coral_core.drafter.model import Drafter
+from coral_core.head.candidates import Head
+from coral_core.lent import Lent
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeShape:
+    """How large a draft is: true numbers of levels, nodes, and nodes expanded per level."""
+
+    depth: int
+    nodes: int
+    topk: int
+
+
+class Drafting:
+    """The drafter, its head and its cache, for one answer."""
+
+    def __init__(self, drafter: Drafter, lent: Lent, head: Head, shape: TreeShape, capacity: int) -> None:
+        self.drafter, self.lent, self.head, self.shape = drafter, lent, head, shape
+        self.slots = Slots(capacity + shape.depth * shape.topk)
+
+    def feed(self, token_T: torch.Tensor, feature_TD: torch.Tensor) -> torch.Tensor:
+        """Append committed rows (token t+1, feature t); the drafted feature [1,D] after the last of them."""
+        past, new = self.slots.length, token_T.numel()
+        position_T = torch.arange(past, past + new, device=token_T.device)
+        sees_TK = position_T[:, None] >= torch.arange(past + new, device=token_T.device) if new > 1 else None
+        return self._forward(token_T, feature_TD, position_T, sees_TK)[-1:]
+
+    def grow(self, root: int, hidden_1D: torch.Tensor, clock: Clock) -> tree.Draft:
+        """Draft a tree below `root`, from the drafted feature that follows it. Leaves the cache as it was fed."""
+        committed = self.slots.length
+        logprob_1C, token_1C = self.head.candidates(hidden_1D).best(self.shape.topk)
+        clock.lap("head")
+        beam = tree.plant(logprob_1C[0], token_1C[0], self.shape.topk)
+        hidden_ND = hidden_1D
+        for level in range(1, self.shape.depth):
+            width = beam.token_N.numel()
+            sees_NK = torch.cat((beam.slot_NS.new_ones(width, committed), beam.slot_NS), dim=1)
+            position_N = torch.full_like(beam.token_N, committed - 1 + level)
+            hidden_ND = self._forward(beam.token_N, hidden_ND[beam.row_N], position_N, sees_NK)
+            clock.lap("draft")
+            logprob_NC, token_NC = self.head.candidates(hidden_ND).best(self.shape.topk)
+            clock.lap("head")
+            beam = tree.extend(beam, logprob_NC, token_NC, self.shape.topk)
+        self.slots.truncate(committed)
+        draft = tree.rerank(beam, root, self.shape.nodes)
+        clock.lap("draft")
+        return draft
+
+    def _forward(
+        self,
+        token_T: torch.Tensor,
+        feature_TD: torch.Tensor,
+        position_T: torch.Tensor,
+        sees_TK: torch.Tensor | None,
+    ) -> torch.Tensor:
+        def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
+            key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)
+            return torch.nn.functional.scaled_dot_product_attention(
+                query_BHTE, key_BGKE, value_BGKE, attn_mask=sees_TK, enable_gqa=True
+            )
+
+        embed_BTD = self.lent.embed(token_T)[None]
+        return self.drafter(embed_BTD, feature_TD[None], position_T[None], attend)[0]

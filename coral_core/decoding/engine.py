@@ -1,0 +1,73 @@
+"""Speculative decoding, losslessly: draft a tree, verify it in one target forward, keep the path the target picked.
+
+The drafter and its head decide how fast this is and never what it says: every emitted token is the target's own pick,
+at the same position and with the same noise as in plain decoding (sampling.py).
+Axes: T position, D hidden, M tree row, A path.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from coral_core.decoding import masks
+from coral_core.decoding.cache import SlotCache
+from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
+from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.tree import Draft
+from coral_core.decoding.verify import Verdict, judge
+from coral_core.drafter.model import Drafter
+from coral_core.head.candidates import Head
+from coral_core.target.load import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A target with the drafter and head that speed it up."""
+
+    target: Target
+    drafter: Drafter
+    head: Head
+    shape: TreeShape
+
+    @torch.no_grad()
+    def decode(self, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[Round]:
+        """Yield the answer a round at a time; the ids are exactly those of `plain`, the stop token included.
+
+        Raises DataError for a prompt that is empty or does not fit the target's context.
+        """
+        target, clock = self.target, Clock()
+        stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
+        capacity = len(prompt) + stop.remaining + self.shape.nodes
+        cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, capacity)
+        drafting = Drafting(self.drafter, target.lent, self.head, self.shape, capacity)
+        prompt_T = torch.tensor(prompt, device=target.device)
+        feature_TD = prefill(target, prompt_T, cache)
+        position_1 = torch.tensor([len(prompt)], device=target.device)
+        root_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1)
+        token_T = torch.cat((prompt_T[1:], root_1))
+        new_ids = stop.cut(root_1.tolist())
+        clock.lap("prefill")
+        yield Round(new_ids, "prefill", 0, clock.take())
+        while not stop.done:
+            hidden_1D = drafting.feed(token_T, feature_TD)
+            clock.lap("draft")
+            draft = drafting.grow(new_ids[-1], hidden_1D, clock)
+            verdict, feature_TD = self._verify(draft, cache, sampler)
+            token_T = verdict.new_A
+            new_ids = stop.cut(token_T.tolist())
+            clock.lap("verify")
+            yield Round(new_ids, "draft", min(verdict.accepted_drafts, len(new_ids)), clock.take())
+
+    def _verify(self, draft: Draft, cache: SlotCache, sampler: Sampler) -> tuple[Verdict, torch.Tensor]:
+        """One target forward over the tree; the cache keeps the accepted path, whose features [A,D] are returned."""
+        target, past = self.target, cache.length
+        position_M = draft.depth_M + past
+        mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
+        # Nodes past the context's end cannot be emitted (Stop sees to that) but must be placed somewhere legal.
+        placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
+        feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
+        verdict = judge(draft, sampler.pick(target.lent.logits(feature_MD), position_M + 1))
+        cache.keep(verdict.path_A, past)
+        return verdict, feature_MD[verdict.path_A]

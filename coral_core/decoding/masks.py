@@ -1,0 +1,55 @@
+"""What each row may attend to, as the additive masks that Hugging Face models take.
+
+Axes: T new row, K cached position (new rows included), M tree row.
+"""
+
+import torch
+
+from coral_core.target.load import Target
+
+Mask = torch.Tensor | dict[str, torch.Tensor] | None
+
+
+def causal(past: int, new: int, window: int, device: torch.device) -> torch.Tensor:
+    """[T,K] true where a new row sees a cached or earlier row; a window of 0 is unbounded."""
+    row_T1 = torch.arange(past, past + new, device=device)[:, None]
+    column_K = torch.arange(past + new, device=device)
+    sees_TK = column_K <= row_T1
+    return sees_TK & (row_T1 - column_K < window) if window else sees_TK
+
+
+def tree(past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor, window: int) -> torch.Tensor:
+    """[M,K] true where a tree row sees a committed row or its own branch.
+
+    With a window, distance is counted in positions (past + depth), not in rows: siblings share a position.
+    """
+    position_M = depth_M + past
+    position_K = torch.cat((torch.arange(past, device=depth_M.device), position_M))
+    sees_MK = torch.cat((sees_MM.new_ones(depth_M.numel(), past), sees_MM), dim=1)
+    return sees_MK & (position_M[:, None] - position_K < window) if window else sees_MK
+
+
+def for_target(target: Target, past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor) -> Mask:
+    """The tree mask in the form the target takes: one tensor, or one per layer type where it mixes types."""
+    return _by_type(target, lambda window: tree(past, depth_M, sees_MM, window))
+
+
+def for_rows(target: Target, past: int, new: int) -> Mask:
+    """The mask of plain rows appended to a cache; None where the model's own is the same and faster."""
+    if target.window == 0 and (past == 0 or new == 1):
+        return None
+    return _by_type(target, lambda window: causal(past, new, window, target.device))
+
+
+def _by_type(target: Target, build) -> Mask:  # type: ignore[no-untyped-def]
+    masks = {
+        kind: _additive(build(target.window if kind == "sliding_attention" else 0), target.dtype)
+        for kind in target.layer_types
+    }
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _additive(sees_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where seen, the dtype's lowest number where not: [1,1,T,K]."""
+    lowest = torch.finfo(dtype).min
+    return torch.zeros(sees_TK.shape, dtype=dtype, device=sees_TK.device).masked_fill_(~sees_TK, lowest)[None, None]

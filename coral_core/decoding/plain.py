@@ -1,0 +1,36 @@
+"""Plain decoding, one token per step: the reference that speculative decoding must equal, and the baseline it races."""
+
+from collections.abc import Iterator
+
+import torch
+
+from coral_core.decoding import masks
+from coral_core.decoding.cache import SlotCache
+from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
+from coral_core.decoding.sampling import Sampler
+from coral_core.target.load import Target
+
+
+@torch.no_grad()
+def plain(target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[Round]:
+    """Yield the answer a token at a time; the stop token, if any, is the last.
+
+    Raises DataError for a prompt that is empty or does not fit the target's context.
+    """
+    stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
+    cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, len(prompt) + stop.remaining)
+    clock = Clock()
+    position_1 = torch.tensor([len(prompt)], device=target.device)
+    feature_TD = prefill(target, torch.tensor(prompt, device=target.device), cache)
+    picked_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1)
+    new_ids = stop.cut(picked_1.tolist())
+    clock.lap("prefill")
+    yield Round(new_ids, "prefill", 0, clock.take())
+    while not stop.done:
+        mask = masks.for_rows(target, cache.length, 1)
+        feature_BTD = target.forward(picked_1[None], position_BT=position_1[None], mask=mask, cache=cache)
+        position_1 = position_1 + 1
+        picked_1 = sampler.pick(target.lent.logits(feature_BTD[0]), position_1)
+        new_ids = stop.cut(picked_1.tolist())
+        clock.lap("step")
+        yield Round(new_ids, "plain", 0, clock.take())

@@ -1,0 +1,98 @@
+"""What both decoders share: the event they yield, the rule that stops them, the prefill.
+
+Axes: B batch, T position, D hidden, V vocabulary.
+"""
+
+import dataclasses
+import time
+from typing import Literal
+
+import torch
+
+from coral_core.decoding import masks
+from coral_core.decoding.cache import SlotCache
+from coral_core.errors import DataError
+from coral_core.target.load import Target
+
+PREFILL_ROWS = 1024
+"""Prompt rows of one forward pass: a long prompt must not spike memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """New tokens, and how they came."""
+
+    new_ids: list[int]
+    kind: Literal["prefill", "plain", "draft"]
+    accepted_drafts: int = 0
+    """Of `new_ids`, how many were drafted; the others are the target's own."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Wall-clock by phase."""
+
+
+class Clock:
+    """Splits a round's wall-clock into phases; `lap` closes one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def take(self) -> dict[str, float]:
+        """The phases so far; starts anew."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+@dataclasses.dataclass
+class Stop:
+    """The one stopping rule: a stop token, which is kept, or the number of new tokens."""
+
+    ids: frozenset[int]
+    remaining: int
+
+    def cut(self, new_ids: list[int]) -> list[int]:
+        """The tokens to emit; afterwards `done` tells whether they are the last."""
+        new_ids = new_ids[: self.remaining]
+        for index, token in enumerate(new_ids):
+            if token in self.ids:
+                new_ids = new_ids[: index + 1]
+                self.remaining = 0
+                return new_ids
+        self.remaining -= len(new_ids)
+        return new_ids
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more may be emitted."""
+        return self.remaining == 0
+
+
+def room(target: Target, prompt: int, max_new_tokens: int) -> int:
+    """New tokens that fit the target's context. Raises DataError when the prompt alone fills it, or is empty."""
+    if prompt == 0:
+        raise DataError("the prompt has no tokens; give at least one")
+    if prompt >= target.max_positions:
+        raise DataError(
+            f"the prompt has {prompt} tokens and the target's context holds {target.max_positions}; shorten the prompt"
+        )
+    return min(max_new_tokens, target.max_positions - prompt)
+
+
+@torch.no_grad()
+def prefill(target: Target, ids_T: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+    """Append the rows not yet in the cache, in chunks; their features [T,D]."""
+    features = []
+    while cache.length < ids_T.numel():
+        past = cache.length
+        chunk_BT = ids_T[past : past + PREFILL_ROWS][None]
+        new = chunk_BT.shape[1]
+        position_BT = torch.arange(past, past + new, device=ids_T.device)[None]
+        mask = masks.for_rows(target, past, new)
+        features.append(target.forward(chunk_BT, position_BT=position_BT, mask=mask, cache=cache)[0])
+    return torch.cat(features)

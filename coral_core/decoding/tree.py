@@ -1,0 +1,109 @@
+"""The draft tree: growing it level by level (EAGLE-2, arXiv 2406.16858) and ranking its nodes.
+
+Index code only: no model, no cache. Row 0 is the root (the last token already chosen), drafted nodes follow, parents
+before children. Axes: N drafted node or tree row, M tree row (root included), C candidate, S slot of a drafted level.
+"""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A drafted tree, root included as row 0."""
+
+    token_M: torch.Tensor
+    """Token ids; row 0 is the root."""
+    parent_M: torch.Tensor
+    """Row of each node's parent; the root's is 0."""
+    depth_M: torch.Tensor
+    """Levels below the root."""
+    sees_MM: torch.Tensor
+    """True where a row's node is the column's node or descends from it."""
+
+
+@dataclasses.dataclass
+class Beam:
+    """The nodes of the newest level that will be expanded, and everything proposed so far.
+
+    `slot_NS` marks, for each beam node, which rows of the drafted levels are its ancestors or itself.
+    """
+
+    token_N: torch.Tensor
+    score_N: torch.Tensor
+    pool_N: torch.Tensor
+    """Place of each beam node in the pool of candidates."""
+    row_N: torch.Tensor
+    """The row of the level above that proposed it."""
+    slot_NS: torch.Tensor
+    pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    """Per level: token, score, parent's place in the pool (-1 is the root), each [C]."""
+
+
+def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int) -> Beam:
+    """The first level: the root's candidates, best first; the `width` best are the beam."""
+    width = min(width, score_C.numel())
+    parent_C = torch.full_like(token_C, -1)
+    row_N = torch.arange(width, device=token_C.device)
+    return Beam(
+        token_N=token_C[:width],
+        score_N=score_C[:width],
+        pool_N=row_N,
+        row_N=torch.zeros_like(row_N),
+        slot_NS=torch.eye(width, dtype=torch.bool, device=token_C.device),
+        pool=[(token_C, score_C, parent_C)],
+    )
+
+
+def extend(beam: Beam, logprob_NC: torch.Tensor, token_NC: torch.Tensor, width: int) -> Beam:
+    """The next level: each beam node's proposals, scored by the sum of log-probabilities along the branch."""
+    proposals = logprob_NC.shape[1]
+    score_C = (beam.score_N[:, None] + logprob_NC.clamp_max(0)).flatten()
+    parent_C = beam.pool_N.repeat_interleave(proposals)
+    offset = sum(level[0].numel() for level in beam.pool)
+    best_score_N, best_N = score_C.topk(min(width, score_C.numel()))
+    row_N = best_N // proposals
+    own_NN = torch.eye(best_N.numel(), dtype=torch.bool, device=best_N.device)
+    token_C = token_NC.flatten()
+    return Beam(
+        token_N=token_C[best_N],
+        score_N=best_score_N,
+        pool_N=offset + best_N,
+        row_N=row_N,
+        slot_NS=torch.cat((beam.slot_NS[row_N], own_NN), dim=1),
+        pool=[*beam.pool, (token_C, score_C, parent_C)],
+    )
+
+
+def rerank(beam: Beam, root: int, nodes: int) -> Draft:
+    """Keep the `nodes` best candidates of all levels.
+
+    A child never outranks its parent: its score is at most its parent's, and on a tie (a log-probability of exactly
+    0) the stable sort keeps the earlier, shallower one first.
+    """
+    token_C, score_C, parent_C = (torch.cat(parts) for parts in zip(*beam.pool, strict=True))
+    level_C = torch.cat([torch.full_like(level[0], depth) for depth, level in enumerate(beam.pool, start=1)])
+    order_C = score_C.sort(descending=True, stable=True).indices
+    chosen_N = order_C[:nodes].sort().values
+    above_N = parent_C[chosen_N]
+    parent_N = torch.where(above_N < 0, 0, torch.searchsorted(chosen_N, above_N) + 1)
+    first_1 = token_C.new_zeros(1)
+    parent_M = torch.cat((first_1, parent_N))
+    return Draft(
+        token_M=torch.cat((first_1 + root, token_C[chosen_N])),
+        parent_M=parent_M,
+        depth_M=torch.cat((first_1, level_C[chosen_N])),
+        sees_MM=ancestry(parent_M, len(beam.pool)),
+    )
+
+
+def ancestry(parent_M: torch.Tensor, depth: int) -> torch.Tensor:
+    """[M,M] true where the column is the row itself or one of its ancestors, in a tree of at most `depth` levels."""
+    rows = parent_M.numel()
+    sees_MM = torch.eye(rows, dtype=torch.bool, device=parent_M.device)
+    above_M = parent_M
+    for _ in range(depth):
+        sees_MM.scatter_(1, above_M[:, None], True)
+        above_M = parent_M[above_M]
+    return sees_MM

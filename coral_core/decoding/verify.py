@@ -1,0 +1,39 @@
+"""Acceptance: the target has picked one token at every tree row; follow the picks as long as they were drafted.
+
+A pure function of ids, the same at every temperature (see sampling.py). Axes: M tree row, root included; A path.
+"""
+
+import dataclasses
+
+import torch
+
+from coral_core.decoding.tree import Draft
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one verification decided."""
+
+    path_A: torch.Tensor
+    """Rows of the accepted path, root first: their features and cache rows are kept."""
+    new_A: torch.Tensor
+    """The target's picks along the path: the accepted drafts, then the bonus token."""
+
+    @property
+    def accepted_drafts(self) -> int:
+        """Drafted tokens that the target picked too; the bonus token is not counted."""
+        return self.path_A.numel() - 1
+
+
+def judge(draft: Draft, picked_M: torch.Tensor) -> Verdict:
+    """Walk from the root while the picked token is a drafted child.
+
+    A node stands when the pick at its parent is its token, and all its ancestors stand. Siblings hold distinct
+    tokens, so the standing nodes form one path, and the deepest of them ends it.
+    """
+    stands_M = picked_M[draft.parent_M] == draft.token_M
+    stands_M[0] = True
+    whole_M = (stands_M | ~draft.sees_MM).all(dim=1)
+    last = (whole_M * (draft.depth_M + 1)).argmax()
+    path_A = draft.sees_MM[last].nonzero().squeeze(1)
+    return Verdict(path_A=path_A, new_A=picked_M[path_A])
