@@ -1,0 +1,222 @@
+"""Reading a recipe: YAML and `section.key=value` overrides in, one checked Recipe out. Not for reading anything else.
+
+The YAML is only parsed into nodes here, and each scalar is read by the type of the field it is for: PyYAML's own
+guesses turn `precision: no` into False and leave `3e-5` as text. Nodes also know their line, for messages.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coral_core.artifacts import fingerprint
+from coral_core.errors import RecipeError
+from coral_core.recipe.schema import PRESETS, Recipe
+
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
+
+
+def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
+    """The recipe in `path` (None: the defaults, which describe pico) with `section.key=value` overrides on top.
+
+    Keys that nobody wrote come from `train.preset`, then from the schema's defaults. Raises RecipeError, one line, for
+    a file that cannot be read, an unknown key, or a value of the wrong type or out of range.
+    """
+    given: dict[str, Any] = {}
+    if path is not None:
+        node = _read(path)
+        given.update(_leaves(node, "", str(path)))
+    for override in overrides:
+        given.update(_override(override))
+    preset = given.get("train.preset", Recipe().train.preset)
+    for key, value in PRESETS[preset].items():
+        given.setdefault(f"train.{key}", value)
+    return _build(Recipe, given, "")
+
+
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain values, every default written out."""
+    return dataclasses.asdict(recipe)
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
+
+
+def section_fingerprint(recipe: Recipe, *sections: str, **inputs: str) -> str:
+    """Fingerprint of the named sections (or top keys, as "seed") and of upstream artifacts' fingerprints."""
+    mapping = to_mapping(recipe)
+    return fingerprint({"recipe": {name: mapping[name] for name in sections}, "inputs": inputs})
+
+
+# ---- from text to nodes
+
+
+def _read(path: Path) -> yaml.MappingNode:
+    """The YAML mapping in a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"no recipe file {path}{_near_file(path)}. Leave it out to work on pico") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{path} is a folder; give the recipe file in it, such as {path / 'recipe.yaml'}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not text (byte {error.start} is not UTF-8); a recipe is a YAML file") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}. Check it with: ls -l {path}") from error
+    node = _compose(text, str(path))
+    if node is None:
+        raise RecipeError(f"{path} is empty; write at least `name: my-run`, or leave the recipe out to work on pico")
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path} is not a recipe: it must be lines of `key: value`, as in recipes/pico.yaml")
+    return node
+
+
+def _near_file(path: Path) -> str:
+    """'; did you mean …?' when a recipe of nearly that name lies beside it, or in recipes/."""
+    beside = {str(other): other.name for folder in (path.parent, Path("recipes")) for other in folder.glob("*.yaml")}
+    near = difflib.get_close_matches(path.with_suffix(".yaml").name, beside.values(), n=1)
+    return next((f"; did you mean {other}" for other, name in beside.items() if name in near), "")
+
+
+def _compose(text: str, source: str) -> yaml.Node | None:
+    """The node tree of one YAML document; a syntax error names the line."""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{source}, line {mark.line + 1}" if mark else source
+        raise RecipeError(f"{where}: not valid YAML: {error.problem or error.context}. Mend that line") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: not valid YAML: {str(error).splitlines()[0]}. Mend it") from error
+
+
+def _override(text: str) -> dict[str, Any]:
+    """`section.key=value` as {dotted key: typed value}; the value is a YAML scalar."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"'{text}' is not an override; write section.key=value, such as train.steps=100")
+    kind = _field_type(key, f"'{text}'")
+    if dataclasses.is_dataclass(kind):
+        raise RecipeError(f"'{text}': {key} is a section; override one of its keys, such as {_keys(kind, key)[0]}=…")
+    node = _compose(raw, f"'{text}'") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+    return {key: _scalar(kind, node, key, f"'{text}'")}
+
+
+# ---- from nodes to typed values
+
+
+def _leaves(node: yaml.Node, prefix: str, source: str) -> Iterator[tuple[str, Any]]:
+    """Every value written in a mapping as (dotted key, typed value)."""
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        where = f"{source}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{where}: a key must be a word")
+        key = f"{prefix}{key_node.value}"
+        kind = _field_type(key, where)
+        if key in seen:
+            raise RecipeError(f"{where}: key '{key}' is written twice; keep one of them")
+        seen.add(key)
+        if not dataclasses.is_dataclass(kind):
+            yield key, _scalar(kind, value_node, key, where)
+        elif isinstance(value_node, yaml.MappingNode):
+            yield from _leaves(value_node, f"{key}.", source)
+        else:
+            raise RecipeError(f"{where}: '{key}' is a section; write its keys indented below it, or leave it out")
+
+
+def _keys(kind: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields of one section."""
+    return [f"{prefix}.{field.name}" if prefix else field.name for field in dataclasses.fields(kind)]
+
+
+def _field_type(key: str, where: str) -> Any:
+    """The type of the field with that dotted key. Raises RecipeError with the nearest key when there is none."""
+    kind: Any = Recipe
+    for name in key.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if name not in hints:
+            raise RecipeError(f"{where}: unknown key '{key}'; {_nearest(key)}")
+        kind = hints[name]
+    return kind
+
+
+def _nearest(key: str) -> str:
+    """A hint at the known key most like an unknown one: the word counts twice, the section it stands in once."""
+    sections = {name: kind for name, kind in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
+    known = [*_keys(Recipe), *(path for name, kind in sections.items() for path in _keys(kind, name))]
+    section, _, word = key.replace("-", "_").rpartition(".")
+
+    def likeness(path: str) -> float:
+        other_section, _, other_word = path.rpartition(".")
+        alike = difflib.SequenceMatcher(None, word, other_word).ratio()
+        return 2 * alike + difflib.SequenceMatcher(None, section, other_section).ratio() if alike >= 0.6 else 0.0
+
+    best = max(known, key=likeness)
+    if likeness(best):
+        return f"did you mean '{best}'?"
+    within = _keys(sections[section]) if section in sections else _keys(Recipe)
+    return f"the keys of {section if section in sections else 'a recipe'} are {', '.join(within)}"
+
+
+def _scalar(kind: Any, node: yaml.Node, key: str, where: str) -> Any:
+    """One YAML scalar read as the type of its field."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise RecipeError(f"{where}: {key} must be one value, not a list or a section")
+    text, plain = node.value, node.style is None
+    if plain and node.tag == "tag:yaml.org,2002:null":
+        raise RecipeError(f"{where}: {key} has no value; give one, or leave the line out for the default")
+    if typing.get_origin(kind) is typing.Literal:
+        rule, value = f"one of {', '.join(typing.get_args(kind))}", text if text in typing.get_args(kind) else None
+    elif kind is str:
+        rule, value = "text", text
+    elif not plain:
+        raise RecipeError(f"{where}: {key} is the text '{text}'; write it without quotes")
+    elif kind is bool:
+        rule, value = "true or false", _BOOLS.get(text.lower())
+    elif kind is int:
+        rule, value = f"a whole number{_whole_hint(text)}", int(text) if _WHOLE.fullmatch(text) else None
+    else:
+        rule, value = "a number", _finite(text)
+    if value is None:
+        raise RecipeError(f"{where}: {key} is '{text}'; it must be {rule}")
+    return value
+
+
+def _finite(text: str) -> float | None:
+    """The number that a text writes (1, 0.5, 3e-5), or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _whole_hint(text: str) -> str:
+    """', such as 1000' for 1e3 and 1000.0."""
+    value = _finite(text)
+    return f", such as {int(value)}" if value is not None and value.is_integer() else ""
+
+
+# ---- from typed values to the recipe
+
+
+def _build(kind: type, given: dict[str, Any], prefix: str) -> Any:
+    """Make a section from the values given for it; what is not given takes the default."""
+    values: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        key = f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), given, f"{key}.")
+        elif key in given:
+            values[name] = given[key]
+    return kind(**values)
