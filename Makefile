@@ -1,0 +1,59 @@
+# make demo    install into .venv, then the whole job on the embedded model: data, drafter, head, measurement
+# make test    install likewise, then run the tests (no network, no GPU)
+# make lint    ruff and mypy
+# make wheel   dist/*.whl
+#
+# PYTHON  the interpreter that makes .venv (3.10 to 3.13)
+# TORCH   what pip installs as torch; the default is the release this is tested with
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint wheel clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/coral prepare-data recipes/demo.yaml
+	$(BIN)/coral train recipes/demo.yaml
+	$(BIN)/coral group-head recipes/demo.yaml
+	$(BIN)/coral eval recipes/demo.yaml
+	@echo
+	@echo "The drafter and the head are in runs/demo. To talk with the model, drafted and plain:"
+	@echo "    $(BIN)/coral chat recipes/demo.yaml --speculative"
+	@echo "    $(BIN)/coral chat recipes/demo.yaml --no-speculative"
+
+test: .venv/tested
+	$(BIN)/python -m pytest -q
+
+lint: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: .venv/installed
+	rm -rf build dist
+	$(PIP) wheel --no-deps --wheel-dir dist .
+	@ls -l dist
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# On Linux, PyPI's torch brings several GB of CUDA libraries along. Without an NVIDIA driver, PyTorch's own index of CPU
+# builds is asked first; where it cannot be reached, pip goes on with what it is configured to find.
+# --no-compile: Python compiles what is imported, when it is; compiling everything at once took longer than installing it.
+.venv/installed: pyproject.toml
+	@echo "installing coral and what it needs into .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	command -v nvidia-smi >/dev/null || \
+		$(PIP) --quiet --retries 0 install --no-compile --no-deps --index-url $(CPU_TORCH) '$(TORCH)' || true
+	$(PIP) install --no-compile '$(TORCH)'
+	$(PIP) install --no-compile --editable .
+	@touch $@
+
+.venv/tested: .venv/installed
+	$(PIP) install --no-compile --editable '.[test]'
+	@touch $@
