@@ -1,0 +1,139 @@
+"""The losses of one unroll step, as sums in float32 over the rows that count; the loop divides by their number.
+
+`distill` and `topk` are the eager references over whole [N,V] tensors. `vocabulary` gives the same sums and gradients
+for all steps at once in bounded memory: chunk by chunk, the target's distribution is made once, and each step's
+gradient is taken while its logits are at hand (they are never kept, and never made twice).
+Sums of the paper's equations, CORAL arXiv 2502.16880, HASS 2408.15766.
+
+Axes: N row that carries a loss, S unroll step, D hidden, V vocabulary, K top token.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from coral_core.lent import Lent
+
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Elements of one [chunk, V] tensor; four or five live at once. On a CPU they should stay in its cache."""
+CHUNK_ROWS = 64
+"""Fewest rows of a chunk, whatever V: below this the head's rows are read more often than they are worth."""
+
+
+def regression(hidden_ND: torch.Tensor, feature_ND: torch.Tensor) -> torch.Tensor:
+    """Smooth L1 between drafted and true features: mean over D, sum over N."""
+    distance_ND = torch.nn.functional.smooth_l1_loss(hidden_ND.float(), feature_ND.float(), reduction="none")
+    return distance_ND.mean(-1).sum()
+
+
+def distill(hidden_ND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent) -> torch.Tensor:
+    """Reference: cross-entropy of the drafter's distribution against the target's whole one, sum over N."""
+    p_NV = logits(lent, feature_ND).softmax(-1)
+    return -(p_NV * logits(lent, hidden_ND).log_softmax(-1)).sum()
+
+
+def topk(hidden_ND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent, k: int) -> torch.Tensor:
+    """Reference: HASS's cross-entropy on the target's k most likely tokens, p not renormalised, sum over N."""
+    p_NK, token_NK = logits(lent, feature_ND).softmax(-1).topk(k, dim=-1)
+    return -(p_NK * logits(lent, hidden_ND).log_softmax(-1).gather(-1, token_NK)).sum()
+
+
+def logits(lent: Lent, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """float32 logits [N,V]; the product runs in the head's dtype."""
+    return lent.logits(hidden_ND.to(lent.head_VD.dtype)).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyParts:
+    """Sums over N for each unroll step, without gradient, for the log."""
+
+    distill_S: torch.Tensor
+    topk_S: torch.Tensor
+    agree_S: torch.Tensor
+    """Rows where the drafter's most likely token is the target's."""
+
+
+def vocabulary(
+    hidden_SND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent, weights: tuple[float, float], k: int
+) -> tuple[torch.Tensor, VocabularyParts]:
+    """`weights[0]` · distill + `weights[1]` · topk, summed over N and S, and its parts."""
+    rows = max(CHUNK_ROWS, CHUNK_ELEMENTS[feature_ND.device.type] // lent.head_VD.shape[0])
+    total, parts_PS = _Vocabulary.apply(hidden_SND, feature_ND, lent, weights, (k, rows))
+    return total, VocabularyParts(*parts_PS)
+
+
+class _Vocabulary(torch.autograd.Function):
+    """With g = w_d p + w_k p[top-K only], the loss is -Σ_v g log q, and its gradient in the logits q Σ_v g - g."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_SND: torch.Tensor,
+        feature_ND: torch.Tensor,
+        lent: Lent,
+        weights: tuple[float, float],
+        sizes: tuple[int, int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        k, rows = sizes
+        grad_SND = torch.zeros_like(hidden_SND) if ctx.needs_input_grad[0] else None
+        parts_PS = torch.zeros(3, len(hidden_SND), device=hidden_SND.device)
+        for start in range(0, len(feature_ND), rows):
+            chunk = slice(start, start + rows)
+            aim = _aim(feature_ND[chunk], lent, weights, k)
+            for step, hidden_ND in enumerate(hidden_SND[:, chunk]):
+                out_ND = None if grad_SND is None else grad_SND[step, chunk]
+                parts_PS[:, step] += _chunk(hidden_ND, aim, lent, out_ND)
+        ctx.save_for_backward(grad_SND)
+        ctx.mark_non_differentiable(parts_PS)
+        return (weights[0] * parts_PS[0] + weights[1] * parts_PS[1]).sum(), parts_PS
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_SND,) = ctx.saved_tensors
+        return (grad_SND * grads[0], None, None, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aim:
+    """What the target wants of a chunk of rows."""
+
+    p_NV: torch.Tensor
+    p_NK: torch.Tensor
+    token_NK: torch.Tensor
+    g_NV: torch.Tensor
+
+
+def _aim(feature_ND: torch.Tensor, lent: Lent, weights: tuple[float, float], k: int) -> _Aim:
+    p_NV = logits(lent, feature_ND).softmax(-1)
+    p_NK, token_NK = p_NV.topk(k, dim=-1)
+    g_NV = (p_NV * weights[0]).scatter_add_(-1, token_NK, p_NK * weights[1])
+    return _Aim(p_NV, p_NK, token_NK, g_NV)
+
+
+def _chunk(hidden_ND: torch.Tensor, aim: _Aim, lent: Lent, grad_ND: torch.Tensor | None) -> torch.Tensor:
+    """The three parts' sums over a chunk; the gradient of the weighted sum goes into `grad_ND`."""
+    z_NV = logits(lent, hidden_ND)
+    best_N, token_N = z_NV.max(-1)
+    z_NK, dot_N = z_NV.gather(-1, aim.token_NK), torch.einsum("nv,nv->n", aim.p_NV, z_NV)
+    slope_NV = _transform_slope(z_NV, lent)
+    q_NV = torch.softmax(z_NV, -1)
+    del z_NV
+    lse_N = best_N - q_NV.gather(-1, token_N[:, None])[:, 0].log()
+    topk_sum = (aim.p_NK * (lse_N[:, None] - z_NK)).sum()
+    agree = (token_N == aim.token_NK[:, 0]).sum()
+    parts_P = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree))
+    if grad_ND is None:
+        return parts_P
+    d_logits_NV = q_NV.mul_(aim.g_NV.sum(-1, keepdim=True)).sub_(aim.g_NV)
+    if slope_NV is not None:
+        d_logits_NV *= slope_NV
+    grad_ND.copy_(d_logits_NV.to(lent.head_VD.dtype) @ lent.head_VD)
+    return parts_P
+
+
+def _transform_slope(z_NV: torch.Tensor, lent: Lent) -> torch.Tensor | float | None:
+    """d(logits)/d(raw products) of `Lent.transform`, from its result."""
+    if lent.logit_softcap:
+        return (1 - (z_NV / lent.logit_softcap) ** 2) * lent.logit_scale
+    return None if lent.logit_scale == 1.0 else lent.logit_scale

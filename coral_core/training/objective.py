@@ -1,0 +1,71 @@
+"""One batch's loss: the weighted sum over unroll steps and answer rows, and its parts for the log.
+
+Rows that carry a loss are gathered before anything of width V is computed.
+Axes: B batch, R row, A row that carries a loss (packed to the left), N the same without padding, S step, D hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from coral_core.lent import Lent
+from coral_core.training.alignment import Alignment, cross_step_cosine, csra
+from coral_core.training.losses import regression, vocabulary
+from coral_core.training.unroll import loss_rows
+
+if TYPE_CHECKING:
+    from coral_core.store.batches import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Weights of the four losses, each per unroll step, and the settings of two of them."""
+
+    regression_weight: float = 1.0
+    distill_weight: float = 0.1
+    topk_weight: float = 0.0
+    topk: int = 10
+    csra_weight: float = 0.0
+    alignment: Alignment = dataclasses.field(default_factory=Alignment)
+
+    def __call__(
+        self, hiddens: list[torch.Tensor], batch: Batch, lent: Lent, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(sum over rows of the mean over steps, sums of its parts by name): divide both by the number of rows.
+
+        Parts: `regression`, `distill`, `topk`, `csra` (unweighted, mean over steps), `accuracy_1` … (rows where step
+        j's most likely token is the target's), `cosine` (between step 1 and the later ones). No value is read from
+        the device here.
+        """
+        row_BA, present_BA = pack(loss_rows(batch))
+        hidden_SBAD = torch.stack([take_rows(hidden_BRD, row_BA) for hidden_BRD in hiddens])
+        feature_BAD = take_rows(batch.feature_BTD[:, 1:], row_BA)
+        hidden_SND, feature_ND = hidden_SBAD[:, present_BA], feature_BAD[present_BA]
+        steps = len(hiddens)
+        weights = (self.distill_weight, self.topk_weight)
+        words, seen = vocabulary(hidden_SND, feature_ND, lent, weights, min(self.topk, lent.head_VD.shape[0]))
+        parts = {"distill": seen.distill_S.mean(), "topk": seen.topk_S.mean()}
+        parts["regression"] = regression(hidden_SND, feature_ND.expand_as(hidden_SND)) / steps
+        total = words / steps + self.regression_weight * parts["regression"]
+        if self.csra_weight:
+            token_BA = batch.ids_BT.gather(1, (row_BA + 2).clamp(max=batch.ids_BT.shape[1] - 1))
+            aligned = csra(hidden_SBAD, feature_BAD, present_BA, token_BA, self.alignment, generator) / steps
+            total, parts["csra"] = total + self.csra_weight * aligned, aligned
+        parts |= {f"accuracy_{step}": agree for step, agree in enumerate(seen.agree_S, start=1)}
+        parts["cosine"] = cross_step_cosine(hidden_SND)
+        return total, {name: value.detach() for name, value in parts.items()}
+
+
+def pack(rows_BR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row_BA, present_BA): each sequence's chosen rows moved to the left, in order; A is the largest count."""
+    present_BR, row_BR = rows_BR.sort(dim=1, descending=True, stable=True)
+    width = max(1, int(rows_BR.sum(1).max()))
+    return row_BR[:, :width], present_BR[:, :width]
+
+
+def take_rows(value_BRD: torch.Tensor, row_BA: torch.Tensor) -> torch.Tensor:
+    """[B,A,D]: the rows of each sequence that `row_BA` names."""
+    return torch.take_along_dim(value_BRD, row_BA[..., None], dim=1)

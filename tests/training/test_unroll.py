@@ -1,0 +1,183 @@
+"""The unroll is what drafting sees: step F of training equals the F-th drafting step with a cache.
+
+Axes: B batch, R row, D hidden, H head, G key/value head, E head dimension, K cached position.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from coral_core.training import attention, unroll
+from tests.training.helpers import HIDDEN, tiny_batch, tiny_drafter, tiny_lent
+
+BATCH = tiny_batch([14, 9, 12], answers=[(5, 14), (1, 9), (8, 11)], pad_to=17)
+
+
+class DraftCache:
+    """Keys and values of the rows drafted so far: what an engine keeps. Independent of the unroll's code."""
+
+    def __init__(self) -> None:
+        self.key_GKE = self.value_GKE = None
+
+    def attend(self, query_BHTE, key_BGTE, value_BGTE):
+        """One sequence; new rows see the cached ones, and among themselves only what is not later."""
+        old = 0 if self.key_GKE is None else self.key_GKE.shape[1]
+        self.key_GKE = key_BGTE[0] if not old else torch.cat((self.key_GKE, key_BGTE[0]), 1)
+        self.value_GKE = value_BGTE[0] if not old else torch.cat((self.value_GKE, value_BGTE[0]), 1)
+        outs = []
+        for head, query_TE in enumerate(query_BHTE[0]):
+            group = head * len(self.key_GKE) // query_BHTE.shape[1]
+            score_TK = query_TE @ self.key_GKE[group].T / query_TE.shape[-1] ** 0.5
+            for new, row in enumerate(score_TK):
+                row[old + new + 1 :] = -torch.inf
+            outs.append(score_TK.softmax(-1) @ self.value_GKE[group])
+        return torch.stack(outs)[None]
+
+
+def draft_chain(drafter, lent, ids_T, feature_TD, root, steps):
+    """Outputs [D] of `steps` drafting steps: rows 0 to root read the target's features, later ones the last output."""
+    cache, outs = DraftCache(), []
+    rows = torch.arange(root + 1)
+    feature_1KD = feature_TD[None, : root + 1]
+    for _ in range(steps):
+        out_1KD = drafter(lent.embed(ids_T[rows + 1])[None], feature_1KD, rows[None], cache.attend)
+        outs.append(out_1KD[0, -1])
+        rows, feature_1KD = rows[-1:] + 1, out_1KD[:, -1:]
+    return outs
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_step_f_equals_the_fth_drafting_step(steps, kv_heads):
+    drafter, lent = tiny_drafter(kv_heads=kv_heads), tiny_lent()
+    with torch.no_grad():
+        hiddens = unroll.unroll(drafter, lent, BATCH, steps)
+        assert len(hiddens) == steps
+        compared = 0
+        for sequence, length in enumerate(BATCH.valid_BT.sum(1).tolist()):
+            ids_T, feature_TD = BATCH.ids_BT[sequence, :length], BATCH.feature_BTD[sequence, :length]
+            for root in range(length - steps):
+                chain = draft_chain(drafter, lent, ids_T, feature_TD, root, steps)
+                for step, out_D in enumerate(chain):
+                    torch.testing.assert_close(hiddens[step][sequence, root + step], out_D, rtol=0, atol=1e-5)
+                    compared += 1
+    assert compared > 20
+
+
+def test_rows_cut_off_on_the_right_change_nothing_before_them():
+    drafter, lent = tiny_drafter(), tiny_lent()
+    short = dataclasses.replace(
+        BATCH, **{field.name: getattr(BATCH, field.name)[:, :8] for field in dataclasses.fields(BATCH)}
+    )
+    with torch.no_grad():
+        whole, cut = (unroll.unroll(drafter, lent, batch, 3) for batch in (BATCH, short))
+    for whole_BRD, cut_BRD in zip(whole, cut, strict=True):
+        torch.testing.assert_close(whole_BRD[:, :7], cut_BRD, rtol=0, atol=1e-5)
+
+
+def test_what_each_row_sees_drawn():
+    """Five rows, three steps: which stream each row of step 3 takes each column from (. is unseen).
+
+    Stream s's value at column c is the number 10 s + c, scores are all equal, so a row's output is the mean of what
+    it sees.
+    """
+    drawing = [
+        "2 . . . .",
+        "1 2 . . .",
+        "0 1 2 . .",
+        "0 0 1 2 .",
+        "0 0 0 1 2",
+    ]
+    seen = [[10 * int(s) + c for c, s in enumerate(line.split()) if s != "."] for line in drawing]
+    expected_R = torch.tensor([sum(row) / len(row) for row in seen])
+    zeros = torch.zeros(1, 1, 5, 8)
+    values = [(10 * stream + torch.arange(5.0))[None, None, :, None].expand(1, 1, 5, 8) for stream in range(3)]
+    for attend in (attention.attend_eager, attention.attend_fast):
+        out_BHRE = attend(zeros, [zeros] * 3, values)
+        torch.testing.assert_close(out_BHRE[0, 0, :, 0], expected_R, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("rows", [1, 3, 33, 300])
+def test_fast_attention_equals_eager_in_outputs_and_gradients(steps, rows):
+    torch.manual_seed(steps * rows)
+    tensors = [(torch.randn(2, 4, rows, 16) * 1.5).requires_grad_() for _ in range(1 + 2 * steps)]
+    query, keys, values = tensors[0], tensors[1 : 1 + steps], tensors[1 + steps :]
+    grad_BHRE = torch.randn(2, 4, rows, 16)
+    outs, grads = [], []
+    for attend in (attention.attend_eager, attention.attend_fast):
+        out_BHRE = attend(query, keys, values)
+        outs.append(out_BHRE)
+        grads.append(torch.autograd.grad(out_BHRE, tensors, grad_BHRE, materialize_grads=True))
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
+    for fast, eager in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_get_the_same_gradient_from_both_attentions():
+    lent, grads = tiny_lent(), []
+    for attend in (attention.attend_eager, attention.attend_fast):
+        drafter = tiny_drafter()
+        embed_BRD, feature_BRD = lent.embed(BATCH.ids_BT[:, 1:]), BATCH.feature_BTD[:, :-1]
+        hiddens = unroll.unroll_rows(drafter, embed_BRD, feature_BRD, 4, attend)
+        rows_BR = BATCH.valid_BT[:, 1:]
+        sum((hidden_BRD[rows_BR] ** 2).mean() for hidden_BRD in hiddens).backward()
+        grads.append({name: parameter.grad for name, parameter in drafter.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_memory_of_the_fast_attention_does_not_grow_with_the_square():
+    """Largest tensor that autograd keeps for backward: O(R) elements per head, where eager keeps R x R."""
+    rows, largest = 256, {}
+    for attend in (attention.attend_eager, attention.attend_fast):
+        saved = []
+        tensors = [torch.randn(1, 2, rows, 8, requires_grad=True) for _ in range(7)]
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            attend(tensors[0], tensors[1:4], tensors[4:])
+        largest[attend] = max(saved)
+    assert largest[attention.attend_fast] <= 2 * rows * 8
+    assert largest[attention.attend_eager] >= 2 * rows * rows
+
+
+def test_streams_are_detached_but_their_keys_learn():
+    """Step 2's loss reaches k_proj through stream 1's keys, and nothing through stream 1 itself."""
+    drafter, lent = tiny_drafter(), tiny_lent()
+    hiddens = unroll.unroll(drafter, lent, BATCH, 2)
+    (grad,) = torch.autograd.grad(hiddens[1].sum(), hiddens[0], allow_unused=True)
+    assert grad is None
+    (grad,) = torch.autograd.grad(hiddens[1][:, 3].sum(), drafter.layers[0].self_attn.k_proj.weight)
+    assert grad.abs().max() > 0
+
+
+def test_loss_rows_drawn():
+    """p prompt, a answer, e its stop token, . padding; row r drafts token r+2, so it is marked two places to the left.
+
+    The first answer token is the target's own pick and is never drafted; every later one is, the stop token included.
+    """
+    tokens = ["pppaae..", "ppaepaae", "paaaaaaa"]
+    expected = [
+        #  0  1  2  3  4  5  6
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 1, 0, 0, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 0],
+    ]
+    answer_BT = torch.tensor([[letter in "ae" for letter in line] for line in tokens])
+    batch = dataclasses.replace(BATCH, answer_BT=answer_BT)
+    assert unroll.loss_rows(batch).int().tolist() == expected
+
+
+def test_noise_depends_on_a_sequence_s_own_length_not_on_its_padding():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [4, 8]
+    batch = tiny_batch(lengths, [(1, 3), (1, 3)], pad_to=400)
+    noise_BRD = unroll.feature_noise(batch, 0.2, generator)
+    for noise_RD, length in zip(noise_BRD, lengths, strict=True):
+        assert noise_RD.abs().max() == pytest.approx(0.1 * 512 / length, rel=0.01)
+    assert noise_BRD.shape == (2, 399, HIDDEN)
