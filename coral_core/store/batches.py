@@ -1,0 +1,76 @@
+"""Batches for training: shuffled by a seed, and a pure function of (store, batch size, seed, position).
+
+So a run that resumes at batch `start` sees exactly what the uninterrupted one saw; its state is that number.
+Axes: B batch, T position, D hidden.
+"""
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from coral_core.errors import DataError
+from coral_core.store.shard import Sample
+from coral_core.store.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right to one length."""
+
+    ids_BT: torch.Tensor
+    """int64; 0 on padding."""
+    answer_BT: torch.Tensor
+    """bool: the target wrote the token; False on padding."""
+    valid_BT: torch.Tensor
+    """bool: a token, not padding."""
+    feature_BTD: torch.Tensor
+    """0 on padding."""
+
+
+def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Batch:
+    """Pad samples on the right; features are cast to `dtype`."""
+    valid = [torch.ones_like(sample.answer_T) for sample in samples]
+    return Batch(
+        ids_BT=pad_sequence([sample.ids_T for sample in samples], batch_first=True),
+        answer_BT=pad_sequence([sample.answer_T for sample in samples], batch_first=True),
+        valid_BT=pad_sequence(valid, batch_first=True),
+        feature_BTD=pad_sequence([sample.feature_TD.to(dtype) for sample in samples], batch_first=True),
+    )
+
+
+def batches(
+    store: Store, *, batch_size: int, seed: int, start: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[Batch]:
+    """Batch `start`, `start` + 1, … of an endless run over the training samples, reshuffled every epoch.
+
+    Every batch is full: one that reaches the end of an epoch goes on with the next. Raises DataError when nothing is
+    left to learn from.
+    """
+    indices = store.train_indices
+    if not indices:
+        raise DataError(f"{store.folder} holds no dialogue to train on. Lower data.holdout and run: coral prepare-data")
+    for row in _rows(len(indices), batch_size, seed, start):
+        yield collate([store[indices[place]] for place in row], dtype)
+
+
+def _rows(count: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+    """Places 0 … count-1, epoch after epoch, cut in rows of `batch_size`, from row `start` on."""
+    epoch, skip = divmod(start * batch_size, count)
+    row: list[int] = []
+    while True:
+        for place in _order(count, seed, epoch)[skip:]:
+            row.append(place)
+            if len(row) == batch_size:
+                yield row
+                row = []
+        epoch, skip = epoch + 1, 0
+
+
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """The epoch's permutation. Text seeds Python's generator by a hash; torch's would drop a seed's bits above 32."""
+    order = list(range(count))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order

@@ -1,0 +1,117 @@
+"""One shard of a store: many dialogues packed end to end in one safetensors file.
+
+    ids      int32 [N]      the tokens of every sample, one after another
+    answer   bool  [N]      whether the target wrote the token
+    feature  any   [N, D]   the target's feature of the token
+    offset   int64 [S + 1]  sample i is rows offset[i] to offset[i + 1]
+
+A shard is read by slices of a memory map: a sample costs its own bytes, never the shard's.
+Axes: N row of the shard, T position in the sample, D hidden.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from coral_core.errors import ArtifactError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One dialogue as the drafter learns it."""
+
+    ids_T: torch.Tensor
+    """int64 [T]."""
+    answer_T: torch.Tensor
+    """bool [T]: the target wrote this token."""
+    feature_TD: torch.Tensor
+    """[T, D], in the dtype of the store."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardFacts:
+    """What the manifest says of one shard."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+    samples: int
+    tokens: int
+    answer_tokens: int
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def row_bytes(hidden: int, dtype: torch.dtype) -> int:
+    """Bytes of one token on disk: feature, id and mask."""
+    return hidden * dtype.itemsize + 4 + 1
+
+
+def write_shard(folder: Path, number: int, samples: Sequence[Sample], dtype: torch.dtype) -> ShardFacts:
+    """Write one shard whole, or not at all. Raises DataError for a feature that `dtype` cannot hold."""
+    assert samples, "a shard holds at least one sample"
+    feature_ND = torch.cat([sample.feature_TD.to("cpu", dtype) for sample in samples])
+    if not torch.isfinite(feature_ND).all():
+        raise DataError(
+            f"a feature of {shard_name(number)} is infinite or not a number in {str(dtype).removeprefix('torch.')}. "
+            "Set data.feature_dtype=bfloat16, or target.dtype=float32 if it is so already"
+        )
+    lengths = torch.tensor([0, *(len(sample.ids_T) for sample in samples)])
+    answer_N = torch.cat([sample.answer_T.cpu() for sample in samples])
+    tensors = {
+        "ids": torch.cat([sample.ids_T.cpu() for sample in samples]).to(torch.int32),
+        "answer": answer_N,
+        "feature": feature_ND,
+        "offset": lengths.cumsum(0),
+    }
+    path = folder / shard_name(number)
+    temporary = folder / f".{path.name}.tmp"
+    save_file(tensors, temporary)
+    sha256 = file_sha256(temporary)
+    os.replace(temporary, path)
+    return ShardFacts(
+        file=path.name,
+        sha256=sha256,
+        size_bytes=path.stat().st_size,
+        samples=len(samples),
+        tokens=len(feature_ND),
+        answer_tokens=int(answer_N.sum()),
+    )
+
+
+class Shard:
+    """An open shard. Raises ArtifactError, naming the file, when it is not one."""
+
+    def __init__(self, path: Path, command: str) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+            self._offsets: list[int] = self._file.get_tensor("offset").tolist()
+            self._parts = {name: self._file.get_slice(name) for name in ("ids", "answer", "feature")}
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}. Run: {command}") from error
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def sample(self, index: int) -> Sample:
+        """Read one sample."""
+        rows = slice(self._offsets[index], self._offsets[index + 1])
+        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], self._parts["feature"][rows])
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""A store: the folder that prepare-data publishes and that training reads.
+
+    manifest.json             what it holds and where it came from, with a checksum per file
+    shard-NNNNN.safetensors   the samples; the held-out ones are the last
+    holdout.json              token ids of the held-out prompts, up to where the target begins its first answer
+    lent.safetensors          the target's embedding and head
+
+Not for making features: this room never sees a target.
+"""
+
+import bisect
+import collections
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from coral_core.artifacts import Manifest, write_text
+from coral_core.errors import ArtifactError
+from coral_core.lent import Lent
+from coral_core.store.shard import Sample, Shard, ShardFacts, file_sha256
+
+HOLDOUT = "holdout.json"
+LENT = "lent.safetensors"
+OPEN_SHARDS = 64
+"""Shards kept open at once: a large store has more than a process may open files."""
+
+
+def seal(
+    folder: Path,
+    manifest: Manifest,
+    shards: Sequence[ShardFacts],
+    *,
+    lent: Lent,
+    holdout_prompts: Sequence[list[int]],
+    holdout_samples: int,
+) -> Manifest:
+    """Turn a folder of finished shards into a store; the last `holdout_samples` samples are the held-out ones.
+
+    `manifest` brings the provenance and the facts that shards do not show; the counts are added here.
+    """
+    lent.save(folder / LENT)
+    write_text(folder / HOLDOUT, json.dumps([list(prompt) for prompt in holdout_prompts]) + "\n")
+    facts = {
+        "samples": sum(shard.samples for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "answer_tokens": sum(shard.answer_tokens for shard in shards),
+        "holdout_samples": holdout_samples,
+        "bytes": sum(shard.size_bytes for shard in shards) + (folder / LENT).stat().st_size,
+        "hidden": lent.embed_VD.shape[1],
+        "vocab": lent.head_VD.shape[0],
+        **manifest.facts,
+        "files": {name: file_sha256(folder / name) for name in (HOLDOUT, LENT)},
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }
+    sealed = dataclasses.replace(manifest, facts=facts)
+    sealed.write(folder)
+    return sealed
+
+
+class Store:
+    """Samples on disk, read by index. A file's checksum is compared when the file is first touched."""
+
+    def __init__(self, folder: Path, manifest: Manifest, command: str) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._command = command
+        self._facts = [ShardFacts(**facts) for facts in manifest.facts["shards"]]
+        self._ends = list(itertools.accumulate(shard.samples for shard in self._facts))
+        self._open: collections.OrderedDict[int, Shard] = collections.OrderedDict()
+        self._checked: set[str] = set()
+
+    @classmethod
+    def open(cls, folder: Path, command: str = "coral prepare-data") -> "Store":
+        """Open a published store. Raises ArtifactError, naming file and `command`, when a part is absent."""
+        manifest = Manifest.read(folder, "data", command)
+        store = cls(folder, manifest, command)
+        for shard in store._facts:
+            store._check_size(shard)
+        return store
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`, held-out ones included. Raises ArtifactError when its shard is damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        first = self._ends[number] - self._facts[number].samples
+        return self._shard(number).sample(index - first)
+
+    @property
+    def train_indices(self) -> range:
+        """Samples to learn from."""
+        return range(len(self) - self.manifest.facts["holdout_samples"])
+
+    @property
+    def holdout_indices(self) -> range:
+        """Samples never learnt from."""
+        return range(len(self) - self.manifest.facts["holdout_samples"], len(self))
+
+    @property
+    def holdout_prompts(self) -> list[list[int]]:
+        """Token ids of the held-out prompts, the template applied, the generation prompt included."""
+        self._check_sum(HOLDOUT, self.manifest.facts["files"][HOLDOUT])
+        prompts: list[list[int]] = json.loads((self.folder / HOLDOUT).read_text(encoding="utf-8"))
+        return prompts
+
+    def lent(self) -> Lent:
+        """The target's embedding and head."""
+        self._check_sum(LENT, self.manifest.facts["files"][LENT])
+        return Lent.load(self.folder / LENT)
+
+    def damaged(self) -> list[str]:
+        """Names of the files whose bytes are not those that were written; reads everything."""
+        sums = {shard.file: shard.sha256 for shard in self._facts} | self.manifest.facts["files"]
+        found = []
+        for name, sha256 in sums.items():
+            try:
+                self._check_sum(name, sha256)
+            except ArtifactError:
+                found.append(name)
+        return found
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._open:
+            facts = self._facts[number]
+            self._check_sum(facts.file, facts.sha256)
+            self._open[number] = Shard(self.folder / facts.file, self._command)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _check_size(self, shard: ShardFacts) -> None:
+        path = self.folder / shard.file
+        size = path.stat().st_size if path.exists() else -1
+        if size != shard.size_bytes:
+            state = "missing" if size < 0 else f"damaged ({size} bytes instead of {shard.size_bytes})"
+            raise ArtifactError(f"{path} is {state}. Run: {self._command}")
+
+    def _check_sum(self, name: str, sha256: str) -> None:
+        if name in self._checked:
+            return
+        path = self.folder / name
+        try:
+            found = file_sha256(path)
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror}. Run: {self._command}") from error
+        if found != sha256:
+            raise ArtifactError(f"{path} is damaged: its checksum is not the manifest's. Run: {self._command}")
+        self._checked.add(name)
