@@ -1,0 +1,100 @@
+"""The fastest plain decoding at hand, so that a speedup is never over a straw man.
+
+Tried on a few prompts: our own loop and `model.generate`, in the target's dtype and, on a CPU, in the other of float32
+and bfloat16 too, since which of them is faster depends on the processor.
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from coral_core.bench.race import Decode, Lane, run_lane
+from coral_core.decoding.plain import plain
+from coral_core.decoding.sampling import Sampler
+from coral_core.target.load import Target
+
+COPY_LIMIT_BYTES = 2 << 30
+"""A target larger than this is not copied into another dtype just to look for a faster baseline."""
+OWN_LOOP = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A plain decoder and how fast it was."""
+
+    name: str
+    """`plain` or `generate`, with the dtype."""
+    decode: Decode
+    tokens_per_s: float
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when the first new token comes, to part the prefill from the rest."""
+
+    def __init__(self) -> None:
+        self.calls, self.at_s = 0, 0.0
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        if self.calls == 2:  # the first call hands over the prompt
+            self.at_s = time.perf_counter()
+
+    def end(self) -> None:
+        pass
+
+
+def generate_lane(target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Lane:
+    """`model.generate`, timed like our own decoders. Its draws at temperature > 0 are its own, not ours."""
+    greedy = sampler.temperature == 0
+    sampling = {} if greedy else {"temperature": sampler.temperature, "top_p": sampler.top_p, "top_k": sampler.top_k}
+    streamer = _FirstToken()
+    ids_BT = torch.tensor([prompt], device=target.device)
+    begun = time.perf_counter()
+    out_BT = target.model.generate(
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=min(max_new_tokens, target.max_positions - len(prompt)),
+        do_sample=not greedy,
+        streamer=streamer,
+        **sampling,
+    )
+    ended = time.perf_counter()
+    ids = out_BT[0, len(prompt) :].tolist()
+    return Lane(ids, streamer.at_s - begun, ended - streamer.at_s, [], [], {"generate": ended - streamer.at_s})
+
+
+def fastest_plain(target: Target, prompts: list[list[int]], sampler: Sampler, max_new_tokens: int) -> list[Baseline]:
+    """Every plain decoder, fastest first: tokens after the first over seconds after the prefill."""
+    found = []
+    for form in [target, *_other_dtypes(target)]:
+        dtype = str(form.dtype).removeprefix("torch.")
+
+        def own(prompt: list[int], form: Target = form) -> Lane:
+            return run_lane(plain(form, prompt, sampler, max_new_tokens))
+
+        def generate(prompt: list[int], form: Target = form) -> Lane:
+            return generate_lane(form, prompt, sampler, max_new_tokens)
+
+        for name, decode in ((OWN_LOOP, own), ("generate", generate)):
+            found.append(Baseline(f"{name} {dtype}", decode, _rate(decode, prompts)))
+    return sorted(found, key=lambda baseline: -baseline.tokens_per_s)
+
+
+def _rate(decode: Callable[[list[int]], Lane], prompts: list[list[int]]) -> float:
+    decode(prompts[0])
+    lanes = [decode(prompt) for prompt in prompts]
+    return sum(len(lane.ids) - 1 for lane in lanes) / sum(lane.decode_s for lane in lanes)
+
+
+def _other_dtypes(target: Target) -> list[Target]:
+    weights_bytes = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
+    if target.device.type != "cpu" or weights_bytes > COPY_LIMIT_BYTES:
+        return []
+    other = torch.bfloat16 if target.dtype == torch.float32 else torch.float32
+    model = copy.deepcopy(target.model).to(other)
+    return [dataclasses.replace(target, model=model, lent=target.lent.to("cpu", other))]

@@ -1,0 +1,59 @@
+"""Putting an engine together from a run's folder, refusing what was made for something else."""
+
+import dataclasses
+from pathlib import Path
+
+from coral_core.artifacts import Manifest
+from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.sampling import Sampler
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
+from coral_core.head.load import load_head
+from coral_core.recipe.schema import DecodeSpec, Recipe
+from coral_core.target.load import PICO, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """An engine, and where its parts came from."""
+
+    engine: Engine
+    folder: Path
+    """The run, or the package's own pico."""
+    drafter_fingerprint: str
+
+
+def assemble(recipe: Recipe, run: Path, target: Target) -> Assembled:
+    """The engine of a run; with no drafter in the run and pico as the target, the drafter and head that coral ships.
+
+    Raises ArtifactError when the drafter is missing, damaged or was trained for another target, and likewise the head.
+    """
+    folder = PICO if recipe.target.model == "pico" and not (run / "drafter").exists() else run
+    manifest = Manifest.read(folder / "drafter", "drafter", "coral train")
+    made_for = manifest.inputs.get("target")
+    if made_for != target.fingerprint:
+        raise ArtifactError(
+            f"the drafter in {folder / 'drafter'} was trained for target {made_for}, and target "
+            f"'{recipe.target.model}' is {target.fingerprint}. Run: coral prepare-data, then coral train"
+        )
+    drafter = Drafter.load(folder / "drafter").to(target.device, target.dtype)
+    head = load_head(
+        folder / "head",
+        recipe.head.kind,
+        target.lent,
+        target_fingerprint=target.fingerprint,
+        drafter_fingerprint=manifest.fingerprint,
+    )
+    return Assembled(Engine(target, drafter, head, tree_shape(recipe.decode)), folder, manifest.fingerprint)
+
+
+def tree_shape(decode: DecodeSpec) -> TreeShape:
+    """The recipe's tree."""
+    return TreeShape(depth=decode.draft_depth, nodes=decode.draft_nodes, topk=decode.draft_topk)
+
+
+def sampler(recipe: Recipe) -> Sampler:
+    """The recipe's distribution and seed."""
+    decode = recipe.decode
+    return Sampler(temperature=decode.temperature, top_p=decode.top_p, top_k=decode.top_k, seed=recipe.seed)
