@@ -1,0 +1,189 @@
+"""The strict loader: every mistake becomes one line that names the place and the remedy."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from coral_core.errors import RecipeError
+from coral_core.recipe.loader import dump_yaml, load_recipe, section_fingerprint, to_mapping
+from coral_core.recipe.schema import PRESETS, Recipe
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Write a recipe file and return its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "my.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(path: Path | None, *overrides: str) -> str:
+    """The message of the RecipeError, which must be one line."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, list(overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_recipe_is_the_default_run():
+    assert load_recipe(None, []) == Recipe()
+
+
+def test_values_are_read_by_the_type_of_their_field(write):
+    """PyYAML reads `3e-5` as text and `no` as False; both are plain values to whoever writes them."""
+    recipe = load_recipe(
+        write("name: 2024\ntrain:\n  learning_rate: 3e-5\n  precision: no\n  steps: 1_000\n  clip_norm: 1\n"), []
+    )
+    assert recipe.name == "2024"
+    assert recipe.train.learning_rate == 3e-5
+    assert recipe.train.precision == "no"
+    assert recipe.train.steps == 1000
+    assert type(recipe.train.clip_norm) is float
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train.steps=true", "train.steps is 'true'; it must be a whole number"),
+        ("train.steps=3.5", "train.steps is '3.5'; it must be a whole number"),
+        ("train.steps=1e3", "train.steps is '1e3'; it must be a whole number, such as 1000"),
+        ('train.steps="3"', "train.steps is the text '3'; write it without quotes"),
+        ("train.learning_rate=fast", "train.learning_rate is 'fast'; it must be a number"),
+        ("train.learning_rate=true", "train.learning_rate is 'true'; it must be a number"),
+        ("train.learning_rate=nan", "train.learning_rate is 'nan'; it must be a number"),
+        ("train.learning_rate=.inf", "train.learning_rate is '.inf'; it must be a number"),
+        ("train.preset=medusa", "train.preset is 'medusa'; it must be one of eagle2, hass, coral"),
+        ("target.trust_remote_code=1", "target.trust_remote_code is '1'; it must be true or false"),
+        ("data.prompts=", "data.prompts has no value"),
+        ("data.prompts=~", "data.prompts has no value"),
+        ("train.steps=[1, 2]", "train.steps must be one value, not a list"),
+        ("train.steps=[1", "not valid YAML"),
+        ("train=3", "train is a section; override one of its keys, such as train.preset="),
+        ("train.steps", "'train.steps' is not an override; write section.key=value"),
+        ("=3", "'=3' is not an override"),
+    ],
+)
+def test_a_wrong_value_names_key_and_rule(line, message):
+    assert message in refusal(None, line)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("train.stpes", "did you mean 'train.steps'?"),
+        ("train.learning-rate", "did you mean 'train.learning_rate'?"),
+        ("steps", "did you mean 'train.steps'?"),
+        ("train.model", "did you mean 'target.model'?"),
+        ("trian.steps", "did you mean 'train.steps'?"),
+        ("decoed.max_new_tokens", "did you mean 'decode.max_new_tokens'?"),
+        ("data.bach_size", "did you mean 'data.batch_size'?"),
+        ("taget", "did you mean 'target'?"),
+        ("head.zzzz", "the keys of head are kind, clustering, groups"),
+        ("zzzz", "the keys of a recipe are name, seed, target"),
+        ("train.steps.more", "unknown key 'train.steps.more'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key, hint):
+    message = refusal(None, f"{key}=1")
+    assert f"unknown key '{key}'" in message
+    assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\ntrain:\n  stpes: 3\n", "my.yaml, line 3: unknown key 'train.stpes'; did you mean 'train.steps'?"),
+        ("name: x\ntrain: 3\n", "my.yaml, line 2: 'train' is a section"),
+        ("train:\n", "my.yaml, line 1: 'train' is a section"),
+        ("train: [1]\n", "my.yaml, line 1: 'train' is a section"),
+        ("train:\n  steps: {a: 1}\n", "my.yaml, line 2: train.steps must be one value"),
+        ("train:\n  steps: 3\n  steps: 4\n", "my.yaml, line 3: key 'train.steps' is written twice"),
+        ("name: x\n? [a]\n: 3\n", "my.yaml, line 2: a key must be a word"),
+        ("name: x\n  seed: : 3\n", "my.yaml, line 2: not valid YAML"),
+        ("name: x\n\tseed: 3\n", "my.yaml, line 2: not valid YAML"),
+        ("name: x\n---\nname: y\n", "my.yaml, line 2: not valid YAML"),
+        ("a: &a {b: *a}\n", "my.yaml, line 1: unknown key 'a'"),
+        ("train: &a\n  steps: *a\n", "my.yaml, line 2: train.steps must be one value"),
+        ("", "my.yaml is empty; write at least `name: my-run`"),
+        ("# nothing\n", "my.yaml is empty"),
+        ("- name\n", "my.yaml is not a recipe: it must be lines of `key: value`"),
+        ("just words\n", "my.yaml is not a recipe"),
+        ("name: \x07\n", "my.yaml: not valid YAML"),
+        ("train:\n  steps: 0\n", "train.steps is 0; it must be at least 1"),
+        ("name: ../up\n", "name is '../up'; it must be letters"),
+        ("name: ''\n", "name is ''; it must be letters"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_the_place(write, text, message):
+    assert message in refusal(write(text))
+
+
+def test_a_missing_file_names_a_near_one(tmp_path, write):
+    write("name: x\n")
+    message = refusal(tmp_path / "mx.yaml")
+    assert f"no recipe file {tmp_path / 'mx.yaml'}; did you mean {tmp_path / 'my.yaml'}" in message
+    assert "did you mean" not in refusal(tmp_path / "nothing-like-it.yaml")
+
+
+def test_a_folder_and_a_binary_are_refused(tmp_path):
+    assert "is a folder; give the recipe file in it" in refusal(tmp_path)
+    binary = tmp_path / "model.safetensors"
+    binary.write_bytes(b"\xff\xfe\x00\x9f")
+    assert "is not text" in refusal(binary)
+
+
+def test_an_unreadable_file_is_refused(write, monkeypatch):
+    """Simulated: the tests may run as root, whom no permission stops."""
+
+    def denied(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    path = write("name: x\n")
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert f"cannot read the recipe {path}: Permission denied" in refusal(path)
+
+
+def test_the_preset_fills_only_what_nobody_wrote(write):
+    eagle2 = load_recipe(None, ["train.preset=eagle2"]).train
+    assert {key: getattr(eagle2, key) for key in PRESETS["eagle2"]} == PRESETS["eagle2"]
+    path = write("train:\n  preset: hass\n  unroll_steps: 5\n")
+    assert (load_recipe(path, []).train.unroll_steps, load_recipe(path, []).train.csra_weight) == (5, 0.0)
+    assert load_recipe(path, ["train.unroll_steps=2"]).train.unroll_steps == 2
+    assert load_recipe(path, ["train.preset=coral"]).train.csra_weight == PRESETS["coral"]["csra_weight"]
+
+
+def test_the_default_preset_is_the_default_values():
+    """Else a recipe with no train section would differ from one that says `preset: coral`."""
+    train = Recipe().train
+    assert {key: getattr(train, key) for key in PRESETS[train.preset]} == PRESETS[train.preset]
+
+
+def test_the_last_override_wins(write):
+    recipe = load_recipe(write("seed: 1\n"), ["seed=2", "seed=3", "data.prompts=a=b.jsonl"])
+    assert (recipe.seed, recipe.data.prompts) == (3, "a=b.jsonl")
+
+
+@pytest.mark.parametrize("overrides", [[], ["train.preset=eagle2", "train.topk_weight=0.5", "name=123", "seed=-1"]])
+def test_a_dumped_recipe_reads_back_equal(write, overrides):
+    recipe = load_recipe(None, overrides)
+    assert load_recipe(write(dump_yaml(recipe)), []) == recipe
+
+
+def test_every_key_is_dumped():
+    mapping = to_mapping(Recipe())
+    assert set(mapping) == {field.name for field in dataclasses.fields(Recipe)}
+    for line in ("learning_rate:", "csra_include_target: false", "draft_depth:"):
+        assert line in dump_yaml(Recipe())
+
+
+def test_a_fingerprint_depends_on_what_is_named_and_nothing_else():
+    def of(*overrides: str, data: str = "d") -> str:
+        return section_fingerprint(load_recipe(None, list(overrides)), "seed", "train", data=data)
+
+    assert of() == of("decode.draft_depth=3", "name=other")
+    assert len({of(), of("train.steps=7"), of("seed=7"), of(data="e")}) == 4

@@ -1,0 +1,175 @@
+"""Who may import whom: the room table, read from the syntax tree of every file, lazy imports included."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path for package in ("coral_core", "coral_cli") for path in (ROOT / package).rglob("*.py"))
+
+NOUNS = {"errors", "progress", "recipe", "artifacts", "lent"}
+"""What any room may import; `lent` holds tensors, so the rooms without torch may not."""
+
+MAY_IMPORT = {
+    "errors": set(),
+    "progress": set(),
+    "lent": {"errors"},
+    "recipe": {"errors", "artifacts"},
+    "artifacts": {"errors", "recipe"},
+    "target": NOUNS,
+    "store": NOUNS,
+    "drafter": NOUNS,
+    "head": NOUNS,
+    "data": NOUNS | {"target", "store"},
+    "training": NOUNS | {"store", "drafter", "head"},
+    "decoding": NOUNS | {"target", "drafter", "head"},
+    "bench": NOUNS | {"decoding", "target", "drafter", "head"},
+    "export": NOUNS | {"target", "drafter", "head"},
+}
+"""Of a room's own files nothing is said: they import each other freely."""
+
+WITHOUT_TORCH = {"errors", "progress", "recipe", "artifacts"}
+"""Rooms of the standard library, and PyYAML."""
+
+CLI_AT_IMPORT = {"errors", "progress", "recipe", "artifacts"}
+"""What the command line may import before a command runs; the rest inside command bodies, so that --help is quick."""
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Every dotted module (or name in one) that a tree imports, however deep in it, with its node."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            yield from ((f"{source}.{alias.name}", node) for alias in node.names)
+
+
+def rooms(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """The rooms of coral_core that a tree imports; `from coral_core import __version__` is none."""
+    for name, node in imported(tree):
+        parts = name.split(".")
+        if parts[0] == "coral_core" and len(parts) > 1 and parts[1] != "__version__":
+            yield parts[1], node
+
+
+def runs_at_import(module: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run when a module is imported: not bodies of functions, nor `if TYPE_CHECKING:`."""
+    pending: list[ast.stmt] = list(module.body)
+    while pending:
+        statement = pending.pop()
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            continue
+        yield statement
+        pending += [child for child in ast.iter_child_nodes(statement) if isinstance(child, ast.stmt)]
+
+
+def violations(path: Path, text: str) -> list[str]:
+    """What a file does against the table, one line each. `path` is relative to the root."""
+    tree, found = ast.parse(text), []
+    package, room = path.parts[0], path.parts[1].removesuffix(".py")
+
+    def say(node: ast.AST, what: str) -> None:
+        found.append(f"{path}:{getattr(node, 'lineno', 1)}: {what}")
+
+    for name, node in imported(tree):
+        top = name.split(".")[0]
+        if not top:
+            say(node, f"relative import {name}")
+        elif top == "coral_cli" and package != "coral_cli":
+            say(node, "nobody imports coral_cli")
+        elif package == "coral_core" and room in WITHOUT_TORCH:
+            if top not in sys.stdlib_module_names | {"coral_core", "yaml"}:
+                say(node, f"{room} imports {top}")
+    if package == "coral_core":
+        for other, node in rooms(tree):
+            if other != room and other not in MAY_IMPORT.get(room, set()):
+                say(node, f"{room} imports {other}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id == "print":
+                say(node, "print in core")
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
+                say(node, "the environment read in core")
+    else:
+        for statement in runs_at_import(tree):
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                for other, node in rooms(statement):
+                    if other not in CLI_AT_IMPORT:
+                        say(node, f"coral_cli imports {other} before a command runs")
+                for name, node in imported(statement):
+                    if name.split(".")[0] in ("torch", "transformers", "datasets", "accelerate", "numpy", "sklearn"):
+                        say(node, f"coral_cli imports {name} before a command runs")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_keeps_to_the_table(path):
+    assert violations(path.relative_to(ROOT), path.read_text(encoding="utf-8")) == []
+
+
+def test_every_room_is_in_the_table():
+    """A new room begins with a line in the table."""
+    found = {
+        path.relative_to(ROOT / "coral_core").parts[0].removesuffix(".py")
+        for path in FILES
+        if "coral_core" in str(path)
+    }
+    assert found - {"__init__", "pico"} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=str)
+def test_packages_do_no_work_at_import(path):
+    """One convenient import in an __init__ makes every other import of the package pay for it."""
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    allowed = (ast.Expr,) if path.parent.name != "coral_core" else (ast.Expr, ast.Assign)
+    assert all(isinstance(statement, allowed) for statement in statements)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("coral_core/store/x.py", "from coral_core.target.load import Target", "store imports target"),
+        ("coral_core/store/x.py", "def f():\n    from coral_core.target import load", "x.py:2: store imports target"),
+        ("coral_core/store/x.py", "def f():\n    import coral_core.target.load", "store imports target"),
+        ("coral_core/store/x.py", "from coral_core import target", "store imports target"),
+        (
+            "coral_core/decoding/x.py",
+            "if TYPE_CHECKING:\n    from coral_core.store.store import Store",
+            "imports store",
+        ),
+        ("coral_core/head/x.py", "from coral_core.drafter.model import Drafter", "head imports drafter"),
+        ("coral_core/recipe/x.py", "def f():\n    import torch", "recipe imports torch"),
+        ("coral_core/recipe/x.py", "from coral_core.lent import Lent", "recipe imports lent"),
+        ("coral_core/artifacts.py", "import numpy as np", "artifacts imports numpy"),
+        ("coral_core/data/x.py", "from . import y", "relative import"),
+        ("coral_core/data/x.py", "from ..store import y", "relative import"),
+        ("coral_core/data/x.py", "from coral_cli.console import err", "nobody imports coral_cli"),
+        ("coral_core/data/x.py", "print('hello')", "print in core"),
+        ("coral_core/data/x.py", "x = os.environ['HOME']", "the environment read in core"),
+        ("coral_core/data/x.py", "x = os.getenv('HOME')", "the environment read in core"),
+        ("coral_core/newroom/x.py", "import coral_core.errors", "newroom imports errors"),
+        ("coral_cli/commands/x.py", "from coral_core.training.loop import train", "before a command runs"),
+        ("coral_cli/commands/x.py", "try:\n    import torch\nexcept ImportError:\n    pass", "imports torch before"),
+    ],
+)
+def test_the_check_sees_each_kind_of_trespass(path, text, message):
+    assert message in " ".join(violations(Path(path), text))
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("coral_core/bench/x.py", "def f():\n    from coral_core.decoding.engine import speculative"),
+        ("coral_core/recipe/x.py", "import yaml, dataclasses\nfrom coral_core.errors import RecipeError"),
+        ("coral_core/artifacts.py", "from coral_core import __version__"),
+        ("coral_cli/commands/x.py", "def f():\n    from coral_core.training.loop import train\n    import torch"),
+        ("coral_cli/commands/x.py", "if TYPE_CHECKING:\n    from coral_core.training.loop import train"),
+    ],
+)
+def test_the_check_lets_the_rest_pass(path, text):
+    assert violations(Path(path), text) == []
