@@ -1,0 +1,211 @@
+"""A dialogue as the target sees it, and which of its tokens the target wrote: both from the chat template alone.
+
+No rule here knows a model family. A template with generation tags marks the answers itself; for any other, an answer is
+what `messages[:i + 1]` has beyond the generation prompt of `messages[:i]`, and the one must begin with the other,
+token for token, or nothing is learnt from it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from coral_core.errors import DataError
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}."""
+
+VICUNA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions.{% endif %}{{ ' ' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+KNOWN = {"vicuna": VICUNA}
+"""Templates of chat models whose tokenizers were published without one, by a part of their name."""
+
+SENTINEL = "3f9ac1e07b52"
+"""A text that no template contains, put where a message's words go."""
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One answer: what the target had read before it, and what it wrote."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Token ids, and for each whether the target wrote it."""
+
+    ids: list[int]
+    answer: list[bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class UserTurn:
+    """How the template opens and closes a user's turn."""
+
+    header: list[int]
+    """Token ids before the words; trailing spaces are left off, since words bring their own."""
+    stop_ids: frozenset[int]
+    """Special tokens that end the words; empty for a template that ends them with plain text."""
+    stop_text: str
+    """What follows the words, as text."""
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids of a dialogue up to where the target begins its answer. Raises DataError when the template refuses it."""
+    return _tokens(tokenizer, render(tokenizer, messages, generation_prompt=True))
+
+
+def encode(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> list[Encoded]:
+    """Ids and answer mask of a dialogue with given answers; each answer goes up to its first stop id, included.
+
+    One Encoded, or several where the template shows earlier turns differently later (it drops their reasoning): then
+    each answer is learnt in the context that the target would really have had. Raises DataError, naming the
+    template, when the answers' tokens cannot be told or there are none.
+    """
+    if GENERATION_TAG.search(_template(tokenizer)):
+        pieces = [_encode_tagged(tokenizer, messages)]
+    else:
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        pieces = join([_turn(tokenizer, messages[: place + 1], stop_ids) for place in places])
+    if not any(any(piece.answer) for piece in pieces):
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} marks no token of a dialogue as the target's: "
+            "there is nothing to learn from. Set data.regenerate=greedy, or mend the template"
+        )
+    return pieces
+
+
+def join(turns: Sequence[Turn]) -> list[Encoded]:
+    """Turns of one dialogue as one sequence, cut where a prompt does not begin with all that was there before."""
+    pieces: list[Encoded] = []
+    for turn in turns:
+        last = pieces[-1] if pieces else None
+        if last and turn.prompt[: len(last.ids)] == last.ids:
+            answer = last.answer + [False] * (len(turn.prompt) - len(last.ids))
+            pieces.pop()
+        else:
+            answer = [False] * len(turn.prompt)
+        pieces.append(Encoded(turn.prompt + turn.answer, answer + [True] * len(turn.answer)))
+    return pieces
+
+
+def user_turn(tokenizer: Any) -> UserTurn:
+    """What surrounds a user's first words, so that a target can be asked to write them. Raises DataError."""
+    text = render(tokenizer, [{"role": "user", "content": SENTINEL}], generation_prompt=True)
+    if text.count(SENTINEL) != 1:
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} shows a user's words {text.count(SENTINEL)} times, so its target "
+            "cannot write prompts. Set data.prompts to a file or a Hub dataset"
+        )
+    header, tail = text.split(SENTINEL)
+    first = _tokens(tokenizer, tail.lstrip())[:1]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = tokenizer.convert_ids_to_tokens(first)
+    stop_ids = frozenset(first if ends and ends[0] in special else [])
+    return UserTurn(_tokens(tokenizer, header.rstrip(" ")), stop_ids, tail.strip())
+
+
+def takes_system(tokenizer: Any) -> bool:
+    """Whether the template shows a system message (Gemma's raises, some drop it)."""
+    messages = [{"role": "system", "content": SENTINEL}, {"role": "user", "content": "."}]
+    try:
+        return SENTINEL in render(tokenizer, messages, generation_prompt=True)
+    except DataError:
+        return False
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Put a system message at the head of the first user's words, for a template that takes none."""
+    if messages[0]["role"] != "system":
+        return list(messages)
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, **variables: Any) -> str:
+    """The template's text. Raises DataError, in the template's own words, when it refuses the dialogue."""
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=_template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **variables,
+        )
+    except TemplateError as error:
+        raise DataError(f"the chat template of {_name(tokenizer)} refuses a dialogue: {error}") from error
+    return text
+
+
+def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> Turn:
+    """The last message as the target's answer to those before it, by prefix differencing."""
+    whole = _tokens(tokenizer, render(tokenizer, messages, generation_prompt=False))
+    prompts = []
+    for variables in ({}, {"enable_thinking": False}):
+        prompt = _tokens(tokenizer, render(tokenizer, messages[:-1], generation_prompt=True, **variables))
+        if whole[: len(prompt)] == prompt:
+            prompts.append(prompt)
+    if not prompts:
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} has no generation tags, and an answer does not begin with its "
+            "generation prompt, so the answer's tokens cannot be told. Set data.regenerate=greedy, or mend the template"
+        )
+    # An empty think block belongs to the prompt, not to the answer: the longest prompt that agrees has it.
+    prompt = max(prompts, key=len)
+    return Turn(prompt, _until_stop(whole[len(prompt) :], stop_ids))
+
+
+def _encode_tagged(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
+    encoded = tokenizer.apply_chat_template(
+        list(messages),
+        chat_template=_template(tokenizer),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
+
+
+def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    """Up to the first stop id, included: what the target itself writes before it is stopped."""
+    for place, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[: place + 1]
+    return ids
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    """A template's text carries its own special tokens: none are added."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _template(tokenizer: Any) -> str:
+    """Raises DataError when the tokenizer has no chat template, and none is known for its name."""
+    if tokenizer.chat_template:
+        template: str = tokenizer.get_chat_template()
+        return template
+    for part, known in KNOWN.items():
+        if part in str(tokenizer.name_or_path).lower():
+            return known
+    raise DataError(
+        f"the tokenizer of {_name(tokenizer)} has no chat template. "
+        "Set target.model to a chat model, or save a chat_template.jinja in its folder"
+    )
+
+
+def _name(tokenizer: Any) -> str:
+    return repr(str(tokenizer.name_or_path) or "the target")
