@@ -71,7 +71,7 @@ def _ask() -> str | None:
 def _answer(decode: Decode, prompt: list[int], tokenizer: object) -> str:
     """Stream one answer to stdout, its statistics to stderr; Ctrl-C ends the answer and keeps what was said."""
     from coral_cli.console import err
-    from coral_core.bench.stream import TextStream
+    from coral_core.decoding.stream import TextStream
 
     stream, rounds, begun_s = TextStream(tokenizer), [], time.perf_counter()
     try:

@@ -1,0 +1,60 @@
+"""The numbers of a bench, against a case computed by hand."""
+
+import dataclasses
+
+import pytest
+
+from coral_core.bench.metrics import accepted_by_depth, summarise
+from coral_core.bench.race import Lane, Turn
+
+SLOW = Lane(list(range(9)), 0.5, 4.0, [], [], {"step": 3.9})
+FAST = Lane(list(range(9)), 0.5, 1.0, [2, 3, 1], [3, 4, 1], {"draft": 0.3, "verify": 0.6})
+
+
+def turn(question: str, plain: Lane = SLOW, fast: Lane = FAST) -> Turn:
+    return Turn(question, 0, 5, plain, fast, None, None)
+
+
+def test_one_question_by_hand() -> None:
+    numbers = summarise([[turn("a")]])
+    assert numbers["rounds"] == 3
+    assert numbers["tokens_per_round_micro"] == pytest.approx(8 / 3)
+    assert numbers["tokens_per_s"] == 8.0  # the prefill's token is not counted, nor its half second
+    assert numbers["baseline_tokens_per_s"] == 2.0
+    assert numbers["speedup"] == 4.0
+    assert numbers["speedup_ci95"] is None  # one question shows no spread
+    assert numbers["seconds_by_phase"] == pytest.approx({"draft": 0.3, "verify": 0.6, "other": 0.1})
+    assert numbers["lossless"] == {"checked": 1, "equal": 1, "first_divergence": None}
+
+
+def test_micro_weighs_rounds_and_macro_weighs_questions() -> None:
+    poor = dataclasses.replace(FAST, ids=[1, 2], accepted_drafts=[0], emitted=[1])
+    numbers = summarise([[turn("a")], [turn("b", fast=poor)]])
+    assert numbers["tokens_per_round_micro"] == pytest.approx(9 / 4)
+    assert numbers["tokens_per_round_macro"] == pytest.approx((8 / 3 + 1) / 2)
+    low, high = numbers["speedup_ci95"]
+    assert low <= numbers["speedup"] <= high
+
+
+def test_a_faster_baseline_counts_instead_of_our_own_loop() -> None:
+    faster = dataclasses.replace(SLOW, decode_s=2.0)
+    assert summarise([[dataclasses.replace(turn("a"), baseline=faster)]])["speedup"] == 2.0
+
+
+def test_a_difference_is_counted_and_shown() -> None:
+    odd = dataclasses.replace(turn("b"), divergence={"position": 3, "logit_gap": 1e-3})
+    lossless = summarise([[turn("a")], [odd]])["lossless"]
+    assert lossless["equal"] == 1
+    assert lossless["first_divergence"] == {"question": "b", "turn": 0, "position": 3, "logit_gap": 1e-3}
+
+
+def test_acceptance_by_depth() -> None:
+    assert accepted_by_depth([2, 3, 1, 0]) == [0.75, 0.5, 0.25]
+    assert accepted_by_depth([]) == []
+
+
+def test_an_answer_of_one_token_has_no_round() -> None:
+    short = Lane([1], 0.5, 0.0, [], [], {})
+    numbers = summarise([[turn("a", plain=short, fast=short)], []])
+    assert numbers["tokens_per_round_micro"] is None
+    assert numbers["speedup"] is None

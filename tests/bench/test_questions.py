@@ -1,0 +1,63 @@
+"""Question files: what is read, and which line is blamed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from coral_core.bench.questions import check_bench, from_file, from_hub, held_out
+from coral_core.errors import ArtifactError, DataError
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_the_three_forms(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "q.jsonl",
+        {"question_id": 81, "turns": ["Hello.", "And now?"]},
+        "",
+        {"task_id": "HumanEval/0", "prompt": "def f():"},
+        {"question": "1 + 1?", "answer": "2"},
+    )
+    questions = from_file(path)
+    assert [question.name for question in questions] == ["81", "HumanEval/0", "q-4"]
+    assert [question.turns for question in questions] == [("Hello.", "And now?"), ("def f():",), ("1 + 1?",)]
+
+
+@pytest.mark.parametrize("line", ['{"turns": []}', '{"turns": [""]}', '{"turns": [3]}', '{"x": 1}', "[1]", "{"])
+def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path / "q.jsonl", {"prompt": "fine"}, line)
+    with pytest.raises(DataError, match=r"q\.jsonl line 2 is not a question"):
+        from_file(path)
+
+
+def test_missing_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read the questions file .*absent"):
+        from_file(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="is empty"):
+        from_file(write(tmp_path / "q.jsonl", ""))
+
+
+def test_an_unknown_bench_names_the_nearest() -> None:
+    with pytest.raises(DataError, match="unknown bench 'mtbench'; did you mean 'mt-bench'?"):
+        check_bench("mtbench")
+
+
+def test_an_unreachable_hub_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(DataError, match=r"HuggingFaceH4/mt_bench_prompts \(ConnectionError\).*--questions FILE"):
+        from_hub("mt-bench")
+
+
+def test_held_out_prompts_are_the_runs_own(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no held-out prompts in .*Run: coral prepare-data"):
+        held_out(tmp_path, "some/model")
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "holdout.json", [[3, 4, 5], [6]])
+    assert [question.ids for question in held_out(tmp_path, "some/model")] == [(3, 4, 5), (6,)]

@@ -1,0 +1,101 @@
+"""Which targets are taken, which are refused and how, and what is known of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from coral_core.errors import TargetError
+from coral_core.recipe.schema import TargetSpec
+from coral_core.target.capture import tap
+from coral_core.target.load import drafter_shape, load_target, pick_device, wrap
+from tests.tiny import FAMILIES, SHAPE, tiny_target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lent_head_on_the_features_is_the_targets_own_answer(family: str) -> None:
+    target = tiny_target(family)
+    ids_BT = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    own_BTV = target.model(input_ids=ids_BT).logits
+    torch.testing.assert_close(target.lent.logits(target.forward(ids_BT)), own_BTV, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3-mixed", "gpt-neox"])
+def test_features_of_a_padded_batch_equal_one_by_one(family: str) -> None:
+    target = tiny_target(family)
+    dialogues = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30]]
+    ids_BT = torch.zeros(3, 9, dtype=torch.long)
+    valid_BT = torch.zeros(3, 9, dtype=torch.bool)
+    for row, ids in enumerate(dialogues):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        valid_BT[row, : len(ids)] = True
+    feature_BTD = tap(target, ids_BT, valid_BT).feature_BTD
+    for row, ids in enumerate(dialogues):
+        alone_TD = target.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+        torch.testing.assert_close(feature_BTD[row, : len(ids)], alone_TD, rtol=0, atol=1e-5)
+
+
+def test_a_recurrent_state_is_refused_by_name() -> None:
+    config = transformers.Qwen3NextConfig(
+        **{**SHAPE, "layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1},
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(TargetError, match="Qwen3NextForCausalLM has layers of type 'linear_attention'"):
+        wrap(model, None)
+    mamba = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(TargetError, match="MambaForCausalLM has layers of type"):
+        wrap(transformers.AutoModelForCausalLM.from_config(mamba), None)
+
+
+def test_logits_that_are_not_head_times_feature_are_refused() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE))
+    own = model.forward
+
+    def twisted(*args: object, **kwargs: object) -> object:
+        out = own(*args, **kwargs)
+        out.logits = out.logits.flip(-1) + 1
+        return out
+
+    model.forward = twisted
+    with pytest.raises(TargetError, match=r"misses its own logits by .* Choose another target\.model"):
+        wrap(model, None)
+
+
+def test_a_target_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"cannot load target '.*nowhere'.* Set target\.model"):
+        load_target(TargetSpec(model=str(tmp_path / "nowhere")))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"')
+    with pytest.raises(TargetError, match="cannot load target"):
+        load_target(TargetSpec(model=str(tmp_path)))
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(TargetError, match="target.device is 'cuda:7', which this machine lacks"):
+        pick_device("cuda:7")
+    with pytest.raises(TargetError, match="target.device is 'gpu'"):
+        pick_device("gpu")
+
+
+def test_pico_is_embedded_and_known() -> None:
+    target = load_target(TargetSpec())
+    shape = drafter_shape(target.model.config)
+    assert target.lent.embed_VD.shape == (shape["vocab_size"], shape["hidden_size"])
+    assert target.lent.head_VD is target.lent.embed_VD
+    assert target.stop_ids == {target.tokenizer.convert_tokens_to_ids("<|end|>")}
+    assert target.dtype == torch.float32
+
+
+def test_the_fingerprint_tells_a_fine_tuned_copy_and_not_a_dtype() -> None:
+    target = tiny_target("llama")
+    again = wrap(transformers.AutoModelForCausalLM.from_config(target.model.config), None)
+    again.model.load_state_dict(target.model.state_dict())
+    assert wrap(again.model, None).fingerprint == target.fingerprint
+    assert wrap(again.model.to(torch.bfloat16), None).fingerprint == target.fingerprint
+    with torch.no_grad():
+        again.model.model.layers[1].mlp.down_proj.weight[0, 3] += 0.5
+    assert wrap(again.model, None).fingerprint != target.fingerprint
