@@ -75,6 +75,8 @@ def from_file(path: Path) -> list[Question]:
 
 
 def _question(row: dict[str, Any], name: str) -> Question:
+    if not isinstance(row, dict):
+        raise TypeError("not a JSON object")
     turns = row.get("turns") or row.get("prompt") or row["question"]
     turns = (turns,) if isinstance(turns, str) else tuple(turns)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
