@@ -37,6 +37,8 @@ WITHOUT_TORCH = {"errors", "progress", "recipe", "artifacts"}
 CLI_AT_IMPORT = {"errors", "progress", "recipe", "artifacts"}
 """What the command line may import before a command runs; the rest inside command bodies, so that --help is quick."""
 
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "sklearn"}
+
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """Every dotted module (or name in one) that a tree imports, however deep in it, with its node."""
@@ -69,42 +71,46 @@ def runs_at_import(module: ast.Module) -> Iterator[ast.stmt]:
         pending += [child for child in ast.iter_child_nodes(statement) if isinstance(child, ast.stmt)]
 
 
-def violations(path: Path, text: str) -> list[str]:
-    """What a file does against the table, one line each. `path` is relative to the root."""
-    tree, found = ast.parse(text), []
-    package, room = path.parts[0], path.parts[1].removesuffix(".py")
-
-    def say(node: ast.AST, what: str) -> None:
-        found.append(f"{path}:{getattr(node, 'lineno', 1)}: {what}")
-
+def anywhere(tree: ast.Module, package: str, room: str) -> Iterator[tuple[str, ast.AST]]:
+    """What no file of either package may do."""
     for name, node in imported(tree):
         top = name.split(".")[0]
         if not top:
-            say(node, f"relative import {name}")
+            yield f"relative import {name}", node
         elif top == "coral_cli" and package != "coral_cli":
-            say(node, "nobody imports coral_cli")
-        elif package == "coral_core" and room in WITHOUT_TORCH:
-            if top not in sys.stdlib_module_names | {"coral_core", "yaml"}:
-                say(node, f"{room} imports {top}")
-    if package == "coral_core":
-        for other, node in rooms(tree):
-            if other != room and other not in MAY_IMPORT.get(room, set()):
-                say(node, f"{room} imports {other}")
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and node.id == "print":
-                say(node, "print in core")
-            elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
-                say(node, "the environment read in core")
-    else:
-        for statement in runs_at_import(tree):
-            if isinstance(statement, ast.Import | ast.ImportFrom):
-                for other, node in rooms(statement):
-                    if other not in CLI_AT_IMPORT:
-                        say(node, f"coral_cli imports {other} before a command runs")
-                for name, node in imported(statement):
-                    if name.split(".")[0] in ("torch", "transformers", "datasets", "accelerate", "numpy", "sklearn"):
-                        say(node, f"coral_cli imports {name} before a command runs")
-    return found
+            yield "nobody imports coral_cli", node
+        elif room in WITHOUT_TORCH and top not in sys.stdlib_module_names | {"coral_core", "yaml"}:
+            yield f"{room} imports {top}", node
+
+
+def in_core(tree: ast.Module, room: str) -> Iterator[tuple[str, ast.AST]]:
+    """The room table; no print, no reading of the environment."""
+    for other, node in rooms(tree):
+        if other != room and other not in MAY_IMPORT.get(room, set()):
+            yield f"{room} imports {other}", node
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "print":
+            yield "print in core", node
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
+            yield "the environment read in core", node
+
+
+def in_cli(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Nothing heavy before a command runs."""
+    for statement in runs_at_import(tree):
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            heavy = [other for other, _ in rooms(statement) if other not in CLI_AT_IMPORT]
+            heavy += [name for name, _ in imported(statement) if name.split(".")[0] in HEAVY]
+            yield from ((f"coral_cli imports {name} before a command runs", statement) for name in heavy)
+
+
+def violations(path: Path, text: str) -> list[str]:
+    """What a file does against the table, one line each. `path` is relative to the root."""
+    tree = ast.parse(text)
+    package, room = path.parts[0], path.parts[1].removesuffix(".py")
+    own = in_core(tree, room) if package == "coral_core" else in_cli(tree)
+    found = [*anywhere(tree, package, room), *own]
+    return [f"{path}:{getattr(node, 'lineno', 1)}: {what}" for what, node in found]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

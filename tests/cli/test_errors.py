@@ -1,0 +1,117 @@
+"""The one error boundary, seen from outside: exit codes, and one line on stderr."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+FAKE = """
+import sys, time
+import coral_cli.main as cli
+from coral_cli.console import out, print_json
+from coral_core.errors import ArtifactError
+
+@cli.app.command("fake")
+def fake() -> None:
+    {body}
+
+sys.argv = ["coral", "fake"]
+cli.main()
+"""
+
+
+def coral(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a fresh interpreter."""
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])  # noqa: PTH109 (the checkout)
+    command = [sys.executable, "-m", "coral_cli.main", *arguments]
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def fake(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with the given body."""
+    code = FAKE.format(body=body)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+def test_success_is_0():
+    done = coral("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("coral ")
+
+
+@pytest.mark.parametrize("verb", ["prepare-data", "train", "group-head", "eval", "chat"])
+def test_a_users_error_is_1_with_one_line(verb, tmp_path):
+    done = coral(verb, "no-such.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no recipe file no-such.yaml. Leave it out to work on pico\n"
+    assert list(tmp_path.iterdir()) == [], "a refused recipe leaves nothing behind"
+
+
+def test_an_unknown_key_is_1_with_the_nearest():
+    done = coral("train", "train.stpes=3")
+    assert done.returncode == 1
+    assert done.stderr == "error: 'train.stpes=3': unknown key 'train.stpes'; did you mean 'train.steps'?\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--steps", "3"], "No such option: --steps"),
+        (["train", "a.yaml", "b.yaml"], "one recipe file at most, got a.yaml, b.yaml"),
+        (["trian"], "No such command 'trian'"),
+        ([], "Usage: "),
+    ],
+)
+def test_wrong_usage_is_2(arguments, message):
+    done = coral(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr + done.stdout
+
+
+def test_an_error_of_several_lines_becomes_one():
+    done = fake("raise ArtifactError('the drafter is gone.\\nRun: coral train')")
+    assert (done.returncode, done.stderr) == (1, "error: the drafter is gone. Run: coral train\n")
+
+
+def test_debug_shows_the_traceback_of_a_users_error():
+    done = fake("raise ArtifactError('gone')", CORAL_DEBUG="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ArtifactError: gone" in done.stderr
+
+
+def test_a_bug_keeps_its_traceback():
+    done = fake("raise ValueError('a bug')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ValueError: a bug" in done.stderr
+    assert "error: a bug" not in done.stderr
+
+
+def test_ctrl_c_is_130_with_one_line():
+    """A real signal, to a command in the middle of its work."""
+    code = FAKE.format(body="print('ready', flush=True); time.sleep(60)")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None and run.stdout.readline() == "ready\n"
+        run.send_signal(signal.SIGINT)
+        _, stderr = run.communicate(timeout=30)
+    assert (run.returncode, stderr) == (130, "interrupted; run the same command again to go on\n")
+
+
+@pytest.mark.parametrize(
+    "body", ["print_json(list(range(100_000)))", "[cli.typer.echo('x' * 99) for _ in range(9999)]"]
+)
+def test_a_reader_that_leaves_early_gets_no_complaint(body):
+    """`coral eval --json | head -1`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FAKE.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == ""

@@ -1,0 +1,48 @@
+"""`coral --help` answers at once: one convenient import at the top of a file costs every call seconds."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "sklearn", "numpy")
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter; it prints what it found to stderr."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def heavy_after(code: str) -> str:
+    """Which heavy modules are loaded once `code` has run."""
+    done = run_python(f"import sys\n{code}\nprint([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)")
+    return done.stderr.strip()
+
+
+@pytest.mark.parametrize("verb", [None, "prepare-data", "train", "group-head", "eval", "chat"])
+def test_help_imports_nothing_heavy(verb):
+    argv = ["coral", *([verb] if verb else []), "--help"]
+    code = (
+        f"sys.argv = {argv}\nfrom coral_cli.main import main\n"
+        "try: main()\nexcept SystemExit as done: assert done.code in (None, 0)"
+    )
+    assert heavy_after(code) == "[]"
+
+
+def test_help_takes_less_than_half_a_second():
+    """The best of several runs, since other work on the machine can only slow it down."""
+    code = "import sys; sys.argv = ['coral', '--help']; from coral_cli.main import main; main()"
+    took_s = []
+    for _ in range(6):
+        begun_s = time.perf_counter()
+        done = run_python(code)
+        took_s.append(time.perf_counter() - begun_s)
+        assert done.returncode == 0
+        assert "prepare-data" in done.stdout
+    assert min(took_s) < 0.5
+
+
+def test_reading_a_recipe_needs_no_torch():
+    code = "from coral_core.recipe.loader import load_recipe, dump_yaml\ndump_yaml(load_recipe(None, ['seed=1']))"
+    assert heavy_after(code) == "[]"

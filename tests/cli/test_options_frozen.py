@@ -1,0 +1,36 @@
+"""Every option there is. Knobs live in the recipe: adding an option means editing this list, so it is a decision."""
+
+import typer.main
+
+from coral_cli.main import app
+
+OPTIONS = {
+    "coral": ["--help", "--version"],
+    "prepare-data": ["--help", "--runs"],
+    "train": ["--help", "--runs"],
+    "group-head": ["--help", "--runs"],
+    "eval": ["--bench", "--help", "--json", "--limit", "--questions", "--runs"],
+    "chat": ["--help", "--no-speculative", "--runs", "--speculative"],
+}
+"""At most six of a command's own, --help not counted."""
+
+
+def options(command) -> list[str]:
+    """The long names of a command's options, sorted."""
+    context = command.make_context("coral", [], resilient_parsing=True)
+    names = {name for parameter in command.get_params(context) for name in (*parameter.opts, *parameter.secondary_opts)}
+    return sorted(name for name in names if name.startswith("--"))
+
+
+def test_no_option_is_added_without_editing_the_list():
+    group = typer.main.get_command(app)
+    found = {"coral": options(group)} | {name: options(command) for name, command in group.commands.items()}
+    assert found == OPTIONS
+    assert all(len(names) <= 7 for names in found.values())
+
+
+def test_each_command_takes_recipe_and_overrides():
+    group = typer.main.get_command(app)
+    for command in group.commands.values():
+        positional = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        assert [(argument.name, argument.nargs) for argument in positional] == [("arguments", -1)]

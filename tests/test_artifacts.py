@@ -1,0 +1,173 @@
+"""Folders on disk: never half there, taken up again after an interruption, and honest about where they came from."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from coral_core import __version__
+from coral_core.artifacts import Manifest, fingerprint, stage, write_text
+from coral_core.errors import ArtifactError, CoralError
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder, hidden names too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def interrupted(final: Path, mark: str, finished: str) -> None:
+    """One run of a stage that finishes one file and is then stopped by Ctrl-C."""
+    with pytest.raises(KeyboardInterrupt), stage(final, mark) as work:
+        (work / finished).write_text("done", encoding="utf-8")
+        raise KeyboardInterrupt
+
+
+def test_success_publishes_the_folder_and_leaves_nothing_else(tmp_path):
+    with stage(tmp_path / "data", "f1") as work:
+        (work / "shard-0").write_text("x", encoding="utf-8")
+        assert names(tmp_path) == [".data.partial"], "nothing stands under the final name before the end"
+    assert names(tmp_path) == ["data"]
+    assert names(tmp_path / "data") == ["shard-0"]
+
+
+def test_an_interrupted_stage_goes_on_where_it_stopped(tmp_path):
+    final = tmp_path / "data"
+    interrupted(final, "f1", "shard-0")
+    assert names(tmp_path) == [".data.partial"]
+    with stage(final, "f1") as work:
+        assert (work / "shard-0").read_text(encoding="utf-8") == "done"
+        (work / "shard-1").write_text("x", encoding="utf-8")
+    assert names(final) == ["shard-0", "shard-1"]
+
+
+def test_what_was_made_for_another_recipe_is_cleared(tmp_path):
+    final = tmp_path / "data"
+    interrupted(final, "f1", "shard-0")
+    with stage(final, "f2") as work:
+        assert names(work) == ["fingerprint"]
+        (work / "shard-9").write_text("x", encoding="utf-8")
+    assert names(final) == ["shard-9"]
+
+
+def test_a_partial_folder_without_its_mark_is_cleared(tmp_path):
+    stranger = tmp_path / ".data.partial"
+    stranger.mkdir()
+    (stranger / "shard-0").write_text("whose?", encoding="utf-8")
+    with stage(tmp_path / "data", "f1") as work:
+        assert names(work) == ["fingerprint"]
+
+
+def test_the_older_folder_stands_until_the_new_one_is_whole(tmp_path):
+    final = tmp_path / "data"
+    with stage(final, "f1") as work:
+        (work / "old").write_text("x", encoding="utf-8")
+    interrupted(final, "f2", "new")
+    assert names(final) == ["old"]
+    with stage(final, "f2"):
+        assert names(final) == ["old"]
+    assert names(final) == ["new"]
+    assert names(tmp_path) == ["data"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, code):
+    final = tmp_path / "data"
+    message = r"is full; what is finished is kept\. Free some room and run the same command"
+    with pytest.raises(ArtifactError, match=message), stage(final, "f1") as work:
+        (work / "shard-0").write_text("done", encoding="utf-8")
+        raise OSError(code, os.strerror(code))
+    assert names(tmp_path) == [".data.partial"]
+    with stage(final, "f1") as work:
+        assert (work / "shard-0").exists()
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ArtifactError, match="is full"), stage(tmp_path / "data", "f1"):
+        pass
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    message = r"cannot write .* Choose another folder with --runs"
+    with pytest.raises(CoralError, match=message), stage(tmp_path / "file" / "data", "f1"):
+        pass
+
+
+def test_any_other_error_is_a_bug_and_keeps_the_partial_folder(tmp_path):
+    for error in (ValueError("a bug"), OSError(errno.EIO, "Input/output error")):
+        with pytest.raises(type(error), match=str(error).replace("[", r"\[")), stage(tmp_path / "data", "f1"):
+            raise error
+    assert names(tmp_path) == [".data.partial"]
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+    write_text(path, "old")
+
+    def half(self, text, **_kwargs):
+        with self.open("w", encoding="utf-8") as file:
+            file.write(text[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "newer")
+    assert path.read_text(encoding="utf-8") == "old"
+
+
+# ---- the manifest
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return Manifest(
+        kind="data", fingerprint="f", inputs={"target": "t"}, recipe={"seed": 0}, facts={"tokens": 7}, git_commit="c"
+    )
+
+
+def test_a_manifest_reads_back_equal_and_knows_its_versions(tmp_path, manifest):
+    manifest.write(tmp_path)
+    read = Manifest.read(tmp_path, "data", "coral prepare-data")
+    assert read == manifest
+    assert read.versions["coral"] == __version__
+    assert {"python", "torch", "transformers"} <= set(read.versions)
+
+
+def test_a_missing_manifest_names_the_command(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no data in .*\. Run: coral prepare-data"):
+        Manifest.read(tmp_path / "data", "data", "coral prepare-data")
+
+
+def test_a_manifest_of_another_kind_is_refused(tmp_path, manifest):
+    manifest.write(tmp_path)
+    with pytest.raises(ArtifactError, match=r"holds a data, not a drafter\. Run: coral train"):
+        Manifest.read(tmp_path, "drafter", "coral train")
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", "null", '{"kind": "data"}', '{"kind": "data", "strange": 1}', "\x00"]
+)
+def test_a_damaged_manifest_is_one_line(tmp_path, damage):
+    (tmp_path / "manifest.json").write_text(damage, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: .* and run: coral prepare-data") as caught:
+        Manifest.read(tmp_path, "data", "coral prepare-data")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_is_not_text_is_damaged(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        Manifest.read(tmp_path, "data", "coral prepare-data")
+
+
+def test_a_fingerprint_is_of_the_value_not_of_its_order():
+    assert fingerprint({"a": 1, "b": [2.5]}) == fingerprint(json.loads('{"b": [2.5], "a": 1}'))
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert len(fingerprint(None)) == 16
