@@ -4,20 +4,15 @@ Rows that carry a loss are gathered before anything of width V is computed.
 Axes: B batch, R row, A row that carries a loss (packed to the left), N the same without padding, S step, D hidden.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
 
 import torch
 
 from coral_core.lent import Lent
+from coral_core.store.batches import Batch
 from coral_core.training.alignment import Alignment, cross_step_cosine, csra
 from coral_core.training.losses import regression, vocabulary
 from coral_core.training.unroll import loss_rows
-
-if TYPE_CHECKING:
-    from coral_core.store.batches import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

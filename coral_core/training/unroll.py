@@ -7,19 +7,13 @@ row sees of the streams. Not for decoding: nothing here is cached between calls.
 Axes: B batch, T position, R row = T-1 (the last position has no next token), D hidden, H head, G key/value head.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from coral_core.drafter.model import Drafter
 from coral_core.lent import Lent
+from coral_core.store.batches import Batch
 from coral_core.training.attention import StreamAttention, attend_fast
-
-if TYPE_CHECKING:
-    from coral_core.store.batches import Batch
 
 
 def loss_rows(batch: Batch) -> torch.Tensor:

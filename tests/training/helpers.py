@@ -1,12 +1,19 @@
 """Tiny drafters and batches for the training tests. Axes: B batch, T position, D hidden, V vocabulary."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.lent import Lent
+from coral_core.recipe.schema import TrainSpec
+from coral_core.store.batches import Batch
+from coral_core.store.shard import Sample
+from coral_core.store.store import Store
+from tests.store.helpers import make_store
 
 HIDDEN, VOCABULARY = 32, 48
 
@@ -39,24 +46,14 @@ def tiny_lent(seed: int = 1, **scalars: float) -> Lent:
     return Lent(*weights, **scalars)
 
 
-@dataclasses.dataclass(frozen=True)
-class TinyBatch:
-    """What store.Batch holds."""
-
-    ids_BT: torch.Tensor
-    answer_BT: torch.Tensor
-    valid_BT: torch.Tensor
-    feature_BTD: torch.Tensor
-
-
-def tiny_batch(lengths: list[int], answers: list[tuple[int, int]], pad_to: int = 0, seed: int = 2) -> TinyBatch:
+def tiny_batch(lengths: list[int], answers: list[tuple[int, int]], pad_to: int = 0, seed: int = 2) -> Batch:
     """Random sequences, right-padded; `answers` are the [start, end) of each one's answer tokens.
 
     Padding is loud: features of 1e3, so that a leak shows. Content does not depend on the padding.
     """
     generator = torch.Generator().manual_seed(seed)
     width = max(*lengths, pad_to)
-    batch = TinyBatch(
+    batch = Batch(
         torch.zeros(len(lengths), width, dtype=torch.int64),
         torch.zeros(len(lengths), width, dtype=torch.bool),
         torch.zeros(len(lengths), width, dtype=torch.bool),
@@ -68,3 +65,22 @@ def tiny_batch(lengths: list[int], answers: list[tuple[int, int]], pad_to: int =
         batch.valid_BT[row, :length] = True
         batch.feature_BTD[row, :length] = torch.randn(length, HIDDEN, generator=generator)
     return batch
+
+
+def tiny_store(folder: Path, samples: int = 12) -> Store:
+    """A published store for `tiny_drafter`'s shape: dialogues of 4 to 17 tokens, the second half of each an answer."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for _ in range(samples):
+        length = int(torch.randint(4, 18, (), generator=generator))
+        ids_T = torch.randint(VOCABULARY, (length,), generator=generator)
+        feature_TD = torch.randn(length, HIDDEN, generator=generator)
+        made.append(Sample(ids_T, torch.arange(length) >= length // 2, feature_TD))
+    facts = {"drafter_config": dataclasses.asdict(tiny_drafter().config)}
+    return make_store(folder, made, lent=tiny_lent(), facts=facts)
+
+
+def tiny_spec(**changes: Any) -> TrainSpec:
+    """Ten quick steps of CORAL."""
+    keys = {"steps": 10, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3, "checkpoint_every": 5, "topk": 5}
+    return TrainSpec(**{**keys, **changes})

@@ -24,7 +24,7 @@ def nce(positive, *negatives):
 
 
 def test_two_steps_by_hand():
-    """Each query: its own row in the other step is the positive, that step's other row the negative. Length is nothing."""
+    """A query's own row in the other step is the positive, that step's other row the negative; length is nothing."""
     assert csra((EAST, NORTH), ((2.0, 0.0), (0.0, 5.0))) == pytest.approx(4 * nce(1, 0), rel=1e-5)
     queries = nce(0, -1), nce(0, 1), nce(0, 1), nce(0, -1)
     assert csra((EAST, NORTH), (NORTH, WEST)) == pytest.approx(sum(queries), rel=1e-5)

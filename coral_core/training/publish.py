@@ -1,0 +1,118 @@
+"""The train stage: from runs/NAME/data to the published drafter, runs/NAME/drafter."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+
+from coral_core.artifacts import MANIFEST, Manifest, stage
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
+from coral_core.progress import Progress, silent
+from coral_core.recipe.loader import section_fingerprint, to_mapping
+from coral_core.recipe.schema import Recipe
+from coral_core.store.store import Store
+from coral_core.training.checkpoint import Checkpoints
+from coral_core.training.loop import identity, train
+
+COMMAND = "coral prepare-data"
+SECTIONS = ("seed", "train")
+"""What of a recipe decides the drafter, besides the data."""
+INDIFFERENT = {"target.device", "data.batch_size", "data.shard_tokens"}
+"""Keys that may have changed since the data were made: they decide how it was computed, not what."""
+
+
+def train_drafter(recipe: Recipe, run: Path, progress: Progress = silent) -> tuple[Manifest, bool]:
+    """Train and publish runs/NAME/drafter; (its manifest, whether anything had to be done).
+
+    Under several processes each calls this; the main one writes. Raises ArtifactError when the data is missing,
+    damaged or made for another recipe, or an unfinished training of another recipe is in the way.
+    """
+    store = open_data(recipe, run)
+    final = run / "drafter"
+    fingerprint = section_fingerprint(recipe, *SECTIONS, data=store.manifest.fingerprint)
+    if (finished := _finished(final, fingerprint)) is not None:
+        return finished, False
+    processes = accelerate.PartialState()
+    work = final.with_name(f".{final.name}.partial")  # as artifacts.stage names it
+    who = identity(recipe.train, store, recipe.seed, processes.num_processes)
+    Checkpoints(work / "checkpoints", who).refuse_stranger()
+    lines: list[dict[str, Any]] = []
+    with stage(final, fingerprint) if processes.is_main_process else contextlib.nullcontext(work):
+        processes.wait_for_everyone()
+        with _log_file(run / "log.jsonl", lines) as log:
+            drafter = train(recipe.train, store, seed=recipe.seed, work=work, log=log, progress=progress)
+        manifest = _manifest(recipe, store, fingerprint, drafter, lines)
+        if processes.is_main_process:
+            drafter.save(work)
+            manifest.write(work)
+            shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    processes.wait_for_everyone()
+    return manifest, True
+
+
+def open_data(recipe: Recipe, run: Path) -> Store:
+    """The run's features. Raises ArtifactError when they were made for another recipe, naming the first key."""
+    store = Store.open(run / "data", f"{COMMAND} (with the same recipe)")
+    if difference := _other_key(store.manifest.recipe, to_mapping(recipe)):
+        key, was, now = difference
+        raise ArtifactError(
+            f"the data in {store.folder} was made with {key}={was}; this recipe says {key}={now}. "
+            f"Run {COMMAND} with this recipe, or give {key} its old value"
+        )
+    return store
+
+
+def _other_key(made: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted key, old, new) of the first key in `made` that `wanted` has with another value."""
+    for name, was in made.items():
+        key, now = prefix + name, wanted.get(name, was)
+        if key in INDIFFERENT or was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            if difference := _other_key(was, now, f"{key}."):
+                return difference
+        else:
+            return key, was, now
+    return None
+
+
+def _finished(final: Path, fingerprint: str) -> Manifest | None:
+    if not (final / MANIFEST).exists():
+        return None
+    manifest = Manifest.read(final, "drafter", "coral train")
+    return manifest if manifest.fingerprint == fingerprint else None
+
+
+@contextlib.contextmanager
+def _log_file(path: Path, lines: list[dict[str, Any]]) -> Iterator[Any]:
+    """A function that appends its dict to the file at once, and to `lines`."""
+    with path.open("a", encoding="utf-8") as file:
+
+        def log(line: dict[str, Any]) -> None:
+            lines.append(line)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        yield log
+
+
+def _manifest(
+    recipe: Recipe, store: Store, fingerprint: str, drafter: Drafter, lines: list[dict[str, Any]]
+) -> Manifest:
+    mapping = to_mapping(recipe)
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
+        "dtype": "float32",
+        "drafter_config": dataclasses.asdict(drafter.config),
+        "data": {name: store.manifest.facts[name] for name in ("samples", "tokens", "answer_tokens")},
+        "last": lines[-1] if lines else {},
+    }
+    inputs = {"target": store.manifest.inputs["target"], "data": store.manifest.fingerprint}
+    sections = {name: mapping[name] for name in SECTIONS}
+    return Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)

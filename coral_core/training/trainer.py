@@ -1,0 +1,171 @@
+"""What the loop drives: the model, the optimizer, their data, and what of them a checkpoint holds.
+
+Axes: B batch, T position, R row, D hidden.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import accelerate
+import torch
+from torch.distributed.checkpoint import state_dict as distributed_state
+
+from coral_core.drafter.config import DrafterConfig
+from coral_core.drafter.model import Drafter
+from coral_core.recipe.schema import TrainSpec
+from coral_core.store.batches import Batch, batches
+from coral_core.store.store import Store
+from coral_core.training.alignment import Alignment
+from coral_core.training.checkpoint import Checkpoint
+from coral_core.training.objective import Objective
+from coral_core.training.unroll import Unroll, feature_noise, loss_rows
+
+BETAS = (0.9, 0.95)
+FINAL_RATE = 0.1
+"""The cosine ends at this share of the peak rate."""
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WHOLE = distributed_state.StateDictOptions(full_state_dict=True)  # on every process: all of them restore
+
+
+class Trainer:
+    """Model, optimizer and data of one training; `step` counts the optimizer steps done."""
+
+    def __init__(self, spec: TrainSpec, store: Store, seed: int, accelerator: accelerate.Accelerator) -> None:
+        self.spec, self.store, self.seed, self.accelerator = spec, store, seed, accelerator
+        self.config = DrafterConfig(**store.manifest.facts["drafter_config"])
+        unroll = Unroll(initial_drafter(self.config, seed), spec.unroll_steps)
+        optimizer = torch.optim.AdamW(unroll.parameters(), lr=spec.learning_rate, betas=BETAS)
+        self.model, self.optimizer = accelerator.prepare(unroll, optimizer)
+        self.lent = store.lent().to(accelerator.device, DTYPES[spec.precision])
+        self.objective = make_objective(spec)
+        self.step = 0
+
+    def micro_batches(self) -> Iterator["MicroBatch"]:
+        """This process's share of the micro-batches, from the position that the steps done leave."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        first = self.step * self.spec.accumulate * processes
+        source = batches(self.store, batch_size=self.spec.batch_size, seed=self.seed, start=first)
+        for number, batch in itertools.islice(enumerate(source, start=first), rank, None, processes):
+            yield MicroBatch.make(batch, number, self.accelerator.device)
+
+    def count_rows(self, micros: list["MicroBatch"]) -> int:
+        """Rows that carry a loss in the whole optimizer step, all processes together; at least 1."""
+        rows = torch.tensor(sum(micro.rows for micro in micros), device=self.accelerator.device)
+        return max(1, int(self.accelerator.reduce(rows, "sum")))
+
+    def synchronised_only_if(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Let the processes exchange gradients on the last micro-batch only."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def loss(self, micro: "MicroBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sums over the rows of a micro-batch. Draws are keyed by the seed and the micro-batch's number."""
+        generator = torch.Generator(self.accelerator.device).manual_seed(draw_seed(self.seed, micro.number))
+        noise_BRD = feature_noise(micro.batch, self.spec.feature_noise, generator) if self.spec.feature_noise else None
+        hiddens = self.model(self.lent, micro.batch, noise_BRD)
+        return self.objective(hiddens, micro.batch, self.lent, generator)
+
+    def update(self) -> None:
+        """One step of AdamW at the schedule's rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.spec, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def checkpoint(self) -> Checkpoint:
+        """Everything needed to go on from here, gathered from all processes."""
+        weights: dict[str, Any] = distributed_state.get_model_state_dict(self.model, options=_WHOLE)
+        adam: Any = distributed_state.get_optimizer_state_dict(self.model, self._adam(), options=_WHOLE)
+        flat = {f"{name}/{what}": value.cpu() for name, part in adam["state"].items() for what, value in part.items()}
+        position = self.step * self.spec.accumulate * self.accelerator.num_processes
+        numbers = {"micro_batches": position, "seed": self.seed}
+        if scaler := self.accelerator.scaler:
+            numbers["scaler"] = scaler.state_dict()
+        return Checkpoint(self.step, {name: value.cpu() for name, value in weights.items()}, flat, numbers)
+
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Take weights, optimizer and position from a checkpoint, if there is one."""
+        if checkpoint is None:
+            return
+        weights: dict[str, Any] = checkpoint.weights
+        distributed_state.set_model_state_dict(self.model, weights, options=_WHOLE)
+        state: dict[str, Any] = {}
+        for key, value in checkpoint.optimizer.items():
+            name, what = key.rsplit("/", 1)
+            state.setdefault(name, {})[what] = value
+        whole: Any = distributed_state.get_optimizer_state_dict(self.model, self._adam(), options=_WHOLE)
+        distributed_state.set_optimizer_state_dict(self.model, self._adam(), {**whole, "state": state}, options=_WHOLE)
+        if scaler := self.accelerator.scaler:
+            scaler.load_state_dict(checkpoint.numbers["scaler"])
+        self.step = checkpoint.step
+
+    def drafter(self) -> Drafter:
+        """The trained drafter, whole and on the CPU."""
+        weights = distributed_state.get_model_state_dict(self.model, options=_WHOLE)
+        drafter = Drafter(self.config)
+        drafter.load_state_dict({name.removeprefix("drafter."): value for name, value in weights.items()})
+        return drafter.requires_grad_(False).eval()
+
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer inside accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """A batch on the device, with what was counted before it went there."""
+
+    batch: Batch
+    number: int
+    """Its place in the run over the data, all processes together."""
+    rows: int
+    """Rows that carry a loss."""
+    tokens: int
+
+    @classmethod
+    def make(cls, batch: Batch, number: int, device: torch.device) -> "MicroBatch":
+        tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        moved = dataclasses.replace(batch, **{name: value.to(device) for name, value in tensors.items()})
+        return cls(moved, number, int(loss_rows(batch).sum()), int(batch.valid_BT.sum()))
+
+
+def initial_drafter(config: DrafterConfig, seed: int) -> Drafter:
+    """A drafter whose weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Drafter(config)
+
+
+def draw_seed(seed: int, number: int) -> int:
+    """A generator's seed for a micro-batch. Hashed, since torch's CPU generator reads 32 bits of a seed."""
+    return random.Random(f"{seed} {number}").getrandbits(32)
+
+
+def make_objective(spec: TrainSpec) -> Objective:
+    """The loss that a recipe describes."""
+    alignment = Alignment(
+        temperature=spec.csra_temperature,
+        negatives=spec.csra_negatives,
+        include_target=spec.csra_include_target,
+    )
+    return Objective(
+        regression_weight=spec.regression_weight,
+        distill_weight=spec.distill_weight,
+        topk_weight=spec.topk_weight,
+        topk=spec.topk,
+        csra_weight=spec.csra_weight,
+        alignment=alignment,
+    )
+
+
+def learning_rate(spec: TrainSpec, step: int) -> float:
+    """The rate of optimizer step `step` (the first is 0): linear warm-up, then a cosine to a tenth of the peak."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / spec.warmup_steps
+    done = (step - spec.warmup_steps) / max(1, spec.steps - 1 - spec.warmup_steps)
+    return spec.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

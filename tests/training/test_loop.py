@@ -1,0 +1,221 @@
+"""The loop's promises: resume, accumulation, processes, when it stops. Axes: V vocabulary, D hidden."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coral_core.errors import ArtifactError, CoralError
+from coral_core.store.store import Store
+from coral_core.training.checkpoint import Checkpoint, Checkpoints, first_difference
+from coral_core.training.loop import train
+from coral_core.training.trainer import learning_rate
+from tests.training.helpers import tiny_spec, tiny_store
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state per process; each test begins without."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_train(store, work, **changes):
+    lines = []
+    drafter = train(tiny_spec(**changes), store, seed=5, work=work, log=lines.append)
+    return drafter.state_dict(), lines
+
+
+def start(work, kill_after=0, changes=(), **environment):
+    command = [sys.executable, "-m", "tests.training.runner", str(work), str(kill_after), *changes]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def test_ten_steps_equal_five_steps_a_kill_and_five_steps_bit_for_bit(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for work in (whole, killed):
+        tiny_store(work / "data")
+    running = [start(whole), start(killed, kill_after=5)]
+    assert [process.wait(120) for process in running] == [0, -signal.SIGKILL]
+    assert not (killed / "weights-0.safetensors").exists()
+    assert (killed / "checkpoints" / "latest").read_text() == "step-00000005\n"
+    assert start(killed).wait(120) == 0
+    expected, found = (load_file(work / "weights-0.safetensors") for work in (whole, killed))
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+    """Two gloo processes with batches of 3, against one that accumulates two batches of 3."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for work in (one, two):
+        tiny_store(work / "data")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    running = [start(one, 0, ["accumulate=2", "batch_size=3"])]
+    running += [start(two, 0, ["batch_size=3"], RANK=str(r), LOCAL_RANK=str(r), **world) for r in range(2)]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
+    expected = load_file(one / "weights-0.safetensors")
+    for rank in range(2):
+        for name, weight in load_file(two / f"weights-{rank}.safetensors").items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+    curves = [[json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()] for work in (one, two)]
+    assert [line["step"] for line in curves[1]] == [10]
+    for name in ("loss", "regression", "topk", "csra", "accuracy_1", "grad_norm"):
+        assert curves[1][0][name] == pytest.approx(curves[0][0][name], rel=1e-4), name
+
+
+def test_accumulating_two_batches_of_two_equals_a_batch_of_four(tmp_path):
+    """The sum is divided by the rows of the whole step, not by each batch's: EAGLE and SpecForge differ here."""
+    store = tiny_store(tmp_path / "data")
+    whole, _ = run_train(store, tmp_path / "a", batch_size=4, feature_noise=0.0, steps=4)
+    halves, _ = run_train(store, tmp_path / "b", batch_size=2, accumulate=2, feature_noise=0.0, steps=4)
+    for name, weight in whole.items():
+        torch.testing.assert_close(halves[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_it_learns_and_the_log_says_so(tmp_path):
+    store = tiny_store(tmp_path / "data", samples=4)
+    _, lines = run_train(store, tmp_path / "work", steps=60, feature_noise=0.0)
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60]
+    assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    assert lines[-1]["accuracy_1"] > lines[0]["accuracy_1"]
+    expected = {"stage", "step", "loss", "regression", "distill", "topk", "csra", "cosine", "accuracy_1", "accuracy_2"}
+    expected |= {"accuracy_3", "grad_norm", "learning_rate", "tokens_per_s", "elapsed_s"}
+    assert set(lines[0]) == expected
+    json.dumps(lines)
+
+
+def test_same_seed_same_drafter_another_seed_another(tmp_path):
+    store = tiny_store(tmp_path / "data")
+    seeds = [
+        train(tiny_spec(steps=2), store, seed=s, work=tmp_path / f"{n}", log=lambda _: None)
+        for n, s in enumerate((1, 1, 2))
+    ]
+    weights = [drafter.fc.weight for drafter in seeds]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, precision, monkeypatch):
+    store = tiny_store(tmp_path / "data")
+    lent = store.lent()
+    lent.embed_VD.fill_(math.nan)
+    monkeypatch.setattr(Store, "lent", lambda _: lent)
+    updates = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: updates.append(1))
+    with pytest.raises(CoralError, match=r"step 1: the loss is nan .* nothing was updated. Lower train.learning_rate"):
+        run_train(store, tmp_path / "work", precision=precision)
+    assert not updates
+
+
+def test_an_exploding_rate_stops_with_the_step(tmp_path):
+    store = tiny_store(tmp_path / "data")
+    with pytest.raises(CoralError, match=r"step \d+: the loss is"):
+        run_train(store, tmp_path / "work", learning_rate=1e30, steps=200)
+
+
+def test_bf16_trains_with_float32_weights(tmp_path):
+    store = tiny_store(tmp_path / "data")
+    exact, _ = run_train(store, tmp_path / "a", steps=3)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    mixed, lines = run_train(store, tmp_path / "b", steps=3, precision="bf16")
+    assert all(weight.dtype == torch.float32 for weight in mixed.values())
+    assert math.isfinite(lines[-1]["loss"])
+    for name, weight in exact.items():
+        assert not torch.equal(mixed[name], weight)
+        torch.testing.assert_close(mixed[name], weight, rtol=0, atol=2e-2)  # bf16 against float32: the policy's bound
+
+
+def test_schedule_drawn():
+    """Three steps of warm-up to the peak, then a cosine whose last step is at a tenth of it."""
+    spec = tiny_spec(steps=8, warmup_steps=3, learning_rate=1.0)
+    rates = [learning_rate(spec, step) for step in range(8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.8682, 0.55, 0.2318, 0.1], abs=1e-4)
+
+
+def test_a_changed_recipe_is_refused_naming_the_key(tmp_path):
+    store = tiny_store(tmp_path / "data")
+    run_train(store, tmp_path / "work", steps=8)
+    with pytest.raises(
+        ArtifactError, match=r"train.learning_rate 0.003; this run has 0.001. Give train.learning_rate its"
+    ):
+        run_train(store, tmp_path / "work", steps=8, learning_rate=1e-3)
+
+
+def test_first_difference_drawn():
+    was = {"seed": 1, "train": {"steps": 5, "topk": 3}}
+    assert first_difference(was, was) is None
+    assert first_difference(was, {"seed": 1, "train": {"steps": 5, "topk": 4}}) == ("train.topk", 3, 4)
+    assert first_difference(was, {"seed": 1, "train": {"steps": 5}}) == ("train.topk", 3, "absent")
+    assert first_difference(was, {**was, "data": "a"}) == ("data", "absent", "a")
+
+
+def a_checkpoint(step):
+    return Checkpoint(
+        step, {"fc.weight": torch.full((2,), float(step))}, {"fc.weight/step": torch.tensor(1.0)}, {"n": 1}
+    )
+
+
+def test_checkpoints_rotate_and_the_latest_is_read(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"seed": 1})
+    assert checkpoints.load() is None
+    for step in (5, 10, 15):
+        checkpoints.save(a_checkpoint(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010", "step-00000015"]
+    found = checkpoints.load()
+    assert found.step == 15
+    assert found.numbers == {"n": 1}
+    torch.testing.assert_close(found.weights["fc.weight"], torch.tensor([15.0, 15.0]))
+
+
+def test_a_checkpoint_cut_short_is_never_the_latest(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, {"seed": 1})
+    checkpoints.save(a_checkpoint(5))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coral_core.training.checkpoint.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(a_checkpoint(10))
+    assert checkpoints.load().step == 5
+    monkeypatch.undo()
+    checkpoints.save(a_checkpoint(10))
+    assert checkpoints.load().step == 10
+
+
+@pytest.mark.parametrize("file", ["state.json", "weights.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_said_to_be(tmp_path, file):
+    checkpoints = Checkpoints(tmp_path, {"seed": 1})
+    checkpoints.save(a_checkpoint(5))
+    (tmp_path / "step-00000005" / file).write_bytes(b"\x00garbage")
+    with pytest.raises(ArtifactError, match=r"step-00000005 is damaged: .*Remove .* and run: coral train"):
+        checkpoints.load()
+
+
+def test_a_train_spec_field_is_part_of_the_identity(tmp_path):
+    """Whatever is added to the recipe's train section later is compared too."""
+    from coral_core.training.loop import identity
+
+    spec = tiny_spec()
+    store = tiny_store(tmp_path / "data")
+    assert identity(spec, store, 0, 1)["train"].keys() == {field.name for field in dataclasses.fields(spec)}
