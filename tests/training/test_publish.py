@@ -1,0 +1,134 @@
+"""The train stage and `coral train`: what is published, what is refused, and with which words."""
+
+import dataclasses
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from coral_cli.main import app
+from coral_core.artifacts import MANIFEST, Manifest
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
+from coral_core.recipe.schema import PRESETS, Recipe
+from coral_core.training import publish
+from coral_core.training.publish import train_drafter
+from tests.training.helpers import tiny_spec, tiny_store
+
+RECIPE = Recipe(name="tiny", train=tiny_spec(steps=4, checkpoint_every=2))
+OVERRIDES = ["name=tiny", "train.steps=4", "train.batch_size=4", "train.checkpoint_every=2", "train.topk=5"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    tiny_store(tmp_path / "tiny" / "data")
+    return tmp_path / "tiny"
+
+
+def say_the_data_was_made_with(run, **sections):
+    path = run / "data" / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "recipe": sections}))
+
+
+def coral(*arguments):
+    return CliRunner().invoke(app, ["train", *arguments])
+
+
+def test_it_publishes_a_drafter_that_says_where_it_came_from(run):
+    manifest, trained = train_drafter(RECIPE, run)
+    assert trained
+    assert sorted(path.name for path in (run / "drafter").iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
+    assert Manifest.read(run / "drafter", "drafter", "coral train") == manifest
+    assert manifest.inputs == {"target": "t" * 16, "data": "f" * 16}
+    assert manifest.recipe["train"]["steps"] == 4
+    assert manifest.facts["last"]["step"] == 4
+    assert Drafter.load(run / "drafter").config.hidden_size == 32
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [4]
+
+
+def test_a_finished_drafter_is_not_trained_again_until_the_recipe_changes(run, monkeypatch):
+    first, _ = train_drafter(RECIPE, run)
+    other = dataclasses.replace(RECIPE, seed=1)
+    again, trained = train_drafter(other, run)
+    assert trained
+    assert again.fingerprint != first.fingerprint
+    monkeypatch.setattr(publish, "train", None)
+    assert train_drafter(other, run) == (again, False)
+
+
+def test_an_interrupted_training_goes_on_and_nothing_half_done_is_published(run):
+    def interrupt(_stage, done, _total, _numbers):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_drafter(RECIPE, run, interrupt)
+    assert not (run / "drafter").exists()
+    seen = []
+    train_drafter(RECIPE, run, lambda _stage, done, _total, _numbers: seen.append(done))
+    assert seen == [2, 3, 4]
+
+
+def test_an_unfinished_training_of_another_recipe_is_kept_and_named(run):
+    def interrupt(_stage, done, _total, _numbers):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_drafter(RECIPE, run, interrupt)
+    changed = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, topk=4))
+    with pytest.raises(
+        ArtifactError, match=r"train.topk 5; this run has 4. Give train.topk its old value to go on, or"
+    ):
+        train_drafter(changed, run)
+    assert (run / ".drafter.partial" / "checkpoints" / "latest").exists()
+
+
+def test_data_of_another_recipe_are_refused_naming_the_key(run):
+    say_the_data_was_made_with(run, target={"model": "pico"}, data={"max_length": 64, "batch_size": 1})
+    with pytest.raises(
+        ArtifactError, match=r"made with data.max_length=64; this recipe says data.max_length=512. Run cor"
+    ):
+        train_drafter(RECIPE, run)
+
+
+def test_keys_that_do_not_change_the_data_may_change(run):
+    say_the_data_was_made_with(run, target={"model": "pico", "device": "cuda"}, data={"batch_size": 1})
+    train_drafter(RECIPE, run)
+
+
+def test_the_command_prints_a_summary_on_stdout_and_says_when_it_is_done_already(run):
+    arguments = [*OVERRIDES, "--runs", str(run.parent)]
+    first = coral(*arguments)
+    assert first.exit_code == 0, first.output
+    assert "| accuracy 1" in first.stdout
+    assert "| tokens/s" in first.stdout
+    assert "Next: coral group-head" in first.stderr
+    second = coral(*arguments)
+    assert second.exit_code == 0
+    assert "is finished already" in second.stderr
+    assert second.stdout == first.stdout
+
+
+def test_the_command_names_prepare_data_when_there_is_no_data(tmp_path):
+    result = coral("--runs", str(tmp_path))
+    assert result.exit_code == 1
+    assert "error: no data in" in result.stderr
+    assert "Run: coral prepare-data" in result.stderr
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(run, preset):
+    result = coral(*OVERRIDES, f"train.preset={preset}", "--runs", str(run.parent))
+    assert result.exit_code == 0, result.output
+    last = Manifest.read(run / "drafter", "drafter", "coral train").facts["last"]
+    steps = PRESETS[preset]["unroll_steps"]
+    assert [f"accuracy_{step}" in last for step in (1, 2, 3)] == [step <= steps for step in (1, 2, 3)]
+    assert ("csra" in last) == (preset == "coral")
