@@ -61,7 +61,7 @@ def test_an_unknown_key_is_1_with_the_nearest():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--steps", "3"], "No such option: --steps"),
+        (["train", "--steps", "3"], "No such option"),
         (["train", "a.yaml", "b.yaml"], "one recipe file at most, got a.yaml, b.yaml"),
         (["trian"], "No such command 'trian'"),
         ([], "Usage: "),
