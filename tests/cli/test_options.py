@@ -15,9 +15,10 @@ def test_no_words_are_the_default_recipe():
     assert read_recipe(None) == read_recipe([]) == Recipe()
 
 
-def test_a_path_with_an_equals_sign_is_a_path(tmp_path):
-    path = tmp_path / "lr=3" / "my.yaml"
-    path.parent.mkdir()
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("tried/lr=3/my.yaml")
+    path.parent.mkdir(parents=True)
     path.write_text("name: mine\n", encoding="utf-8")
     assert read_recipe(["seed=4", str(path), "train.steps=5"]).name == "mine"
 
