@@ -7,6 +7,8 @@ row sees of the streams. Not for decoding: nothing here is cached between calls.
 Axes: B batch, T position, R row = T-1 (the last position has no next token), D hidden, H head, G key/value head.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -31,46 +33,86 @@ def loss_rows(batch: Batch) -> torch.Tensor:
 
 def unroll_rows(
     drafter: nn.Module,
-    embed_BRD: torch.Tensor,
-    feature_BRD: torch.Tensor,
-    steps: int,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    rows: Sequence[torch.Tensor],
     attention: StreamAttention = attend_fast,
 ) -> list[torch.Tensor]:
-    """Outputs [B,R,D] of steps 1 to `steps`, from the embeddings of tokens r+1 and the target's features r.
+    """Outputs [B,R,D] of as many steps as `rows` has masks [B,R]; a step runs on its mask's rows, elsewhere it gives 0.
 
-    Rows right of a sequence's end hold padding; causal offsets keep them out of every real row. Gradients reach the
-    key and value projections of every stream, not the stream itself.
+    `inputs` are the embeddings of tokens r+1 and the target's features r, both [B,R,D]. The drafter's matrices see the
+    masked rows of all sequences side by side, without padding; only attention is laid out by sequence. Gradients reach
+    the key and value projections of every stream, not the stream itself.
     """
-    position_BR = torch.arange(embed_BRD.shape[1], device=embed_BRD.device)[None]
-    keys: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-
-    def attend(query_BHRE: torch.Tensor, key_BGRE: torch.Tensor, value_BGRE: torch.Tensor) -> torch.Tensor:
-        repeats = query_BHRE.shape[1] // key_BGRE.shape[1]
-        keys.append(key_BGRE.repeat_interleave(repeats, dim=1))
-        values.append(value_BGRE.repeat_interleave(repeats, dim=1))
-        return attention(query_BHRE, keys, values)
-
+    embed_BRD, feature_BRD = inputs
+    shape, keys, values = embed_BRD.shape[:2], [], []
     outputs: list[torch.Tensor] = []
     stream_BRD = feature_BRD
-    for _ in range(steps):
-        out_BRD = drafter(embed_BRD, stream_BRD, position_BR, attend)
+    for mask_BR in rows:
+        row_N = mask_BR.flatten().nonzero()[:, 0]
+
+        def attend(
+            query_1HNE: torch.Tensor, key_1GNE: torch.Tensor, value_1GNE: torch.Tensor, row_N: torch.Tensor = row_N
+        ) -> torch.Tensor:
+            repeats = query_1HNE.shape[1] // key_1GNE.shape[1]
+            keys.append(_by_sequence(key_1GNE, row_N, shape).repeat_interleave(repeats, dim=1))
+            values.append(_by_sequence(value_1GNE, row_N, shape).repeat_interleave(repeats, dim=1))
+            out_BHRE = attention(_by_sequence(query_1HNE, row_N, shape), keys, values)
+            return out_BHRE.transpose(1, 2).flatten(0, 1)[row_N].transpose(0, 1)[None]
+
+        embed_1ND, stream_1ND = (x_BRD.flatten(0, 1)[row_N][None] for x_BRD in (embed_BRD, stream_BRD))
+        out_1ND = drafter(embed_1ND, stream_1ND, (row_N % shape[1])[None], attend)
+        out_BRD = _scatter(out_1ND[0], row_N, shape)
         outputs.append(out_BRD)
         stream_BRD = torch.cat((feature_BRD[:, :1], out_BRD[:, :-1].detach()), dim=1)
     return outputs
 
 
-def unroll(
-    drafter: Drafter, lent: Lent, batch: Batch, steps: int, noise_BRD: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Outputs [B,R,D] of each step for a batch: row r of every step predicts feature r+1.
+def _by_sequence(x_1HNE: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[B,H,R,E] from the rows side by side; 0 where there is none."""
+    return _scatter(x_1HNE[0].transpose(0, 1), row_N, shape).transpose(1, 2)
 
-    `noise_BRD` is added to the target's features that the drafter reads.
+
+def _scatter(x_NX: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[B,R,...] with x at the flat rows `row_N`, and 0 elsewhere."""
+    whole = x_NX.new_zeros(shape.numel(), *x_NX.shape[1:])
+    return whole.index_copy(0, row_N, x_NX).unflatten(0, shape)
+
+
+def needed_rows(valid_BR: torch.Tensor, wanted_BR: torch.Tensor | None, steps: int) -> list[torch.Tensor]:
+    """One mask [B,R] per step: the rows to compute so that every step's wanted rows are right.
+
+    Step 1 is stream 0's keys for everyone: all valid rows. A wanted row r of step F attends rows r-1, r-2, … of streams
+    F-2, F-3, …, and reads row r-1's output of the step before: so a later step needs its wanted rows and the
+    steps - F rows before each. Prompts are long and carry no loss; here they are computed once, not `steps` times.
+    """
+    if wanted_BR is None:
+        return [valid_BR] * steps
+    needed = [wanted_BR]
+    for _ in range(steps - 2):
+        earlier_BR = torch.nn.functional.pad(needed[0][:, 1:], (0, 1))
+        needed.insert(0, wanted_BR | (earlier_BR & valid_BR))
+    return [valid_BR, *needed][:steps]
+
+
+def unroll(
+    drafter: Drafter,
+    lent: Lent,
+    batch: Batch,
+    steps: int,
+    *,
+    noise_BRD: torch.Tensor | None = None,
+    wanted_BR: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Outputs [B,R,D] of each step for a batch: row r of every step predicts feature r+1; rows of padding are 0.
+
+    `noise_BRD` is added to the target's features that the drafter reads. With `wanted_BR`, only these rows of the
+    outputs mean anything, and the later steps compute no more than they need.
     """
     embed_BRD, feature_BRD = lent.embed(batch.ids_BT[:, 1:]), batch.feature_BTD[:, :-1]
     if noise_BRD is not None:
         feature_BRD = feature_BRD + noise_BRD
-    return unroll_rows(drafter, embed_BRD.to(feature_BRD.dtype), feature_BRD, steps)
+    rows = needed_rows(batch.valid_BT[:, 1:], wanted_BR, steps)
+    return unroll_rows(drafter, (embed_BRD.to(feature_BRD.dtype), feature_BRD), rows)
 
 
 def feature_noise(batch: Batch, width: float, generator: torch.Generator) -> torch.Tensor:
@@ -82,7 +124,7 @@ def feature_noise(batch: Batch, width: float, generator: torch.Generator) -> tor
 
 
 class Unroll(nn.Module):
-    """The whole unroll as one forward pass, so that DDP and FSDP see each weight used within one call."""
+    """The whole unroll of the rows that carry a loss as one forward pass: DDP and FSDP see each weight in one call."""
 
     def __init__(self, drafter: Drafter, steps: int) -> None:
         super().__init__()
@@ -90,4 +132,5 @@ class Unroll(nn.Module):
         self.steps = steps
 
     def forward(self, lent: Lent, batch: Batch, noise_BRD: torch.Tensor | None = None) -> list[torch.Tensor]:
-        return unroll(self.drafter, lent, batch, self.steps, noise_BRD)
+        wanted_BR = loss_rows(batch)
+        return unroll(self.drafter, lent, batch, self.steps, noise_BRD=noise_BRD, wanted_BR=wanted_BR)

@@ -120,8 +120,8 @@ def test_weights_get_the_same_gradient_from_both_attentions():
     for attend in (attention.attend_eager, attention.attend_fast):
         drafter = tiny_drafter()
         embed_BRD, feature_BRD = lent.embed(BATCH.ids_BT[:, 1:]), BATCH.feature_BTD[:, :-1]
-        hiddens = unroll.unroll_rows(drafter, embed_BRD, feature_BRD, 4, attend)
         rows_BR = BATCH.valid_BT[:, 1:]
+        hiddens = unroll.unroll_rows(drafter, (embed_BRD, feature_BRD), [rows_BR] * 4, attend)
         sum((hidden_BRD[rows_BR] ** 2).mean() for hidden_BRD in hiddens).backward()
         grads.append({name: parameter.grad for name, parameter in drafter.named_parameters()})
     for name, grad in grads[0].items():
@@ -154,6 +154,31 @@ def test_streams_are_detached_but_their_keys_learn():
     assert grad is None
     (grad,) = torch.autograd.grad(hiddens[1][:, 3].sum(), drafter.layers[0].self_attn.k_proj.weight)
     assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_computing_only_what_is_needed_changes_no_wanted_row_and_no_gradient(steps):
+    lent, wanted_BR = tiny_lent(), unroll.loss_rows(BATCH)
+    found = []
+    for wanted in (None, wanted_BR):
+        drafter = tiny_drafter()
+        hiddens = unroll.unroll(drafter, lent, BATCH, steps, wanted_BR=wanted)
+        chosen = torch.stack([hidden_BRD[wanted_BR] for hidden_BRD in hiddens])
+        (chosen**2).mean().backward()
+        found.append((chosen.detach(), [parameter.grad for parameter in drafter.parameters()]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
+    for part, whole in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_needed_rows_drawn():
+    """w wanted, . valid, x padding; then what steps 1 to 4 compute: the last its wanted rows, each earlier one more."""
+    drawing = "....w.ww.xx"
+    expected = ["11111111100", "00111111000", "00011111000", "00001011000"]
+    valid_BR, wanted_BR = (torch.tensor([[letter in letters for letter in drawing]]) for letters in (".w", "w"))
+    masks = unroll.needed_rows(valid_BR, wanted_BR, 4)
+    assert ["".join(str(int(x)) for x in mask_BR[0]) for mask_BR in masks] == expected
+    assert len(unroll.needed_rows(valid_BR, wanted_BR, 1)) == 1
 
 
 def test_loss_rows_drawn():
