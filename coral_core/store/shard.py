@@ -44,6 +44,8 @@ class ShardFacts:
     samples: int
     tokens: int
     answer_tokens: int
+    holdout_samples: int = 0
+    """The last of the samples, never learnt from."""
 
 
 def shard_name(number: int) -> str:
@@ -56,7 +58,9 @@ def row_bytes(hidden: int, dtype: torch.dtype) -> int:
     return hidden * dtype.itemsize + 4 + 1
 
 
-def write_shard(folder: Path, number: int, samples: Sequence[Sample], dtype: torch.dtype) -> ShardFacts:
+def write_shard(
+    folder: Path, number: int, samples: Sequence[Sample], dtype: torch.dtype, *, holdout_samples: int = 0
+) -> ShardFacts:
     """Write one shard whole, or not at all. Raises DataError for a feature that `dtype` cannot hold."""
     assert samples, "a shard holds at least one sample"
     feature_ND = torch.cat([sample.feature_TD.to("cpu", dtype) for sample in samples])
@@ -85,6 +89,7 @@ def write_shard(folder: Path, number: int, samples: Sequence[Sample], dtype: tor
         samples=len(samples),
         tokens=len(feature_ND),
         answer_tokens=int(answer_N.sum()),
+        holdout_samples=holdout_samples,
     )
 
 

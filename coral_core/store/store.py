@@ -4,6 +4,7 @@
     shard-NNNNN.safetensors   the samples; the held-out ones are the last
     holdout.json              token ids of the held-out prompts, up to where the target begins its first answer
     lent.safetensors          the target's embedding and head
+    prompts.jsonl, plan.json  the dialogues as text, and the shard that each belongs to
 
 Not for making features: this room never sees a target.
 """
@@ -34,11 +35,12 @@ def seal(
     *,
     lent: Lent,
     holdout_prompts: Sequence[list[int]],
-    holdout_samples: int,
+    files: Sequence[str] = (),
 ) -> Manifest:
-    """Turn a folder of finished shards into a store; the last `holdout_samples` samples are the held-out ones.
+    """Turn a folder of finished shards into a store; held-out samples are the last of all.
 
-    `manifest` brings the provenance and the facts that shards do not show; the counts are added here.
+    `manifest` brings the provenance and the facts that shards do not show; the counts are added here, and a checksum of
+    each file, of the further `files` too.
     """
     lent.save(folder / LENT)
     write_text(folder / HOLDOUT, json.dumps([list(prompt) for prompt in holdout_prompts]) + "\n")
@@ -46,12 +48,12 @@ def seal(
         "samples": sum(shard.samples for shard in shards),
         "tokens": sum(shard.tokens for shard in shards),
         "answer_tokens": sum(shard.answer_tokens for shard in shards),
-        "holdout_samples": holdout_samples,
+        "holdout_samples": sum(shard.holdout_samples for shard in shards),
         "bytes": sum(shard.size_bytes for shard in shards) + (folder / LENT).stat().st_size,
         "hidden": lent.embed_VD.shape[1],
         "vocab": lent.head_VD.shape[0],
         **manifest.facts,
-        "files": {name: file_sha256(folder / name) for name in (HOLDOUT, LENT)},
+        "files": {name: file_sha256(folder / name) for name in (HOLDOUT, LENT, *files)},
         "shards": [dataclasses.asdict(shard) for shard in shards],
     }
     sealed = dataclasses.replace(manifest, facts=facts)

@@ -110,10 +110,14 @@ def user_turn(tokenizer: Any) -> UserTurn:
         )
     header, tail = text.split(SENTINEL)
     first = _tokens(tokenizer, tail.lstrip())[:1]
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ends = tokenizer.convert_ids_to_tokens(first)
-    stop_ids = frozenset(first if ends and ends[0] in special else [])
+    stop_ids = control_ids(tokenizer).intersection(first)
     return UserTurn(_tokens(tokenizer, header.rstrip(" ")), stop_ids, tail.strip())
+
+
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that stand for no text of a language: those added to the vocabulary, runs of spaces excepted."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(number for number, token in added if token.content.strip())
 
 
 def takes_system(tokenizer: Any) -> bool:
@@ -123,14 +127,6 @@ def takes_system(tokenizer: Any) -> bool:
         return SENTINEL in render(tokenizer, messages, generation_prompt=True)
     except DataError:
         return False
-
-
-def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """Put a system message at the head of the first user's words, for a template that takes none."""
-    if messages[0]["role"] != "system":
-        return list(messages)
-    system, user, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, **variables: Any) -> str:

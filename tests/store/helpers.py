@@ -42,10 +42,11 @@ def make_store(
     """A published store of these samples, the last `holdout` held out."""
     folder.mkdir(parents=True, exist_ok=True)
     lent = lent or make_lent(hidden=samples[0].feature_TD.shape[1])
-    shards = [
-        write_shard(folder, number, samples[first : first + per_shard], dtype)
-        for number, first in enumerate(range(0, len(samples), per_shard))
-    ]
+    shards = []
+    for number, first in enumerate(range(0, len(samples), per_shard)):
+        part = samples[first : first + per_shard]
+        held = min(len(part), max(0, first + len(part) - (len(samples) - holdout)))
+        shards.append(write_shard(folder, number, part, dtype, holdout_samples=held))
     manifest = Manifest(
         kind="data",
         fingerprint="f" * 16,
@@ -54,5 +55,5 @@ def make_store(
         facts={"dtype": str(dtype).removeprefix("torch."), **(facts or {})},
     )
     prompts = [sample.ids_T[: len(sample.ids_T) // 2].tolist() for sample in samples[len(samples) - holdout :]]
-    seal(folder, manifest, shards, lent=lent, holdout_prompts=prompts, holdout_samples=holdout)
+    seal(folder, manifest, shards, lent=lent, holdout_prompts=prompts)
     return Store.open(folder)

@@ -1,0 +1,108 @@
+"""What a prepare-data run is to make, and how it compares with what stands in its folder already."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coral_core.artifacts import MANIFEST, Manifest, fingerprint
+from coral_core.data.sources import find_file
+from coral_core.errors import ArtifactError
+from coral_core.recipe.schema import Recipe
+from coral_core.store.shard import file_sha256
+from coral_core.store.store import Store
+from coral_core.target.load import Target
+
+COMMAND = "coral prepare-data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be made, and where."""
+
+    recipe: Recipe
+    target: Target
+    folder: Path
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The part of the recipe that this stage reads."""
+        mapping = dataclasses.asdict(self.recipe)
+        return {name: mapping[name] for name in ("seed", "target", "data")}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what is read."""
+        inputs = {"target": self.target.fingerprint, "target_dtype": dtype_name(self.target.dtype)}
+        path = None if self.recipe.data.prompts == "self" else find_file(self.recipe.data.prompts)
+        return inputs | ({"prompts": file_sha256(path)} if path else {})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the features on disk."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
+            self.recipe.data.feature_dtype
+        ]
+
+    def fingerprint(self, inputs: dict[str, str]) -> str:
+        """Of what determines the content: not the batch size, which may be lowered to go on, nor the device."""
+        return fingerprint({"recipe": _determining(self.sections), "inputs": inputs})
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What stands in the folder already."""
+
+    store: Store | None
+    """The finished store, when it is this job's and whole."""
+    changed: tuple[str, ...] = ()
+    """How the store that stands differs from this job's."""
+    damaged: tuple[str, ...] = ()
+    """Damaged files of a store that is this job's otherwise."""
+
+
+def standing(job: Job) -> Standing:
+    """Compare what stands in the folder with the job; reads every byte of a store that is the job's own."""
+    if not (job.folder / MANIFEST).exists():
+        return Standing(None)
+    try:
+        manifest = Manifest.read(job.folder, "data", COMMAND)
+    except ArtifactError:
+        return Standing(None, damaged=(MANIFEST,))
+    inputs = job.inputs
+    if manifest.fingerprint != job.fingerprint(inputs):
+        return Standing(None, changed=tuple(_changes(manifest, job, inputs)))
+    damaged = Store(job.folder, manifest, COMMAND).damaged()
+    return Standing(None if damaged else Store.open(job.folder, COMMAND), damaged=tuple(damaged))
+
+
+def _changes(manifest: Manifest, job: Job, inputs: dict[str, str]) -> list[str]:
+    """How the job differs from what a manifest describes: "data.max_samples was 800, is 400"."""
+    old, new = (_flat(_determining(sections)) for sections in (manifest.recipe, job.sections))
+    found = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in new if old.get(key) != new[key]]
+    words = {
+        "target": "the target's weights or chat template changed",
+        "target_dtype": f"the target's dtype was {manifest.inputs.get('target_dtype')}, is {inputs['target_dtype']}",
+        "prompts": "the prompt file's content changed",
+    }
+    named = [key for key in words if manifest.inputs.get(key) != inputs.get(key)]
+    return found + [words[key] for key in named if not (key == "prompts" and found)]
+
+
+def _determining(sections: dict[str, Any]) -> dict[str, Any]:
+    """The keys that determine the content. The target is known by its fingerprint, wherever it was loaded from."""
+    data = {key: value for key, value in sections["data"].items() if key != "batch_size"}
+    return {"seed": sections["seed"], "data": data}
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,174 @@
+"""The whole of prepare-data: prompts, answers, features, shards, and one store at the end of it.
+
+What is finished is kept by shard; each shard's words depend on the seed and its number alone. So a run that was
+interrupted and goes on publishes the same shards as one that was not.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from coral_core.artifacts import Manifest, stage, write_text
+from coral_core.data.answer import derive_seed
+from coral_core.data.job import COMMAND, Job, dtype_name
+from coral_core.data.meter import Meter
+from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
+from coral_core.data.shards import answer, tap_all
+from coral_core.errors import ArtifactError, DataError
+from coral_core.progress import Progress, silent
+from coral_core.store.shard import ShardFacts, file_sha256, row_bytes, shard_name, write_shard
+from coral_core.store.store import Store, seal
+from coral_core.target.load import drafter_shape
+from coral_core.target.template import prompt_ids
+
+
+def prepare(job: Job, progress: Progress = silent) -> Store:
+    """Make the store, going on from what an interrupted run had finished, and publish it whole.
+
+    Raises DataError for prompts that cannot be used, and ArtifactError when the disk lacks room.
+    """
+    spec = job.recipe.data
+    if spec.max_length > job.target.max_positions:
+        raise DataError(
+            f"data.max_length is {spec.max_length}, and the target has {job.target.max_positions} positions. "
+            f"Set data.max_length to {job.target.max_positions} at most"
+        )
+    if spec.prompts == "self" and spec.regenerate == "none":
+        raise DataError("data.regenerate is none, but self-written prompts have no answers. Set data.regenerate=greedy")
+    inputs = job.inputs
+    name = job.fingerprint(inputs)
+    with stage(job.folder, name) as work:
+        for source in (work, job.folder):
+            _salvage(source, work, name)
+        plan = Plan.load(work)
+        if plan is None:
+            if spec.prompts == "self":
+                check_room(job, tokens_at_most(job))
+            plan = make_plan(job.target, spec, seed=job.recipe.seed, work=work, progress=progress)
+            plan.save(work)
+        shards = _make_shards(job, plan, work, progress)
+        manifest = Manifest(kind="data", fingerprint=name, inputs=inputs, recipe=job.sections, facts={})
+        _seal(job, plan, shards, work, manifest)
+    return Store.open(job.folder, COMMAND)
+
+
+def bytes_at_most(job: Job, tokens: int) -> int:
+    """Room that so many tokens take on disk, and the lent weights with them."""
+    lent = job.target.lent
+    weights = [lent.embed_VD] if lent.head_VD is lent.embed_VD else [lent.embed_VD, lent.head_VD]
+    return tokens * row_bytes(lent.embed_VD.shape[1], job.dtype) + sum(weight.nbytes for weight in weights)
+
+
+def check_room(job: Job, tokens: int) -> None:
+    """Raises ArtifactError when the disk lacks room for so many tokens."""
+    parent = next(folder for folder in job.folder.absolute().parents if folder.exists())
+    needed, free = bytes_at_most(job, tokens), shutil.disk_usage(parent).free
+    if needed > free:
+        raise ArtifactError(
+            f"{job.folder} takes up to {needed / 1e9:,.1f} GB for {tokens:,} tokens, and its disk has "
+            f"{free / 1e9:,.1f} GB free. Lower data.max_samples or data.max_length, or choose another disk with --runs"
+        )
+
+
+def tokens_at_most(job: Job) -> int:
+    """Tokens of self-written dialogues, before one is written."""
+    spec = job.recipe.data
+    frame = len(prompt_ids(job.target.tokenizer, [{"role": "user", "content": "."}]))
+    return spec.max_samples * min(spec.max_length, frame + 2 * spec.max_new_tokens)
+
+
+def _make_shards(job: Job, plan: Plan, work: Path, progress: Progress) -> list[ShardFacts]:
+    """Every shard of the plan; those finished before are kept when their bytes are still those written."""
+    made = {number: facts for number in range(len(plan.shards)) if (facts := _finished(work, number))}
+    check_room(job, sum(plan.shard_tokens(number) for number in range(len(plan.shards)) if number not in made))
+    done = sum(len(plan.shards[number]) for number in made)
+    answers = Meter(progress, "answers", len(plan.dialogues), done)
+    features = Meter(progress, "features", len(plan.dialogues), done)
+    fit = Fit(job.target, job.recipe.data)
+    held_from = len(plan.dialogues) - job.recipe.data.holdout
+    for number, rows in enumerate(plan.shards):
+        if number in made:
+            continue
+        dialogues = [plan.dialogues[row] for row in rows]
+        pieces = answer(job.target, dialogues, fit, derive_seed(job.recipe.seed, "answers", number), answers)
+        flat = [piece for several in pieces for piece in several]
+        samples = tap_all(job.target, flat, job.recipe.data.batch_size, job.dtype, features)
+        held = sum(len(several) for row, several in zip(rows, pieces, strict=True) if row >= held_from)
+        made[number] = write_shard(work, number, samples, job.dtype, holdout_samples=held)
+        _finish(work, made[number])
+        features.advance(len(dialogues), 0)
+    answers.finish()
+    features.finish()
+    return [made[number] for number in range(len(plan.shards))]
+
+
+def _finish(folder: Path, facts: ShardFacts) -> None:
+    """Say, beside a shard, that it is finished and what its bytes are."""
+    write_text(folder / f"{facts.file}.json", json.dumps(dataclasses.asdict(facts)) + "\n")
+
+
+def _finished(folder: Path, number: int) -> ShardFacts | None:
+    """What `_finish` said of a shard, when the shard is still so."""
+    path = folder / shard_name(number)
+    try:
+        facts = ShardFacts(**json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8")))
+        return facts if file_sha256(path) == facts.sha256 else None
+    except FileNotFoundError:
+        return None
+
+
+def _salvage(source: Path, work: Path, name: str) -> None:
+    """Take over what is undamaged of a store that is this very job's: then only what is damaged is made again."""
+    try:
+        manifest = Manifest.read(source, "data", COMMAND)
+    except ArtifactError:
+        return
+    if manifest.fingerprint != name:
+        return
+    if source != work and (work / PLAN).exists():  # what was taken over, or made anew, is there already
+        return
+    store = Store(source, manifest, COMMAND)
+    damaged = set(store.damaged())
+    wanted = [ShardFacts(**facts) for facts in manifest.facts["shards"]]
+    if not damaged.intersection((PROMPTS, PLAN)):
+        for file in (PROMPTS, PLAN):
+            _link(source / file, work / file)
+        for facts in wanted:
+            if facts.file not in damaged:
+                _link(source / facts.file, work / facts.file)
+                _finish(work, facts)
+
+
+def _link(source: Path, copy: Path) -> None:
+    """A second name for the same bytes; a copy where the file system has no such thing."""
+    if source == copy:
+        return
+    copy.unlink(missing_ok=True)
+    try:
+        copy.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, copy)
+
+
+def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: Manifest) -> None:
+    """Write what makes the folder a store, and clear what only a resumed run needs."""
+    held = plan.dialogues[len(plan.dialogues) - job.recipe.data.holdout :]
+    facts = {
+        "dialogues": len(plan.dialogues),
+        "holdout_dialogues": len(held),
+        "skipped": {reason: count for reason, (count, _) in plan.skipped.items()},
+        "dtype": dtype_name(job.dtype),
+        "drafter_config": drafter_shape(job.target.model.config),
+    }
+    seal(
+        work,
+        dataclasses.replace(manifest, facts=facts),
+        shards,
+        lent=job.target.lent.to("cpu"),
+        holdout_prompts=[prompt_ids(job.target.tokenizer, dialogue.messages(())) for dialogue in held],
+        files=(PROMPTS, PLAN),
+    )
+    for pattern in ("self-*.json", "shard-*.safetensors.json", ".*.tmp"):
+        for path in work.glob(pattern):
+            path.unlink()

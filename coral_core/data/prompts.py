@@ -1,0 +1,223 @@
+"""Dialogues out of rows: the forms in which people keep them, what cannot be used and why, and a fair sample.
+
+A row may hold `messages` (role, content), `conversations` (ShareGPT's from, value), `turns` (what the user says, turn
+after turn), or `prompt`. A malformed row stops the run and is named; a whole but unusable one is skipped and counted.
+"""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from coral_core.data.sources import Source
+from coral_core.errors import DataError
+from coral_core.progress import Progress, silent
+from coral_core.target.template import Message
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+"""The names people give the three roles."""
+
+REPORT_ROWS = 2_000
+"""Rows between two reports of progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """What a user says, turn after turn, and the answers where they are given."""
+
+    users: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    system: str = ""
+
+    def messages(self, answers: Sequence[str]) -> list[Message]:
+        """The dialogue with these answers, up to the words of the user who has none yet, if there is one."""
+        found: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn, words in enumerate(self.users[: len(answers) + 1]):
+            found.append({"role": "user", "content": words})
+            if turn < len(answers):
+                found.append({"role": "assistant", "content": answers[turn]})
+        return found
+
+    def folded(self) -> "Dialogue":
+        """The system message put before the user's first words, for a template that takes none."""
+        if not self.system:
+            return self
+        first = f"{self.system}\n\n{self.users[0]}"
+        return dataclasses.replace(self, users=(first, *self.users[1:]), system="")
+
+    def to_row(self) -> dict[str, Any]:
+        """A row that `parse` reads back."""
+        row: dict[str, Any] = {"turns": list(self.users)}
+        return (
+            row
+            | ({"answers": list(self.answers)} if self.answers else {})
+            | ({"system": self.system} if self.system else {})
+        )
+
+
+@dataclasses.dataclass
+class Skipped:
+    """Why rows were left out: how many for each reason, and where the first of them is."""
+
+    reasons: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        """Count one row."""
+        count, first = self.reasons.get(reason, (0, where))
+        self.reasons[reason] = (count + 1, first)
+
+    def __str__(self) -> str:
+        parts = [f"{count} {reason} (first: {where})" for reason, (count, where) in self.reasons.items()]
+        return "; ".join(parts)
+
+
+class UnusableError(Exception):
+    """A row that is whole, but that nothing can be learnt from; its text is the reason."""
+
+
+def parse(row: Any, where: str) -> Dialogue:
+    """A row as a dialogue. Raises DataError naming `where` when it is malformed, UnusableError when it is no use."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is {_kind(row)}, not an object with messages, conversations, turns or prompt")
+    for key in ("messages", "conversations", "conversation"):
+        if row.get(key) is not None:
+            return _alternate(_listed(row[key], f"{where}: {key}"), row.get("system"))
+    if row.get("turns") is not None:
+        users, answers = _texts(row["turns"], f"{where}: turns"), _texts(row.get("answers") or [], f"{where}: answers")
+        return _checked(users, answers, row.get("system"))
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        return _alternate(_listed(prompt, f"{where}: prompt"), row.get("system"))
+    if isinstance(prompt, str):
+        return _checked([prompt], [], row.get("system"))
+    keys = ", ".join(map(str, row)) or "none"
+    raise DataError(f"{where} has no messages, conversations, turns or prompt (its keys: {keys}). Mend or remove it")
+
+
+def read_dialogues(
+    source: Source, *, count: int, seed: int, answered: bool, skipped: Skipped, progress: Progress = silent
+) -> list[tuple[str, Dialogue]]:
+    """At most `count` different dialogues with their places, in an order drawn by `seed`.
+
+    A file is read to its end, so that a sorted one gives a fair sample; a Hub stream is read until there are enough.
+    `answered` keeps the given answers, and skips dialogues without. In memory are the sample, and for each dialogue
+    seen a hash of eight bytes.
+    """
+    draw = random.Random(f"{seed} prompts")
+    kept: list[tuple[str, Dialogue]] = []
+    for number, found in enumerate(_usable(source.rows, answered, skipped, progress)):
+        if len(kept) < count:
+            kept.append(found)
+        elif not source.ordered:
+            break
+        elif (place := draw.randrange(number + 1)) < count:
+            kept[place] = found
+    draw.shuffle(kept)
+    return kept
+
+
+def _usable(
+    rows: Iterable[tuple[str, Any]], answered: bool, skipped: Skipped, progress: Progress
+) -> Iterator[tuple[str, Dialogue]]:
+    seen: set[bytes] = set()
+    number = 0
+    for number, (where, row) in enumerate(rows, start=1):
+        if number % REPORT_ROWS == 0:
+            progress("reading prompts", number, 0, {})
+        try:
+            dialogue = parse(row, where)
+            if answered and not dialogue.answers:
+                raise UnusableError("without an answer")
+        except UnusableError as reason:
+            skipped.add(str(reason), where)
+            continue
+        if not answered:
+            dialogue = dataclasses.replace(dialogue, answers=())
+        name = hashlib.blake2b(repr(dialogue).encode(), digest_size=8).digest()
+        if name in seen:
+            skipped.add("said before", where)
+            continue
+        seen.add(name)
+        yield where, dialogue
+    progress("reading prompts", number, number, {})
+
+
+def _listed(messages: Any, where: str) -> list[tuple[str, str]]:
+    """(role, text) pairs of a list of messages in OpenAI's or ShareGPT's words."""
+    if not isinstance(messages, list):
+        raise DataError(f"{where} is {_kind(messages)}, not a list. Mend or remove it")
+    pairs = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}, message {number} is {_kind(message)}, not an object. Mend or remove it")
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str):
+            raise DataError(f"{where}, message {number} has no role (or from). Mend or remove it")
+        if role not in ROLES:
+            raise UnusableError(f"with a message by '{role}'")
+        pairs.append((ROLES[role], _text(content, f"{where}, message {number}")))
+    return pairs
+
+
+def _text(content: Any, where: str) -> str:
+    """Text, or the parts of a message that are all text."""
+    if content is None:
+        raise UnusableError("with a message that has no text")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise UnusableError("with a message that is not text")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"{where} has {_kind(content)} for its text. Mend or remove it")
+    return content
+
+
+def _texts(values: Any, where: str) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise DataError(f"{where} is not a list of texts. Mend or remove it")
+    return values
+
+
+def _alternate(pairs: list[tuple[str, str]], system: Any) -> Dialogue:
+    """Messages as a dialogue: system first if at all, then user and assistant by turns."""
+    if pairs and pairs[0][0] == "system":
+        system, pairs = pairs[0][1], pairs[1:]
+    if any(role != ("user", "assistant")[place % 2] for place, (role, _) in enumerate(pairs)):
+        raise UnusableError("whose roles are out of order")
+    texts = [text for _, text in pairs]
+    return _checked(texts[::2], texts[1::2], system)
+
+
+def _checked(users: list[str], answers: list[str], system: Any) -> Dialogue:
+    """A last answer that is empty is one not given yet; any other empty text spoils the dialogue."""
+    users, answers = [text.strip() for text in users], [text.strip() for text in answers]
+    if answers and not answers[-1]:
+        answers.pop()
+    if not users:
+        raise UnusableError("without a word of a user")
+    if not all(users) or not all(answers):
+        raise UnusableError("with an empty message")
+    if len(answers) > len(users) or 0 < len(answers) < len(users) - 1:
+        raise UnusableError("whose answers do not match its turns")
+    dialogue = Dialogue(tuple(users), tuple(answers), system.strip() if isinstance(system, str) else "")
+    try:
+        "".join([*users, *answers, dialogue.system]).encode()
+    except UnicodeEncodeError:
+        raise UnusableError("with half of a Unicode pair") from None
+    return dialogue
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {"NoneType": "null", "list": "a list", "str": "a text", "dict": "an object", "bool": "a truth value"}
+    return names.get(type(value).__name__, "a number")

@@ -1,0 +1,84 @@
+"""One shard's dialogues: answered by the target, and read by it once more for their features.
+
+Axes: B batch, T position, D hidden.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from coral_core.data.answer import Sampling, derive_seed, write
+from coral_core.data.meter import Meter
+from coral_core.data.plan import Fit
+from coral_core.data.prompts import Dialogue
+from coral_core.store.shard import Sample
+from coral_core.target.capture import tap
+from coral_core.target.load import Target
+from coral_core.target.template import Encoded, Turn, join, prompt_ids
+
+
+def answer(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: int, meter: Meter) -> list[list[Encoded]]:
+    """Each dialogue's pieces, one in most cases, with the answers that `data.regenerate` asks for."""
+    if fit.spec.regenerate == "none":
+        pieces = [fit.given(dialogue) for dialogue in dialogues]
+        meter.advance(len(dialogues), 0)
+        return pieces
+    return [join(turns) for turns in _regenerate(target, dialogues, fit, seed, meter)]
+
+
+def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: int, meter: Meter) -> list[list[Turn]]:
+    """Turn after turn: the words of a later turn are answered in view of the answers just written."""
+    spec = fit.spec
+    turns: list[list[Turn]] = [[] for _ in dialogues]
+    texts: list[list[str]] = [[] for _ in dialogues]
+    open_rows = list(range(len(dialogues)))
+    for number in range(max(len(dialogue.users) for dialogue in dialogues)):
+        prompts = {row: prompt_ids(target.tokenizer, dialogues[row].messages(texts[row])) for row in open_rows}
+        open_rows = [row for row in open_rows if len(prompts[row]) < spec.max_length]
+        limits = [min(spec.max_new_tokens, spec.max_length - len(prompts[row])) for row in open_rows]
+        sampling = Sampling(
+            temperature=spec.temperature if spec.regenerate == "sample" else 0.0,
+            seed=derive_seed(seed, number),
+            batch_size=spec.batch_size,
+        )
+        answers = write(
+            target,
+            [prompts[row] for row in open_rows],
+            limits,
+            lambda ids: ids[-1] in target.stop_ids,
+            sampling,
+            lambda rows, tokens: meter.advance(0, tokens),
+        )
+        for row, ids in zip(open_rows, answers, strict=True):
+            turns[row].append(Turn(prompts[row], ids))
+            texts[row].append(target.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        ended = [row for row in open_rows if len(dialogues[row].users) == number + 1]
+        open_rows = [row for row in open_rows if len(dialogues[row].users) > number + 1]
+        meter.advance(len(ended), 0)
+    return turns
+
+
+def tap_all(
+    target: Target, pieces: Sequence[Encoded], batch_size: int, dtype: torch.dtype, meter: Meter
+) -> list[Sample]:
+    """A sample for each piece, in the pieces' order; pieces of like length share a forward."""
+    order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].ids))
+    samples: dict[int, Sample] = {}
+    for first in range(0, len(order), batch_size):
+        indices = order[first : first + batch_size]
+        for index, sample in zip(indices, _tap_batch(target, [pieces[i] for i in indices], dtype), strict=True):
+            samples[index] = sample
+        meter.advance(0, sum(len(pieces[index].ids) for index in indices))
+    return [samples[index] for index in range(len(pieces))]
+
+
+def _tap_batch(target: Target, pieces: Sequence[Encoded], dtype: torch.dtype) -> list[Sample]:
+    lengths = [len(piece.ids) for piece in pieces]
+    width = max(lengths)
+    ids_BT = torch.tensor([piece.ids + [0] * (width - len(piece.ids)) for piece in pieces])
+    valid_BT = torch.arange(width) < torch.tensor(lengths)[:, None]
+    feature_BTD = tap(target, ids_BT, valid_BT).feature_BTD.to("cpu", dtype)
+    return [
+        Sample(ids_BT[row, :length], torch.tensor(pieces[row].answer), feature_BTD[row, :length])
+        for row, length in enumerate(lengths)
+    ]
