@@ -1,8 +1,117 @@
-"""`coral prepare-data`."""
+"""`coral prepare-data`: prompts, the target's answers, and its features, into one store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 
+if TYPE_CHECKING:
+    from coral_core.data.job import Job, Standing
+    from coral_core.store.store import Store
 
-def prepare_data(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
+
+def prepare_data(
+    arguments: Arguments = None,
+    show: Annotated[
+        int, typer.Option("--show", min=0, help="Print so many dialogues; what the target wrote is coloured.")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the tokens, bytes and time to expect; make nothing.")
+    ] = False,
+    runs: RunsOption = RUNS,
+) -> None:
     """Let the target answer the prompts, and tap its features."""
-    open_run(arguments, runs)
+    from coral_cli.console import progress_bars
+    from coral_core.data.estimate import estimate
+    from coral_core.data.job import Job, standing
+    from coral_core.data.prepare import prepare
+    from coral_core.target.load import load_target
+
+    run = open_run(arguments, runs)
+    job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data")
+    found = standing(job)
+    _say(_standing_text(job, found))
+    if dry_run:
+        with progress_bars() as progress:
+            _print_estimate(job, estimate(job, progress))
+        return
+    store = found.store
+    if store is None:
+        with progress_bars() as progress:
+            store = prepare(job, progress)
+    _print_summary(store)
+    for index in store.train_indices[:show]:
+        _print_sample(store, index, job.target.tokenizer)
+    _say(f"in {job.folder}. Next: coral train")
+
+
+def _say(text: str) -> None:
+    from coral_cli.console import err
+
+    if text:
+        err.print(text, markup=False, soft_wrap=True)
+
+
+def _standing_text(job: Job, found: Standing) -> str:
+    if found.store is not None:
+        return f"{job.folder} is finished already, with this recipe and target"
+    if found.changed:
+        return f"{job.folder} is made anew, and replaced at the end, since {'; '.join(found.changed)}"
+    if found.damaged:
+        return f"{job.folder} is damaged ({', '.join(found.damaged)}); what is whole is kept, the rest is made again"
+    return ""
+
+
+def _print_estimate(job: Job, expected: Any) -> None:
+    from coral_cli.console import duration_text, print_table
+
+    rows = [
+        ("dialogues", f"{expected.dialogues:,}"),
+        ("tokens", f"{expected.tokens:,}"),
+        ("tokens to write", f"{expected.written_tokens:,}"),
+        ("size", _size_text(expected.size_bytes)),
+        ("time", duration_text(expected.elapsed_s)),
+    ]
+    print_table(("to expect, at most", job.recipe.name), rows)
+
+
+def _print_summary(store: Store) -> None:
+    from coral_cli.console import print_table
+
+    facts = store.manifest.facts
+    rows = [
+        ("dialogues", f"{facts['dialogues']:,}"),
+        ("of them held out", f"{facts['holdout_dialogues']:,}"),
+        ("tokens", f"{facts['tokens']:,}"),
+        ("answer tokens", f"{facts['answer_tokens']:,}"),
+        ("size", _size_text(facts["bytes"])),
+        *((f"left out: {reason}", f"{count:,}") for reason, count in facts["skipped"].items()),
+    ]
+    print_table(("data", store.folder.parent.name), rows)
+
+
+def _print_sample(store: Store, index: int, tokenizer: Any) -> None:
+    """One dialogue as the drafter learns it; ⟦ ⟧ stand for the colour where there is none."""
+    from itertools import groupby
+
+    from rich.text import Text
+
+    from coral_cli.console import out
+
+    sample = store[index]
+    text = Text(f"--- sample {index}: {len(sample.ids_T)} tokens, {int(sample.answer_T.sum())} of them the target's\n")
+    pairs = zip(sample.ids_T.tolist(), sample.answer_T.tolist(), strict=True)
+    for answer, run in groupby(pairs, key=lambda pair: pair[1]):
+        words = tokenizer.decode([token for token, _ in run])
+        text.append(words if not answer or out.is_terminal else f"⟦{words}⟧", style="bold green" if answer else "dim")
+    out.print(text, soft_wrap=True)
+
+
+def _size_text(size_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:,.1f} {unit}"
+    return f"{size_bytes / 1e3:,.1f} kB"

@@ -28,14 +28,8 @@ def prepare(job: Job, progress: Progress = silent) -> Store:
 
     Raises DataError for prompts that cannot be used, and ArtifactError when the disk lacks room.
     """
+    check_job(job)
     spec = job.recipe.data
-    if spec.max_length > job.target.max_positions:
-        raise DataError(
-            f"data.max_length is {spec.max_length}, and the target has {job.target.max_positions} positions. "
-            f"Set data.max_length to {job.target.max_positions} at most"
-        )
-    if spec.prompts == "self" and spec.regenerate == "none":
-        raise DataError("data.regenerate is none, but self-written prompts have no answers. Set data.regenerate=greedy")
     inputs = job.inputs
     name = job.fingerprint(inputs)
     with stage(job.folder, name) as work:
@@ -51,6 +45,18 @@ def prepare(job: Job, progress: Progress = silent) -> Store:
         manifest = Manifest(kind="data", fingerprint=name, inputs=inputs, recipe=job.sections, facts={})
         _seal(job, plan, shards, work, manifest)
     return Store.open(job.folder, COMMAND)
+
+
+def check_job(job: Job) -> None:
+    """Raises DataError for a recipe that this target, or its own keys together, cannot serve."""
+    spec = job.recipe.data
+    if spec.max_length > job.target.max_positions:
+        raise DataError(
+            f"data.max_length is {spec.max_length}, and the target has {job.target.max_positions} positions. "
+            f"Set data.max_length to {job.target.max_positions} at most"
+        )
+    if spec.prompts == "self" and spec.regenerate == "none":
+        raise DataError("data.regenerate is none, but self-written prompts have no answers. Set data.regenerate=greedy")
 
 
 def bytes_at_most(job: Job, tokens: int) -> int:

@@ -76,7 +76,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                     empty = False
                     yield f"{path} line {number}", text
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {number + 1} is not UTF-8 ({error.reason}). Convert the file first") from error
+        raise DataError(f"{path} line {number} is not UTF-8 ({error.reason}). Convert the file first") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path} beyond line {number}: {error}. Restore the file") from error
     if empty:

@@ -6,7 +6,7 @@ from coral_cli.main import app
 
 OPTIONS = {
     "coral": ["--help", "--version"],
-    "prepare-data": ["--help", "--runs"],
+    "prepare-data": ["--dry-run", "--help", "--runs", "--show"],
     "train": ["--help", "--runs"],
     "group-head": ["--help", "--runs"],
     "eval": ["--bench", "--help", "--json", "--limit", "--questions", "--runs"],

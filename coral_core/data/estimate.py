@@ -1,0 +1,61 @@
+"""What a run would take, before it is begun: counted from the prompts, timed on a few steps of the target."""
+
+import dataclasses
+import time
+
+import torch
+
+from coral_core.data.answer import Sampling, write
+from coral_core.data.job import Job
+from coral_core.data.plan import make_plan
+from coral_core.data.prepare import bytes_at_most, check_job, check_room, tokens_at_most
+from coral_core.progress import Progress, silent
+from coral_core.target.capture import tap
+from coral_core.target.template import prompt_ids
+
+PROBE_STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Upper bounds: answers that end early take less."""
+
+    dialogues: int
+    tokens: int
+    written_tokens: int
+    """Tokens that the target writes: answers, and its own prompts."""
+    size_bytes: int
+    elapsed_s: float
+
+
+def estimate(job: Job, progress: Progress = silent) -> Estimate:
+    """Count, time a few steps, write nothing. Raises what `prepare` would raise before its first answer."""
+    check_job(job)
+    spec = job.recipe.data
+    if spec.prompts == "self":
+        dialogues, tokens = spec.max_samples, tokens_at_most(job)
+        written = 2 * dialogues * spec.max_new_tokens
+    else:
+        plan = make_plan(job.target, spec, seed=job.recipe.seed, work=job.folder, progress=progress)
+        dialogues, tokens = len(plan.dialogues), sum(plan.bounds)
+        turns = 0 if spec.regenerate == "none" else sum(len(dialogue.users) for dialogue in plan.dialogues)
+        written = turns * spec.max_new_tokens
+    check_room(job, tokens)
+    write_s, tap_s = _seconds_per_token(job)
+    return Estimate(dialogues, tokens, written, bytes_at_most(job, tokens), written * write_s + tokens * tap_s)
+
+
+def _seconds_per_token(job: Job) -> tuple[float, float]:
+    """Seconds to write one token and to tap one, in a full batch; each is timed after a first, untimed go."""
+    size = job.recipe.data.batch_size
+    prompt = prompt_ids(job.target.tokenizer, [{"role": "user", "content": "."}])
+    ids_BT = torch.tensor([(prompt * PROBE_STEPS)[:PROBE_STEPS]] * size)
+    write_s = tap_s = 0.0
+    for steps in (2, PROBE_STEPS):
+        begun_s = time.monotonic()
+        write(job.target, [prompt] * size, [steps] * size, lambda ids: False, Sampling(batch_size=size))
+        write_s = (time.monotonic() - begun_s) / (steps * size)
+        begun_s = time.monotonic()
+        tap(job.target, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)).feature_BTD.cpu()
+        tap_s = (time.monotonic() - begun_s) / ids_BT.numel()
+    return write_s, tap_s

@@ -1,0 +1,77 @@
+"""A random two-layer chat model with a tokenizer of its own, and recipes for it."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+
+from coral_core.data.job import Job
+from coral_core.recipe.loader import load_recipe
+from coral_core.target.load import Target, wrap
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TAGGED_NEVER = CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def make_tokenizer(template: str = CHATML) -> transformers.PreTrainedTokenizerFast:
+    """One token per byte, and ChatML's special tokens: 259 in all."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=259, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator([], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=SPECIAL[0], chat_template=template, name_or_path="tiny"
+    )
+
+
+@functools.cache
+def make_target(template: str = CHATML, seed: int = 0) -> Target:
+    """A random Llama in float32 that stops at any of 40 tokens, so that what it writes ends at all lengths."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=259,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.4,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = [2, *range(20, 59)]
+    return wrap(model, make_tokenizer(template))
+
+
+def make_job(folder: Path, target: Target | None = None, **data: Any) -> Job:
+    """A small job; the folder is RUN/data."""
+    keys = {"max_samples": 24, "holdout": 3, "max_length": 120, "max_new_tokens": 12, "batch_size": 4}
+    keys |= {"shard_tokens": 400, **data}
+    seed = keys.pop("seed", 0)
+    overrides = [f"seed={seed}", *(f"data.{key}={value}" for key, value in keys.items())]
+    return Job(load_recipe(None, overrides), target or make_target(), folder / "data")
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a store that holds words or features; the manifest names versions and weights besides."""
+    names = ("shard-*.safetensors", "*.jsonl", "plan.json", "holdout.json")
+    return {path.name: path.read_bytes() for name in names for path in sorted(folder.glob(name))}

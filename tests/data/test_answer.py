@@ -1,0 +1,104 @@
+"""The target's batched writing: the words of `model.generate`, whoever the neighbours are."""
+
+import pytest
+import torch
+import transformers
+
+from coral_core.data.answer import Sampling, _widen, derive_seed, pick, write
+from coral_core.target.load import Target
+from tests.tiny import FAMILIES, VOCAB, tiny_target
+
+LENGTHS = [1, 9, 4, 17, 2, 6, 30, 3, 12, 5]
+
+
+def make_prompts(seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def ends(ids: list[int]) -> bool:
+    return ids[-1] in range(2, 14)
+
+
+def run(target: Target, **sampling: float) -> list[list[int]]:
+    prompts = make_prompts()
+    return write(target, prompts, [20 + row for row in range(len(prompts))], ends, Sampling(**sampling))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_words_are_generates(family: str) -> None:
+    """One prompt at a time through `generate`; ten at once here, in a batch of four with rows coming and going."""
+    target = tiny_target(family)
+    written = run(target, batch_size=4)
+    for row, prompt in enumerate(make_prompts()):
+        ids = torch.tensor([prompt])
+        config = transformers.GenerationConfig(
+            max_new_tokens=20 + row, do_sample=False, eos_token_id=list(range(2, 14)), pad_token_id=0
+        )
+        out = target.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        assert written[row] == out[0, len(prompt) :].tolist(), f"row {row}"
+    assert len({len(ids) for ids in written}) > 3, "rows of all lengths"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_batch_size_changes_no_word(temperature: float) -> None:
+    target = tiny_target()
+    whole = run(target, batch_size=16, temperature=temperature, seed=5)
+    for size in (1, 2, 3, 7):
+        assert run(target, batch_size=size, temperature=temperature, seed=5) == whole
+
+
+def test_a_seed_is_an_answer() -> None:
+    target = tiny_target()
+    first, again, other = (run(target, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_limits_and_ends() -> None:
+    target = tiny_target()
+    prompts = make_prompts()
+    limits = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    written = write(target, prompts, limits, lambda ids: False, Sampling(batch_size=3))
+    assert [len(ids) for ids in written] == limits
+    stopped = write(target, prompts, [30] * 10, lambda ids: len(ids) == 3, Sampling(batch_size=3))
+    assert [len(ids) for ids in stopped] == [3] * 10
+    assert write(target, [], [], ends, Sampling()) == []
+
+
+def test_progress_counts_each_row_and_token_once() -> None:
+    calls: list[tuple[int, int]] = []
+    written = write(
+        tiny_target(), make_prompts(), [9] * 10, ends, Sampling(batch_size=3), lambda *call: calls.append(call)
+    )
+    assert sum(rows for rows, _ in calls) == 10
+    assert sum(tokens for _, tokens in calls) == sum(map(len, written))
+
+
+def test_pick_is_the_inverse_of_the_cumulative_distribution() -> None:
+    """p = 0.5, 0.25, 0, 0.25: a uniform number falls in one of four drawers, and never in the empty one."""
+    logits_BV = torch.tensor([0.5, 0.25, 0.0, 0.25]).log().expand(6, 4)
+    uniform_B = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 0.9999999])
+    assert pick(logits_BV, 1.0, uniform_B).tolist() == [0, 0, 1, 1, 3, 3]
+    assert pick(logits_BV, 0.0, uniform_B).tolist() == [0] * 6
+
+
+def test_pick_follows_the_distribution() -> None:
+    """100,000 draws within 3 sigma, at a temperature."""
+    logits_V = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    p_V = (logits_V / 0.7).softmax(-1)
+    uniform_B = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    drawn_V = pick(logits_V.expand(100_000, 4), 0.7, uniform_B).bincount(minlength=4) / 100_000
+    assert ((drawn_V - p_V).abs() < 3 * (p_V * (1 - p_V) / 100_000).sqrt()).all()
+
+
+def test_widen_pads_in_front() -> None:
+    one, other = _widen(torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5, 6]]), dim=1)
+    assert one.tolist() == [[0, 0, 1, 2]]
+    assert other.tolist() == [[3, 4, 5, 6]]
+
+
+def test_seeds_of_parts_differ() -> None:
+    seeds = {derive_seed(seed, name, part) for seed in (0, 1) for name in ("prompts", "answers") for part in range(50)}
+    assert len(seeds) == 200
+    assert max(seeds) < 2**32

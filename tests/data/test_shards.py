@@ -1,0 +1,101 @@
+"""Answers in context, and features that do not know of their neighbours."""
+
+import torch
+
+from coral_core.data.meter import Meter
+from coral_core.data.plan import Fit
+from coral_core.data.prompts import Dialogue
+from coral_core.data.shards import answer, tap_all
+from coral_core.progress import silent
+from coral_core.target.template import Encoded
+from tests.data.helpers import CHATML, make_job, make_target
+from tests.tiny import FAMILIES, VOCAB, tiny_target
+
+
+def make_fit(tmp_path, **data) -> Fit:
+    job = make_job(tmp_path, **data)
+    return Fit(job.target, job.recipe.data)
+
+
+def meter() -> Meter:
+    return Meter(silent, "x", 100)
+
+
+def test_features_of_a_padded_batch_are_those_of_one_by_one_forwards() -> None:
+    """In float32 to 1e-5, and in the order of the pieces, whatever shares a forward; the last layer's, after its norm."""
+    generator = torch.Generator().manual_seed(0)
+    for family in FAMILIES:
+        target = tiny_target(family)
+        lengths = [7, 1, 30, 12, 3, 19]
+        pieces = [
+            Encoded(torch.randint(3, VOCAB, (length,), generator=generator).tolist(), [False] * length)
+            for length in lengths
+        ]
+        samples = tap_all(target, pieces, 4, torch.float32, meter())
+        assert [sample.ids_T.tolist() for sample in samples] == [piece.ids for piece in pieces]
+        for sample in samples:
+            alone = target.model(input_ids=sample.ids_T[None], output_hidden_states=True).hidden_states[-1][0]
+            torch.testing.assert_close(sample.feature_TD, alone, rtol=0, atol=1e-5, msg=family)
+
+
+def test_each_turn_is_answered_in_view_of_the_answers_before_it(tmp_path) -> None:
+    """Three turns, one by one by hand, are what a batch of dialogues of unlike lengths gives."""
+    fit = make_fit(tmp_path, max_new_tokens=5)
+    target, tokenizer = fit.tokenizer and make_target(), fit.tokenizer
+    dialogue = Dialogue(("ab", "cd", "e"), system="s")
+    others = [Dialogue(("x",)), Dialogue(("yyy", "z"))]
+    pieces = answer(target, [others[0], dialogue, others[1]], fit, 0, meter())[1]
+    texts: list[str] = []
+    turns = []
+    for _ in range(3):
+        prompt = tokenizer.apply_chat_template(dialogue.messages(texts), add_generation_prompt=True)["input_ids"]
+        ids: list[int] = []
+        while len(ids) < 5 and not (ids and ids[-1] in target.stop_ids):
+            with torch.no_grad():
+                ids.append(int(target.model(torch.tensor([prompt + ids])).logits[0, -1].argmax()))
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+        turns.append((prompt, ids))
+    written = [[token for token, own in zip(piece.ids, piece.answer, strict=True) if own] for piece in pieces]
+    assert sum(written, []) == sum((ids for _, ids in turns), [])
+    ends = [prompt + ids for prompt, ids in turns]
+    assert pieces[-1].ids == ends[-1]
+    assert all(piece.ids in ends for piece in pieces)
+
+
+def test_a_later_turn_that_no_longer_fits_is_left_out(tmp_path) -> None:
+    fit = make_fit(tmp_path, max_length=60, max_new_tokens=12)
+    short, long = Dialogue(("a", "b")), Dialogue(("a", "b" * 60))
+    pieces = answer(make_target(), [short, long], fit, 0, meter())
+    assert all(len(piece.ids) <= 60 for several in pieces for piece in several)
+    assert len(pieces[1]) == 1
+    assert sum(map(any, (piece.answer for piece in pieces[1]))) == 1
+
+
+def test_no_answer_exceeds_the_lengths_of_the_recipe(tmp_path) -> None:
+    fit = make_fit(tmp_path, max_length=40, max_new_tokens=30)
+    dialogues = [Dialogue(("q" * length,)) for length in range(1, 8)]
+    pieces = [piece for several in answer(make_target(), dialogues, fit, 0, meter()) for piece in several]
+    assert max(len(piece.ids) for piece in pieces) <= 40
+    assert all(1 <= sum(piece.answer) <= 30 for piece in pieces)
+    assert [piece.answer for piece in pieces] == [sorted(piece.answer) for piece in pieces], "answers come last"
+
+
+def test_sampled_answers_follow_the_seed(tmp_path) -> None:
+    fit = make_fit(tmp_path, regenerate="sample")
+    dialogues = [Dialogue((text,)) for text in ("one", "two", "three")]
+    first, again, other = (answer(make_target(), dialogues, fit, seed, meter()) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_given_answers_are_kept_and_cut(tmp_path) -> None:
+    fit = make_fit(tmp_path, regenerate="none", max_length=50)
+    given = Dialogue(("Hi", "and"), ("Yes", "n" * 40), "")
+    (pieces,) = answer(make_target(CHATML), [given], fit, 0, meter())
+    (piece,) = pieces
+    assert len(piece.ids) == 50
+    text = "".join(
+        fit.tokenizer.decode([token]) if not own else f"[{fit.tokenizer.decode([token])}]"
+        for token, own in zip(piece.ids, piece.answer, strict=True)
+    )
+    assert text.startswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Y][e][s][<|im_end|>]\n<|im_start|>")
