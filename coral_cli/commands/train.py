@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
+    from coral_core.progress import Progress
+    from coral_core.training.loop import Measure
 
 
 def train(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
@@ -17,12 +19,33 @@ def train(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
 
     run = open_run(arguments, runs)
     with progress_bars() as progress:
-        manifest, trained = train_drafter(run.recipe, run.folder, progress)
+        measure = _acceptance(run, progress) if run.recipe.train.eval_every else None
+        manifest, trained = train_drafter(run.recipe, run.folder, progress, measure)
     folder = run.folder / "drafter"
     if not trained:
         err.print(f"{folder} is finished already, with this recipe and data", markup=False, soft_wrap=True)
     _print_summary(manifest)
     err.print(f"written to {folder}. Next: coral group-head", markup=False, soft_wrap=True)
+
+
+def _acceptance(run: Run, progress: Progress) -> Measure:
+    """Real tokens per round on the run's held-out prompts. Raises CoralError when the data has none of this target."""
+    from coral_core.bench.acceptance import acceptance
+    from coral_core.errors import ArtifactError
+    from coral_core.target.load import load_target
+    from coral_core.training.publish import open_data
+
+    store = open_data(run.recipe, run.folder)
+    target = load_target(run.recipe.target)
+    made_for = store.manifest.inputs["target"]
+    if made_for != target.fingerprint:
+        raise ArtifactError(
+            f"the data in {store.folder} is of target {made_for}, and target '{run.recipe.target.model}' is "
+            f"{target.fingerprint}. Run: coral prepare-data, or set train.eval_every=0"
+        )
+    if not store.holdout_prompts:
+        raise ArtifactError(f"{store.folder} holds no held-out prompt. Set data.holdout and run: coral prepare-data")
+    return acceptance(run.recipe, target, store.holdout_prompts, progress)
 
 
 def _print_summary(manifest: Manifest) -> None:
@@ -32,5 +55,7 @@ def _print_summary(manifest: Manifest) -> None:
     names = [name for name in ("loss", "regression", "distill", "topk", "csra") if name in last]
     rows = [(name, f"{last[name]:.4f}") for name in names]
     rows += [(name.replace("_", " "), f"{last[name]:.1%}") for name in last if name.startswith("accuracy_")]
+    if best := manifest.facts["best"]:
+        rows.append((f"tokens per round, step {best['step']:,}", f"{best['tokens_per_round']:.3f}"))
     rows += [("tokens/s", f"{last['tokens_per_s']:,.0f}"), ("steps", f"{last['step']:,}")]
     print_table(("training, last steps", manifest.recipe["train"]["preset"]), rows)

@@ -110,17 +110,30 @@ class TrainSpec:
     """Other positions each position is contrasted with, at most: bounds memory."""
     csra_include_target: bool = False
     """Whether the target's own feature is one of the aligned representations."""
+    csra_gradient: Literal["both", "query"] = "both"
+    """Whether a pair moves both of its representations, or the contrasted ones are constants."""
+    csra_mask_same_token: bool = False
+    """Whether positions that lead to the same token are left out of each other's contrast."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """accelerate's mixed precision; master weights stay in float32."""
     checkpoint_every: int = 100
     """Optimizer steps between resumable checkpoints."""
+    eval_every: int = 0
+    """Optimizer steps between measurements of real tokens per round on the held-out prompts, with the target loaded;
+    the best drafter so far is the one published. 0: never, and the last is published."""
+    init_from: str = ""
+    """Folder of a drafter to start from, as in HASS's second stage; empty: random weights."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where numbers go besides log.jsonl; the two others are extras to install."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "csra_negatives", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         for key in ("learning_rate", "clip_norm", "csra_temperature"):
             _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
-        for key in ("warmup_steps", "feature_noise", "regression_weight", "distill_weight", "topk_weight", "csra_weight"):
+        for key in ("warmup_steps", "feature_noise", "eval_every"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
+        for key in ("regression_weight", "distill_weight", "topk_weight", "csra_weight"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
 
 
@@ -143,9 +156,7 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         _require(self.groups >= 1, "head.groups", self.groups, "at least 1")
-        _require(
-            1 <= self.active <= self.groups, "head.active", self.active, f"from 1 to head.groups ({self.groups})"
-        )
+        _require(1 <= self.active <= self.groups, "head.active", self.active, f"from 1 to head.groups ({self.groups})")
         _require(self.router_steps >= 1, "head.router_steps", self.router_steps, "at least 1")
         _require(self.router_learning_rate > 0, "head.router_learning_rate", self.router_learning_rate, "above 0")
 

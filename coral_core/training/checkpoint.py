@@ -2,6 +2,7 @@
 
     checkpoints/latest                     the name of the newest whole checkpoint
     checkpoints/step-00000100/             weights.safetensors, optimizer.safetensors, state.json
+    checkpoints/best/                      weights.safetensors, state.json, where acceptance is measured in training
 
 Every random draw of the loop is keyed by the seed and the number of the micro-batch, so the position in the data is the
 state of the generators too. A checkpoint is written under a temporary name, renamed, and only then called latest.
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from coral_core.artifacts import versions, write_text
+from coral_core.artifacts import replace_folder, versions, write_text
 from coral_core.errors import ArtifactError
 
 KEEP = 2
@@ -50,9 +51,7 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint whole, call it latest, and drop the oldest."""
         name = f"step-{checkpoint.step:08d}"
-        temporary = self.folder / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary = self._begin(f".{name}.tmp")
         save_file(checkpoint.weights, temporary / "weights.safetensors")
         save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
         state = {"step": checkpoint.step, **checkpoint.numbers, "identity": self.identity, "versions": versions()}
@@ -61,6 +60,37 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         write_text(self.folder / "latest", name + "\n")
+        self._drop_old()
+
+    def save_best(self, step: int, score: float, weights: dict[str, torch.Tensor]) -> None:
+        """Keep these weights if no others scored higher so far."""
+        best = self.best()
+        if best is not None and best[1] >= score:
+            return
+        temporary = self._begin(".best.tmp")
+        save_file(weights, temporary / "weights.safetensors")
+        state = {"step": step, "score": score, "identity": self.identity}
+        write_text(temporary / "state.json", json.dumps(state, indent=2) + "\n")
+        replace_folder(temporary, self.folder / "best")
+
+    def best(self) -> tuple[int, float, dict[str, torch.Tensor]] | None:
+        """(step, score, weights) of the best so far; None when nothing was measured."""
+        folder = self.folder / "best"
+        if not folder.exists():
+            return None
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return state["step"], state["score"], load_file(folder / "weights.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise self._damaged(folder, error) from error
+
+    def _begin(self, name: str) -> Path:
+        temporary = self.folder / name
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        return temporary
+
+    def _drop_old(self) -> None:
         for old in sorted(self.folder.glob("step-*"))[:-KEEP]:
             shutil.rmtree(old)
 

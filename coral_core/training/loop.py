@@ -6,6 +6,7 @@ the rows that count in all of them.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable
@@ -23,6 +24,21 @@ from coral_core.training.checkpoint import Checkpoints
 from coral_core.training.meter import Meter
 from coral_core.training.trainer import Trainer, learning_rate
 
+Measure = Callable[[Drafter], float]
+"""Real tokens per round of a drafter, by decoding held-out prompts: passed in, since decoding is another room."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """Where a training says how it goes; all on the main process only."""
+
+    log: Callable[[dict[str, Any]], None]
+    """Gets one JSON-able dict every LOG_EVERY optimizer steps."""
+    progress: Progress = silent
+    measure: Measure | None = None
+    """Called every `eval_every` steps and at the end."""
+
+
 LOG_EVERY = 10
 """Optimizer steps between two lines of the log; its numbers are means over them."""
 
@@ -33,21 +49,20 @@ def train(
     *,
     seed: int,
     work: Path,
-    log: Callable[[dict[str, Any]], None],
-    progress: Progress = silent,
+    reports: Reports,
 ) -> Drafter:
     """Train a drafter on a store's features, going on from the checkpoints in `work` if there are any.
 
-    `log` gets one JSON-able dict every few optimizer steps, on the main process only. Returns the trained drafter on
-    the CPU, in float32. Raises CoralError when the loss or the gradient is not finite, before the update.
+    With `reports.measure`, the drafter that it scored highest is returned, else the last; on the CPU, in float32.
+    Raises CoralError when the loss or the gradient is not finite, before the update.
     """
-    accelerator = make_accelerator(spec.precision)
+    accelerator = make_accelerator(spec, work)
     trainer = Trainer(spec, store, seed, accelerator)
     checkpoints = Checkpoints(work / "checkpoints", identity(spec, store, seed, accelerator.num_processes))
     trainer.restore(checkpoints.load())
     meter = Meter(accelerator)
     micro_batches = trainer.micro_batches()
-    progress("train", trainer.step, spec.steps, {})
+    reports.progress("train", trainer.step, spec.steps, {})
     while trainer.step < spec.steps:
         micros = list(itertools.islice(micro_batches, spec.accumulate))
         count = trainer.count_rows(micros)
@@ -63,21 +78,42 @@ def train(
         if trainer.step % LOG_EVERY == 0 or trainer.step == spec.steps:
             numbers = meter.summary() | {"learning_rate": learning_rate(spec, trainer.step - 1)}
             if accelerator.is_main_process:
-                log({"stage": "train", "step": trainer.step, **numbers})
-        progress("train", trainer.step, spec.steps, meter.shown)
+                reports.log({"stage": "train", "step": trainer.step, **numbers})
+            accelerator.log(numbers, step=trainer.step)
+        reports.progress("train", trainer.step, spec.steps, meter.shown)
+        if reports.measure and (trainer.step % spec.eval_every == 0 or trainer.step == spec.steps):
+            keep_best(trainer, checkpoints, reports)
         if trainer.step % spec.checkpoint_every == 0 and trainer.step < spec.steps:
             checkpoint = trainer.checkpoint()
             if accelerator.is_main_process:
                 checkpoints.save(checkpoint)
-    return trainer.drafter()
+    accelerator.end_training()
+    best = checkpoints.best() if reports.measure else None
+    return trainer.drafter(best[2] if best else None)
 
 
-def make_accelerator(precision: str) -> accelerate.Accelerator:
-    """accelerate's idea of this machine. Raises CoralError for a precision that it cannot run."""
+def keep_best(trainer: Trainer, checkpoints: Checkpoints, reports: Reports) -> None:
+    """Decode with the drafter as it is, on the main process while the others wait, and keep it if it is the best."""
+    weights = trainer.checkpoint().weights
+    if reports.measure and trainer.accelerator.is_main_process:
+        score = reports.measure(trainer.drafter(weights))
+        checkpoints.save_best(trainer.step, score, weights)
+        reports.log({"stage": "acceptance", "step": trainer.step, "tokens_per_round": score})
+    trainer.accelerator.wait_for_everyone()
+
+
+def make_accelerator(spec: TrainSpec, work: Path) -> accelerate.Accelerator:
+    """accelerate's idea of this machine. Raises CoralError for a precision or a tracker that it does not have."""
+    tracker = None if spec.tracker == "none" else spec.tracker
+    if tracker and not importlib.util.find_spec(tracker):
+        raise CoralError(f"train.tracker={tracker} is not installed. Run: pip install 'coral-decoding[{tracker}]'")
     try:
-        return accelerate.Accelerator(mixed_precision=precision)
+        accelerator = accelerate.Accelerator(mixed_precision=spec.precision, log_with=tracker, project_dir=work.parent)
     except ValueError as error:
-        raise CoralError(f"train.precision={precision} does not work on this machine: {error}") from error
+        raise CoralError(f"train.precision={spec.precision} does not work on this machine: {error}") from error
+    if tracker:
+        accelerator.init_trackers("coral", config=dataclasses.asdict(spec))
+    return accelerator
 
 
 def identity(spec: TrainSpec, store: Store, seed: int, processes: int) -> dict[str, Any]:

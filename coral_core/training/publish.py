@@ -18,7 +18,7 @@ from coral_core.recipe.loader import section_fingerprint, to_mapping
 from coral_core.recipe.schema import Recipe
 from coral_core.store.store import Store
 from coral_core.training.checkpoint import Checkpoints
-from coral_core.training.loop import identity, train
+from coral_core.training.loop import Measure, Reports, identity, train
 
 COMMAND = "coral prepare-data"
 SECTIONS = ("seed", "train")
@@ -27,7 +27,9 @@ INDIFFERENT = {"target.device", "data.batch_size", "data.shard_tokens"}
 """Keys that may have changed since the data were made: they decide how it was computed, not what."""
 
 
-def train_drafter(recipe: Recipe, run: Path, progress: Progress = silent) -> tuple[Manifest, bool]:
+def train_drafter(
+    recipe: Recipe, run: Path, progress: Progress = silent, measure: Measure | None = None
+) -> tuple[Manifest, bool]:
     """Train and publish runs/NAME/drafter; (its manifest, whether anything had to be done).
 
     Under several processes each calls this; the main one writes. Raises ArtifactError when the data is missing,
@@ -35,19 +37,26 @@ def train_drafter(recipe: Recipe, run: Path, progress: Progress = silent) -> tup
     """
     store = open_data(recipe, run)
     final = run / "drafter"
-    fingerprint = section_fingerprint(recipe, *SECTIONS, data=store.manifest.fingerprint)
+    inputs = {"target": store.manifest.inputs["target"], "data": store.manifest.fingerprint}
+    if start := recipe.train.init_from:
+        inputs["init_from"] = Manifest.read(Path(start), "drafter", "coral train, or set train.init_from").fingerprint
+    fingerprint = section_fingerprint(recipe, *SECTIONS, **inputs)
     if (finished := _finished(final, fingerprint)) is not None:
         return finished, False
     processes = accelerate.PartialState()
     work = final.with_name(f".{final.name}.partial")  # as artifacts.stage names it
     who = identity(recipe.train, store, recipe.seed, processes.num_processes)
-    Checkpoints(work / "checkpoints", who).refuse_stranger()
+    checkpoints = Checkpoints(work / "checkpoints", who)
+    checkpoints.refuse_stranger()
     lines: list[dict[str, Any]] = []
     with stage(final, fingerprint) if processes.is_main_process else contextlib.nullcontext(work):
         processes.wait_for_everyone()
         with _log_file(run / "log.jsonl", lines) as log:
-            drafter = train(recipe.train, store, seed=recipe.seed, work=work, log=log, progress=progress)
-        manifest = _manifest(recipe, store, fingerprint, drafter, lines)
+            reports = Reports(log, progress, measure)
+            drafter = train(recipe.train, store, seed=recipe.seed, work=work, reports=reports)
+        facts = _facts(store, drafter, lines, checkpoints.best() if measure else None)
+        sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
+        manifest = Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
         if processes.is_main_process:
             drafter.save(work)
             manifest.write(work)
@@ -102,17 +111,14 @@ def _log_file(path: Path, lines: list[dict[str, Any]]) -> Iterator[Any]:
         yield log
 
 
-def _manifest(
-    recipe: Recipe, store: Store, fingerprint: str, drafter: Drafter, lines: list[dict[str, Any]]
-) -> Manifest:
-    mapping = to_mapping(recipe)
-    facts = {
+def _facts(
+    store: Store, drafter: Drafter, lines: list[dict[str, Any]], best: tuple[int, float, Any] | None
+) -> dict[str, Any]:
+    return {
         "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
         "dtype": "float32",
         "drafter_config": dataclasses.asdict(drafter.config),
         "data": {name: store.manifest.facts[name] for name in ("samples", "tokens", "answer_tokens")},
-        "last": lines[-1] if lines else {},
+        "last": next((line for line in reversed(lines) if line["stage"] == "train"), {}),
+        "best": {"step": best[0], "tokens_per_round": best[1]} if best else None,
     }
-    inputs = {"target": store.manifest.inputs["target"], "data": store.manifest.fingerprint}
-    sections = {name: mapping[name] for name in SECTIONS}
-    return Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)

@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -17,11 +18,12 @@ from torch.distributed.checkpoint import state_dict as distributed_state
 
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
 from coral_core.recipe.schema import TrainSpec
 from coral_core.store.batches import Batch, batches
 from coral_core.store.store import Store
 from coral_core.training.alignment import Alignment
-from coral_core.training.checkpoint import Checkpoint
+from coral_core.training.checkpoint import Checkpoint, first_difference
 from coral_core.training.objective import Objective
 from coral_core.training.unroll import Unroll, feature_noise, loss_rows
 
@@ -38,7 +40,7 @@ class Trainer:
     def __init__(self, spec: TrainSpec, store: Store, seed: int, accelerator: accelerate.Accelerator) -> None:
         self.spec, self.store, self.seed, self.accelerator = spec, store, seed, accelerator
         self.config = DrafterConfig(**store.manifest.facts["drafter_config"])
-        unroll = Unroll(initial_drafter(self.config, seed), spec.unroll_steps)
+        unroll = Unroll(initial_drafter(self.config, seed, spec.init_from), spec.unroll_steps)
         optimizer = torch.optim.AdamW(unroll.parameters(), lr=spec.learning_rate, betas=BETAS)
         self.model, self.optimizer = accelerator.prepare(unroll, optimizer)
         self.lent = store.lent().to(accelerator.device, DTYPES[spec.precision])
@@ -104,9 +106,9 @@ class Trainer:
             scaler.load_state_dict(checkpoint.numbers["scaler"])
         self.step = checkpoint.step
 
-    def drafter(self) -> Drafter:
-        """The trained drafter, whole and on the CPU."""
-        weights = distributed_state.get_model_state_dict(self.model, options=_WHOLE)
+    def drafter(self, weights: dict[str, Any] | None = None) -> Drafter:
+        """The trained drafter, whole and on the CPU; `weights` of a checkpoint take the place of the current ones."""
+        weights = weights or distributed_state.get_model_state_dict(self.model, options=_WHOLE)
         drafter = Drafter(self.config)
         drafter.load_state_dict({name.removeprefix("drafter."): value for name, value in weights.items()})
         return drafter.requires_grad_(False).eval()
@@ -134,8 +136,19 @@ class MicroBatch:
         return cls(moved, number, int(loss_rows(batch).sum()), int(batch.valid_BT.sum()))
 
 
-def initial_drafter(config: DrafterConfig, seed: int) -> Drafter:
-    """A drafter whose weights depend on the seed alone."""
+def initial_drafter(config: DrafterConfig, seed: int, folder: str = "") -> Drafter:
+    """The drafter in `folder`, or one whose weights depend on the seed alone.
+
+    Raises ArtifactError when the folder holds none, or one of another shape.
+    """
+    if folder:
+        drafter = Drafter.load(Path(folder)).float().requires_grad_(True).train()
+        if difference := first_difference(dataclasses.asdict(drafter.config), dataclasses.asdict(config)):
+            key, was, now = difference
+            raise ArtifactError(
+                f"train.init_from={folder} has {key} {was}, this target's drafter has {now}. Set another"
+            )
+        return drafter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Drafter(config)
@@ -152,6 +165,8 @@ def make_objective(spec: TrainSpec) -> Objective:
         temperature=spec.csra_temperature,
         negatives=spec.csra_negatives,
         include_target=spec.csra_include_target,
+        query_only=spec.csra_gradient == "query",
+        mask_same_token=spec.csra_mask_same_token,
     )
     return Objective(
         regression_weight=spec.regression_weight,

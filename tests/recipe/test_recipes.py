@@ -99,6 +99,6 @@ def test_pico_yaml_is_the_defaults_and_writes_each_of_them():
 
 
 def test_the_recipe_stays_small():
-    """A budget of 50 keys, so that each one is a decision."""
+    """A budget of 54 keys, so that each one is a decision: CSRA's open choices are six of them."""
     mapping = to_mapping(Recipe())
-    assert sum(len(value) if isinstance(value, dict) else 1 for value in mapping.values()) <= 50
+    assert sum(len(value) if isinstance(value, dict) else 1 for value in mapping.values()) <= 54

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from coral_core.store.store import Store
-from coral_core.training.loop import train
+from coral_core.training.loop import Reports, train
 from tests.training.helpers import tiny_spec
 
 
@@ -27,7 +27,7 @@ def main(work: Path, kill_after: int, **changes: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     store = Store.open(work / "data")
-    drafter = train(tiny_spec(**changes), store, seed=5, work=work, log=lines.append, progress=progress)
+    drafter = train(tiny_spec(**changes), store, seed=5, work=work, reports=Reports(lines.append, progress))
     save_file(drafter.state_dict(), work / f"weights-{os.environ.get('RANK', '0')}.safetensors")
     if lines:
         (work / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,34 @@
+"""Tokens per round and nothing else, for a drafter that is still in training."""
+
+import statistics
+from collections.abc import Callable
+
+from coral_core.bench.race import run_lane
+from coral_core.decoding.assemble import sampler, tree_shape
+from coral_core.decoding.engine import Engine
+from coral_core.drafter.model import Drafter
+from coral_core.head.full import FullHead
+from coral_core.progress import Progress
+from coral_core.recipe.schema import Recipe
+from coral_core.target.load import Target
+
+
+def acceptance(
+    recipe: Recipe, target: Target, prompts: list[list[int]], progress: Progress
+) -> Callable[[Drafter], float]:
+    """A function that decodes the prompts with a drafter, the full head and the recipe's tree: its tokens_per_round.
+
+    The micro mean over all rounds, as `coral eval` reports it.
+    """
+
+    def measure(drafter: Drafter) -> float:
+        drafter = drafter.to(target.device, target.dtype)
+        engine = Engine(target, drafter, FullHead(target.lent), tree_shape(recipe.decode))
+        emitted: list[int] = []
+        for number, prompt in enumerate(prompts, start=1):
+            emitted += run_lane(engine.decode(prompt, sampler(recipe), recipe.decode.max_new_tokens)).emitted
+            numbers = {"tokens_per_round": statistics.fmean(emitted)} if emitted else {}
+            progress("acceptance", number, len(prompts), numbers)
+        return statistics.fmean(emitted) if emitted else 1.0
+
+    return measure
