@@ -37,7 +37,7 @@ class Lent:
         return raw_XV
 
     def embed(self, ids_X: torch.Tensor) -> torch.Tensor:
-        """Embeddings [..., D] of token ids [...], without any factor of the target's own: engines feed the rows as they are."""
+        """Embeddings [..., D] of token ids [...]; no factor of the target's own (Gemma's): engines feed plain rows."""
         return torch.nn.functional.embedding(ids_X, self.embed_VD)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Lent":

@@ -42,7 +42,7 @@ def evaluate(
 
     An interrupted evaluation of the same thing goes on behind its last finished question.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "recipe": to_mapping(recipe),
         "target": assembled.engine.target.fingerprint,
         "drafter": assembled.drafter_fingerprint,
@@ -68,9 +68,7 @@ def evaluate(
 
 def _baseline(recipe: Recipe, assembled: Assembled, questions: list[Question]) -> list[Baseline]:
     target = assembled.engine.target
-    prompts = [
-        first_prompt(target, question) for question in questions[:PROBES]
-    ]
+    prompts = [first_prompt(target, question) for question in questions[:PROBES]]
     fitting = [prompt for prompt in prompts if len(prompt) < target.max_positions]
     if not fitting:
         raise DataError(f"no question fits the target's context of {target.max_positions} tokens; use shorter ones")

@@ -45,7 +45,7 @@ def from_hub(bench: str) -> list[Question]:
     dataset, configuration, split = HUB[bench]
     try:
         rows = datasets.load_dataset(dataset, configuration, split=split)
-    except Exception as error:  # noqa: BLE001 (the Hub client raises many kinds; the reason is passed on)
+    except Exception as error:  # the Hub client raises many kinds; the reason is passed on
         raise DataError(
             f"cannot fetch {bench} from the Hub dataset {dataset} ({type(error).__name__}); "
             f"download its questions as JSONL elsewhere and pass the file: coral eval --bench {bench} --questions FILE"
@@ -95,7 +95,9 @@ def held_out(run: Path, model: str) -> list[Question]:
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"no held-out prompts in {path.parent}. Run: coral prepare-data, or name a --bench") from error
+        raise ArtifactError(
+            f"no held-out prompts in {path.parent}. Run: coral prepare-data, or name a --bench"
+        ) from error
     if not prompts:
         raise ArtifactError(f"{path} is empty: data.holdout was 0. Name a --bench, or raise data.holdout")
     return [Question(f"{HELD_OUT}-{index}", ids=tuple(prompt)) for index, prompt in enumerate(prompts)]

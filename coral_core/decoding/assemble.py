@@ -40,7 +40,7 @@ def assemble(recipe: Recipe, run: Path, target: Target) -> Assembled:
     drafter = Drafter.load(folder / "drafter").to(target.device, target.dtype)
     head = load_head(
         folder / "head",
-        recipe.head.kind,
+        recipe.head,
         target.lent,
         target_fingerprint=target.fingerprint,
         drafter_fingerprint=manifest.fingerprint,

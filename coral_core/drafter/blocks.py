@@ -63,9 +63,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
 
-    def forward(
-        self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
         def split(y_BTD: torch.Tensor) -> torch.Tensor:
             return y_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -96,8 +94,6 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(hidden, intermediate)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
-    def forward(
-        self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
         x_BTD = x_BTD + self.self_attn(x_BTD, cos_sin, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

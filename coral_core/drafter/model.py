@@ -30,6 +30,20 @@ class Drafter(nn.Module):
         self.fc = nn.Linear(2 * hidden, hidden, bias=False)
         self.layers = nn.ModuleList([DraftLayer(hidden, heads, config.intermediate_size, config.rms_norm_eps)])
         self.rope = Rope(LlamaConfig(**dataclasses.asdict(config)))
+        self._start_as_identity()
+
+    @torch.no_grad()
+    def _start_as_identity(self) -> None:
+        """Begin near f̂ = f: `fc` passes the feature through, and the layer adds little to it.
+
+        Against random weights, at 300 steps on pico: tau 2.27 → 2.42 (20 nodes). The target's own last layer as a
+        start was far worse (held-out accuracy 0.35 against 0.58): without an input norm its weights do not fit.
+        """
+        hidden = self.config.hidden_size
+        self.fc.weight[:, hidden:] += torch.eye(hidden, device=self.fc.weight.device)
+        for layer in self.layers:
+            layer.self_attn.o_proj.weight *= 0.2
+            layer.mlp.down_proj.weight *= 0.2
 
     def forward(
         self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, position_BT: torch.Tensor, attend: Attend

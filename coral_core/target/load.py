@@ -86,7 +86,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_target(spec: TargetSpec) -> Target:
-    """Load model and tokenizer. Raises TargetError, in one line, for anything that is not there or cannot be sped up."""
+    """Load model and tokenizer. Raises TargetError for what is not there or cannot be sped up."""
     from transformers import AutoTokenizer
 
     device = pick_device(spec.device)

@@ -57,6 +57,7 @@ def train_drafter(
         facts = _facts(store, drafter, lines, checkpoints.best() if measure else None)
         sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
         manifest = Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
+        processes.wait_for_everyone()  # all have read the best checkpoint
         if processes.is_main_process:
             drafter.save(work)
             manifest.write(work)

@@ -1,0 +1,108 @@
+"""Orders of the vocabulary that put tokens which are likely together into the same group.
+
+k-means finds the centres (scikit-learn); the balance, which a contiguous block of fixed size needs, is ours: prices
+that even out the demand for each group (Sinkhorn's iterations), then an exact fill of each group's room.
+Not for choosing groups while decoding: that is the router's.
+Axes: V vocabulary, D hidden, G group.
+"""
+
+import torch
+from sklearn.cluster import MiniBatchKMeans
+
+from coral_core.head.groups import Groups, balanced_sizes, check_groups
+from coral_core.progress import Progress, silent
+
+_BATCH = 4096
+"""Head rows per k-means step."""
+_STEPS = 60
+"""k-means steps; on pico and on 128k x 4,096 rows the centres stand still well before."""
+_ROUNDS = 8
+"""Balanced assignments, each followed by new centres."""
+
+
+def by_id(vocabulary: int, groups: int) -> Groups:
+    """Token ids in order: the control."""
+    return Groups.from_order(torch.arange(vocabulary), groups)
+
+
+def by_frequency(count_V: torch.Tensor, groups: int) -> Groups:
+    """The most frequent tokens first; ties by id."""
+    return Groups.from_order(frequency_order(count_V), groups)
+
+
+def frequency_order(count_V: torch.Tensor) -> torch.Tensor:
+    """Token ids [V], the most frequent first; ties by id."""
+    return count_V.argsort(descending=True, stable=True)
+
+
+def by_kmeans(
+    rows_VD: torch.Tensor, groups: int, *, count_V: torch.Tensor, seed: int = 0, progress: Progress = silent
+) -> Groups:
+    """Balanced k-means on normalised rows. Groups, and tokens within them, come in order of `count_V`.
+
+    Groups that are often active are so neighbours, and neighbours are multiplied together.
+    Raises RecipeError when there are more groups than rows.
+    """
+    check_groups(groups, rows_VD.shape[0])
+    size_G = balanced_sizes(rows_VD.shape[0], groups)
+    unit_VD = torch.nn.functional.normalize(rows_VD.detach().to("cpu", torch.float32), dim=1)
+    centre_GD = _centres(unit_VD, groups, seed, progress)
+    group_V = torch.zeros(len(unit_VD), dtype=torch.int64)
+    for done in range(_ROUNDS):
+        progress("balance groups", done, _ROUNDS, {})
+        before_V, group_V = group_V, balanced_assignment(unit_VD @ centre_GD.T, size_G)
+        if torch.equal(before_V, group_V):
+            break
+        sum_GD = torch.zeros_like(centre_GD).index_add_(0, group_V, unit_VD)
+        centre_GD = torch.nn.functional.normalize(sum_GD, dim=1)
+    progress("balance groups", _ROUNDS, _ROUNDS, {})
+    return _sorted_groups(group_V, count_V, groups)
+
+
+def _centres(unit_VD: torch.Tensor, groups: int, seed: int, progress: Progress) -> torch.Tensor:
+    model = MiniBatchKMeans(groups, random_state=seed, batch_size=_BATCH, n_init=1)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(_STEPS):
+        progress("cluster the head", step, _STEPS, {})
+        some_V = torch.randperm(len(unit_VD), generator=generator)[: max(_BATCH, groups)]
+        model.partial_fit(unit_VD[some_V].numpy())
+    progress("cluster the head", _STEPS, _STEPS, {})
+    return torch.nn.functional.normalize(torch.from_numpy(model.cluster_centers_).float(), dim=1)
+
+
+def balanced_assignment(score_VG: torch.Tensor, size_G: torch.Tensor, *, rounds: int = 40) -> torch.Tensor:
+    """The group of each row [V], group g taking exactly size_G[g] rows, with a high total score.
+
+    Sinkhorn's prices make groups equally wanted; then rows go to their best group with room, each group taking those
+    that want it most, until all are placed. Not the optimum (an assignment problem), which is cubic in V.
+    """
+    log_size_G = size_G.to(score_VG.dtype).log()
+    sharp_VG = score_VG / (0.1 * score_VG.std().clamp_min(1e-6))
+    price_G = torch.zeros_like(log_size_G)
+    for _ in range(rounds):
+        share_VG = (sharp_VG - price_G).log_softmax(dim=1)
+        price_G = price_G + share_VG.logsumexp(dim=0) - log_size_G
+    wish_VG, room_G = sharp_VG - price_G, size_G.clone()
+    group_V = torch.full((len(score_VG),), -1)
+    while (left_V := (group_V < 0).nonzero()[:, 0]).numel():
+        want_V = wish_VG[left_V].masked_fill(room_G == 0, -torch.inf)
+        best_V, choice_V = want_V.max(dim=1)
+        for group in choice_V.unique().tolist():
+            here_V = (choice_V == group).nonzero()[:, 0]
+            taken_V = here_V[best_V[here_V].argsort(descending=True, stable=True)[: int(room_G[group])]]
+            group_V[left_V[taken_V]] = group
+            room_G[group] -= len(taken_V)
+    return group_V
+
+
+def _sorted_groups(group_V: torch.Tensor, count_V: torch.Tensor, groups: int) -> Groups:
+    """Groups by falling mean count (larger groups first where sizes differ), tokens within by falling count."""
+    size_G = torch.bincount(group_V, minlength=groups)
+    mass_G = torch.zeros(groups, dtype=torch.float64).index_add_(0, group_V, count_V.to("cpu", torch.float64))
+    rank_G = mass_G.argsort(descending=True, stable=True)
+    rank_G = rank_G[size_G[rank_G].argsort(descending=True, stable=True)]
+    place_G = torch.empty_like(rank_G)
+    place_G[rank_G] = torch.arange(groups)
+    order_V = frequency_order(count_V.cpu())
+    order_V = order_V[place_G[group_V[order_V]].argsort(stable=True)]
+    return Groups.from_order(order_V, groups)

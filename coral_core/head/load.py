@@ -1,0 +1,85 @@
+"""The head on disk, and the head that a recipe asks for.
+
+head.safetensors   token_GR (groups), frequent_V (tokens, the most frequent first), router.*
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from coral_core.artifacts import Manifest
+from coral_core.errors import ArtifactError
+from coral_core.head.candidates import Head
+from coral_core.head.full import FullHead
+from coral_core.head.grouped import GroupedHead
+from coral_core.head.groups import Groups
+from coral_core.head.router import Router
+from coral_core.head.static import StaticHead
+from coral_core.lent import Lent
+from coral_core.recipe.schema import HeadSpec
+
+COMMAND = "coral group-head"
+FILE = "head.safetensors"
+
+
+def save_head(folder: Path, groups: Groups, router: Router, frequent_V: torch.Tensor) -> None:
+    """Write head.safetensors."""
+    tensors = {f"router.{name}": value.detach().cpu().contiguous() for name, value in router.state_dict().items()}
+    tensors |= {"token_GR": groups.token_GR.contiguous(), "frequent_V": frequent_V.cpu().contiguous()}
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+
+
+def load_head(folder: Path, spec: HeadSpec, lent: Lent, *, target_fingerprint: str, drafter_fingerprint: str) -> Head:
+    """The head of a recipe's kind; the full one needs nothing on disk.
+
+    Raises ArtifactError when the folder is missing, damaged, made for another target or drafter, or clustered
+    otherwise than the recipe says. `active` is free: the router ranks all groups.
+    """
+    if spec.kind == "full":
+        return FullHead(lent)
+    manifest = Manifest.read(folder, "head", COMMAND)
+    for name, wanted in (("target", target_fingerprint), ("drafter", drafter_fingerprint)):
+        if manifest.inputs.get(name) != wanted:
+            raise ArtifactError(
+                f"the head in {folder} was made for {name} {manifest.inputs.get(name)}, not for {wanted}. "
+                f"Run: {COMMAND}"
+            )
+    tensors = _read(folder / FILE)
+    vocabulary = lent.head_VD.shape[0]
+    if spec.kind == "static":
+        return StaticHead(lent, tensors["frequent_V"][: max(1, vocabulary * spec.active // spec.groups)])
+    for key in ("groups", "clustering"):
+        if manifest.facts[key] != getattr(spec, key):
+            raise ArtifactError(
+                f"the head in {folder} has head.{key}={manifest.facts[key]}; this recipe says {getattr(spec, key)}. "
+                f"Run: {COMMAND}, or give head.{key} its old value"
+            )
+    groups = Groups(tensors["token_GR"])
+    if not groups.is_whole(vocabulary):
+        raise ArtifactError(f"{folder / FILE} does not hold each of {vocabulary} tokens once. Run: {COMMAND}")
+    return GroupedHead(lent, groups, _router(tensors, folder / FILE), spec.active)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"cannot read the head {path}: {error}. Run: {COMMAND}") from error
+    for name in ("token_GR", "frequent_V", "router.w1.weight", "router.w2.weight"):
+        if name not in tensors:
+            raise ArtifactError(f"{path} lacks tensor '{name}'. Run: {COMMAND}")
+    return tensors
+
+
+def _router(tensors: dict[str, torch.Tensor], path: Path) -> Router:
+    router = Router(tensors["router.w1.weight"].shape[1], tensors["router.w2.weight"].shape[0])
+    own = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
+    try:
+        router.load_state_dict(own)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} holds no whole router: {str(error).splitlines()[-1].strip()} Run: {COMMAND}"
+        ) from error
+    return router

@@ -1,0 +1,60 @@
+"""Groups as drawings: balanced, contiguous after the permutation, and never a lost token."""
+
+import pytest
+import torch
+
+from coral_core.errors import RecipeError
+from coral_core.head.clustering import balanced_assignment, by_frequency, by_id, by_kmeans
+from coral_core.head.groups import Groups, balanced_sizes, runs
+
+
+def test_the_permutation_of_the_docstring() -> None:
+    groups = Groups.from_order(torch.tensor([4, 0, 2, 5, 1, 3]), 4)
+    assert groups.token_GR.tolist() == [[4, 0], [2, 5], [1, -1], [3, -1]]
+    assert groups.start_G == [0, 2, 4, 5, 6]
+    assert groups.order_V.tolist() == [4, 0, 2, 5, 1, 3]
+    assert groups.group_V.tolist() == [0, 2, 1, 3, 0, 1]
+
+
+def test_neighbouring_groups_are_read_in_one_run() -> None:
+    start_G = [0, 10, 20, 30, 40, 50, 60, 70, 80]
+    assert runs([7, 2, 3], start_G) == [(20, 40), (70, 80)]
+    assert runs(range(8), start_G) == [(0, 80)]
+
+
+@pytest.mark.parametrize("vocabulary, groups", [(12, 4), (13, 4), (97, 8), (5, 5), (6, 1)])
+def test_every_clustering_is_balanced_and_loses_no_token(vocabulary: int, groups: int) -> None:
+    rows_VD = torch.randn(vocabulary, 6, generator=torch.Generator().manual_seed(0))
+    count_V = torch.arange(vocabulary) % 7
+    for made in (by_id(vocabulary, groups), by_frequency(count_V, groups), by_kmeans(rows_VD, groups, count_V=count_V)):
+        assert made.is_whole(vocabulary)
+        sizes = (made.token_GR >= 0).sum(1)
+        assert sizes.max() - sizes.min() <= 1
+
+
+def test_frequency_puts_the_most_frequent_first_and_ties_by_id() -> None:
+    assert by_frequency(torch.tensor([1, 5, 0, 5]), 2).token_GR.tolist() == [[1, 3], [0, 2]]
+
+
+def test_kmeans_finds_the_clusters_that_are_there() -> None:
+    """Three bundles of four rows each, shuffled: every group is one bundle."""
+    direction = torch.eye(3).repeat(4, 1)
+    rows_VD = direction + 0.05 * torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
+    group_V = by_kmeans(rows_VD, 3, count_V=torch.ones(12)).group_V
+    assert [len(set(group_V[bundle::3].tolist())) for bundle in range(3)] == [1, 1, 1]
+
+
+def test_balance_moves_the_rows_that_mind_least() -> None:
+    """All four rows prefer group 0, which has room for two: the two that want it most stay."""
+    score_VG = torch.tensor([[1.0, 0.0], [1.0, 0.9], [1.0, 0.1], [1.0, 0.8]])
+    assert balanced_assignment(score_VG, balanced_sizes(4, 2)).tolist() == [0, 1, 0, 1]
+
+
+def test_more_groups_than_tokens_are_refused() -> None:
+    with pytest.raises(RecipeError, match="head.groups is 9, but the vocabulary has 8 tokens"):
+        by_id(8, 9)
+
+
+def test_a_damaged_permutation_is_noticed() -> None:
+    assert not Groups(torch.tensor([[0, 1], [1, 2]])).is_whole(4)
+    assert not Groups(torch.tensor([[-1, 1], [0, 2]])).is_whole(3)

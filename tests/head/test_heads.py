@@ -1,0 +1,128 @@
+"""The heads against the full one: equal when everything is active, equal on the rows they read when not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coral_core.artifacts import Manifest
+from coral_core.errors import ArtifactError
+from coral_core.head.candidates import Candidates
+from coral_core.head.clustering import by_id, by_kmeans
+from coral_core.head.full import FullHead
+from coral_core.head.grouped import GroupedHead
+from coral_core.head.groups import Groups
+from coral_core.head.load import load_head, save_head
+from coral_core.head.router import Router
+from coral_core.head.static import StaticHead
+from coral_core.lent import Lent
+from coral_core.recipe.schema import HeadSpec
+
+V, D, G = 53, 16, 6
+
+
+def a_lent(**scalars: float) -> Lent:
+    torch.manual_seed(0)
+    return Lent(torch.randn(V, D), torch.randn(V, D), torch.randn(V), **scalars)
+
+
+def a_grouped(lent: Lent, active: int) -> GroupedHead:
+    torch.manual_seed(1)
+    return GroupedHead(lent, by_kmeans(lent.head_VD, G, count_V=torch.ones(V)), Router(D, G), active)
+
+
+def by_token(candidates: Candidates, row: int) -> dict[int, float]:
+    return dict(zip(candidates.token_C.tolist(), candidates.logprob_NC[row].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("scalars", [{}, {"logit_scale": 0.3}, {"logit_softcap": 2.0}])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_with_every_group_active_the_grouped_head_is_the_full_one(scalars: dict[str, float], rows: int) -> None:
+    lent, hidden_ND = a_lent(**scalars), torch.randn(rows, D)
+    logprob_NR, token_NR = FullHead(lent).candidates(hidden_ND).best(V)
+    ours_NR, same_NR = a_grouped(lent, G).candidates(hidden_ND).best(V)
+    assert torch.equal(token_NR, same_NR)
+    torch.testing.assert_close(ours_NR, logprob_NR, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logprob_NR.sort().values, lent.logits(hidden_ND).log_softmax(-1).sort().values, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("active", [1, 2, 4])
+def test_active_groups_are_the_full_head_restricted_to_their_rows(active: int) -> None:
+    lent = a_lent()
+    head, hidden_ND = a_grouped(lent, active), torch.randn(3, D)
+    candidates = head.candidates(hidden_ND)
+    logits_NC = lent.logits(hidden_ND)[:, candidates.token_C]
+    routed_NG = head.router(hidden_ND).softmax(-1)
+    chosen = routed_NG.sum(0).topk(active).indices
+    expected_NC = logits_NC.log_softmax(-1) + routed_NG[:, chosen].sum(-1, keepdim=True).log()
+    torch.testing.assert_close(candidates.logprob_NC, expected_NC, rtol=0, atol=1e-5)
+    assert len(set(candidates.token_C.tolist())) == candidates.token_C.numel() < V
+
+
+def test_the_static_head_keeps_its_tokens_only() -> None:
+    lent, hidden_ND = a_lent(), torch.randn(2, D)
+    token_K = torch.tensor([7, 3, 50])
+    candidates = StaticHead(lent, token_K).candidates(hidden_ND)
+    assert candidates.token_C.tolist() == [7, 3, 50]
+    torch.testing.assert_close(
+        candidates.logprob_NC, lent.logits(hidden_ND)[:, token_K].log_softmax(-1), rtol=0, atol=1e-5
+    )
+
+
+def test_best_maps_places_to_tokens() -> None:
+    logprob_NC = torch.tensor([[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]])
+    assert Candidates(logprob_NC, torch.tensor([9, 8, 7])).best(2)[1].tolist() == [[8, 7], [9, 8]]
+    own_NC = torch.tensor([[9, 8, 7], [6, 5, 4]])
+    assert Candidates(logprob_NC, own_NC).best(2)[1].tolist() == [[8, 7], [6, 5]]
+
+
+def a_folder(folder: Path, groups: Groups | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_head(folder, groups or by_id(V, G), Router(D, G), torch.arange(V))
+    facts = {"groups": G, "clustering": "id"}
+    Manifest(kind="head", fingerprint="h", inputs={"target": "t", "drafter": "d"}, recipe={}, facts=facts).write(folder)
+    return folder
+
+
+SPEC = HeadSpec(kind="grouped", clustering="id", groups=G, active=2)
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    folder, lent = a_folder(tmp_path / "head"), a_lent()
+    head = load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
+    assert isinstance(head, GroupedHead)
+    assert head.active == 2
+    spec = HeadSpec(kind="static", groups=G, active=2)
+    static = load_head(folder, spec, lent, target_fingerprint="t", drafter_fingerprint="d")
+    assert isinstance(static, StaticHead)
+    assert static.token_K.tolist() == list(range(V * 2 // G))
+    none = HeadSpec(kind="full")
+    assert isinstance(
+        load_head(tmp_path / "absent", none, lent, target_fingerprint="t", drafter_fingerprint="d"), FullHead
+    )
+
+
+def test_a_strangers_head_is_refused(tmp_path: Path) -> None:
+    folder, lent = a_folder(tmp_path / "head"), a_lent()
+    with pytest.raises(ArtifactError, match="was made for target t, not for other. Run: coral group-head"):
+        load_head(folder, SPEC, lent, target_fingerprint="other", drafter_fingerprint="d")
+    with pytest.raises(ArtifactError, match="was made for drafter d, not for other"):
+        load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="other")
+    spec = HeadSpec(groups=G, active=2, clustering="kmeans")
+    with pytest.raises(ArtifactError, match="has head.clustering=id; this recipe says kmeans"):
+        load_head(folder, spec, lent, target_fingerprint="t", drafter_fingerprint="d")
+    with pytest.raises(ArtifactError, match="no head in .*absent. Run: coral group-head"):
+        load_head(tmp_path / "absent", SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
+
+
+def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
+    lent = a_lent()
+    lost = Groups(by_id(V, G).token_GR.clamp_max(V - 2))
+    with pytest.raises(ArtifactError, match=f"does not hold each of {V} tokens once"):
+        load_head(a_folder(tmp_path / "a", lost), SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
+    folder = a_folder(tmp_path / "b")
+    (folder / "head.safetensors").write_bytes(b"\0" * 50)
+    with pytest.raises(ArtifactError, match="cannot read the head"):
+        load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
