@@ -52,14 +52,14 @@ def make_target(template: str = CHATML, seed: int = 0) -> Target:
         initializer_range=0.4,
     )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config.eos_token_id = [2, *range(20, 59)]
+    model.generation_config.eos_token_id = [2, *range(100, 140)]  # none of ASCII
     return wrap(model, make_tokenizer(template))
 
 
 def make_job(folder: Path, target: Target | None = None, **data: Any) -> Job:
     """A small job; the folder is RUN/data."""
-    keys = {"max_samples": 24, "holdout": 3, "max_length": 120, "max_new_tokens": 12, "batch_size": 4}
-    keys |= {"shard_tokens": 400, **data}
+    keys = {"max_samples": 16, "holdout": 3, "max_length": 120, "max_new_tokens": 12, "batch_size": 4}
+    keys |= {"shard_tokens": 200, **data}
     seed = keys.pop("seed", 0)
     overrides = [f"seed={seed}", *(f"data.{key}={value}" for key, value in keys.items())]
     return Job(load_recipe(None, overrides), target or make_target(), folder / "data")

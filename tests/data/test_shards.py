@@ -22,7 +22,7 @@ def meter() -> Meter:
 
 
 def test_features_of_a_padded_batch_are_those_of_one_by_one_forwards() -> None:
-    """In float32 to 1e-5, and in the order of the pieces, whatever shares a forward; the last layer's, after its norm."""
+    """In float32 to 1e-5, in the order of the pieces, whatever shares a forward: the last layer's, after its norm."""
     generator = torch.Generator().manual_seed(0)
     for family in FAMILIES:
         target = tiny_target(family)
@@ -41,7 +41,7 @@ def test_features_of_a_padded_batch_are_those_of_one_by_one_forwards() -> None:
 def test_each_turn_is_answered_in_view_of_the_answers_before_it(tmp_path) -> None:
     """Three turns, one by one by hand, are what a batch of dialogues of unlike lengths gives."""
     fit = make_fit(tmp_path, max_new_tokens=5)
-    target, tokenizer = fit.tokenizer and make_target(), fit.tokenizer
+    target, tokenizer = make_target(), fit.tokenizer
     dialogue = Dialogue(("ab", "cd", "e"), system="s")
     others = [Dialogue(("x",)), Dialogue(("yyy", "z"))]
     pieces = answer(target, [others[0], dialogue, others[1]], fit, 0, meter())[1]
@@ -55,8 +55,8 @@ def test_each_turn_is_answered_in_view_of_the_answers_before_it(tmp_path) -> Non
                 ids.append(int(target.model(torch.tensor([prompt + ids])).logits[0, -1].argmax()))
         texts.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
         turns.append((prompt, ids))
-    written = [[token for token, own in zip(piece.ids, piece.answer, strict=True) if own] for piece in pieces]
-    assert sum(written, []) == sum((ids for _, ids in turns), [])
+    written = [token for piece in pieces for token, own in zip(piece.ids, piece.answer, strict=True) if own]
+    assert written == [token for _, ids in turns for token in ids]
     ends = [prompt + ids for prompt, ids in turns]
     assert pieces[-1].ids == ends[-1]
     assert all(piece.ids in ends for piece in pieces)

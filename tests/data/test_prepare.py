@@ -1,0 +1,325 @@
+"""The whole stage: what it publishes, and that an interruption anywhere changes none of it."""
+
+import collections
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coral_core.data import prepare as module
+from coral_core.data.estimate import estimate
+from coral_core.data.job import standing
+from coral_core.data.prepare import prepare
+from coral_core.errors import ArtifactError, DataError
+from coral_core.target.template import prompt_ids
+from tests.data.helpers import CHATML, TAGGED_NEVER, contents, make_job, make_target, write_lines
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], int]:
+    """The files of a run of `make_job`'s defaults, and how often it reported progress."""
+    calls: list[tuple] = []
+    store = prepare(make_job(tmp_path_factory.mktemp("whole")), lambda *call: calls.append(call))
+    return contents(store.folder), len(calls)
+
+
+@pytest.fixture
+def whole(uninterrupted: tuple[dict[str, bytes], int]) -> dict[str, bytes]:
+    return uninterrupted[0]
+
+
+@pytest.fixture
+def calls(uninterrupted: tuple[dict[str, bytes], int]) -> int:
+    return uninterrupted[1]
+
+
+class InterruptedHereError(Exception):
+    pass
+
+
+def interrupt_at(call: int):
+    """A progress that raises at the so-and-so-manieth call."""
+    left = [call]
+
+    def progress(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise InterruptedHereError(stage)
+
+    return progress
+
+
+def test_the_store_is_what_the_recipe_says(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    store = prepare(job)
+    facts = store.manifest.facts
+    assert (facts["dialogues"], facts["holdout_dialogues"], facts["dtype"]) == (16, 3, "bfloat16")
+    assert len(store) == len(store.train_indices) + len(store.holdout_indices) == 16
+    assert len(facts["shards"]) > 3
+    assert all(shard["tokens"] <= 200 for shard in facts["shards"])
+    assert facts["drafter_config"]["hidden_size"] == 16
+    assert store.manifest.inputs["target"] == job.target.fingerprint
+    prompts = [json.loads(line)["turns"][0] for line in (store.folder / "prompts.jsonl").read_text().splitlines()]
+    assert len(set(prompts)) == 16
+    for index, text in enumerate(prompts):
+        sample = store[index]
+        prompt = prompt_ids(job.target.tokenizer, [{"role": "user", "content": text}])
+        assert sample.ids_T[: len(prompt)].tolist() == prompt
+        assert sample.answer_T.tolist() == [False] * len(prompt) + [True] * (len(sample.ids_T) - len(prompt))
+    assert store.holdout_prompts == [
+        prompt_ids(job.target.tokenizer, [{"role": "user", "content": text}]) for text in prompts[-3:]
+    ]
+    assert sorted(path.name for path in store.folder.iterdir() if "shard" not in path.name) == [
+        "holdout.json",
+        "lent.safetensors",
+        "manifest.json",
+        "plan.json",
+        "prompts.jsonl",
+    ]
+
+
+def test_every_stage_of_progress_ends(tmp_path: Path) -> None:
+    calls = collections.defaultdict(list)
+    prepare(make_job(tmp_path), lambda stage, done, total, numbers: calls[stage].append((done, total)))
+    assert list(calls) == ["prompts", "answers", "features"]
+    for stage, steps in calls.items():
+        assert steps[-1] == (16, 16), stage
+        assert sum(done == total for done, total in steps) == 1, stage
+
+
+def test_an_interruption_at_any_report_of_progress_changes_nothing(
+    tmp_path: Path, whole: dict[str, bytes], calls: int
+) -> None:
+    """One run is broken off again and again, at drawn moments, until it gets through."""
+    draw, breaks = random.Random(0), 0
+    while True:
+        try:
+            store = prepare(make_job(tmp_path), interrupt_at(draw.randrange(1, calls // 2)))
+        except InterruptedHereError:
+            breaks += 1
+            assert not (tmp_path / "data").exists()
+            assert breaks < 200
+        else:
+            break
+    assert breaks >= 3
+    assert contents(store.folder) == whole
+
+
+@pytest.mark.parametrize("name", ["write_shard", "_finish", "_seal", "seal"])
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interruption_between_any_two_steps_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], name: str, call: int
+) -> None:
+    """Just after a shard's file, its note, or the manifest is written; finished shards are not made again."""
+    step, calls = getattr(module, name), []
+
+    def breaking(*arguments, **options):
+        found = step(*arguments, **options)
+        calls.append(arguments)
+        if len(calls) == call:
+            raise InterruptedHereError
+        return found
+
+    monkeypatch.setattr(module, name, breaking)
+    if name in ("seal", "_seal") and call == 2:
+        calls.append(())
+    with pytest.raises(InterruptedHereError):
+        prepare(make_job(tmp_path))
+    monkeypatch.undo()
+    made = []
+    monkeypatch.setattr(module, "answer", lambda *rest, answer=module.answer: made.append(rest) or answer(*rest))
+    store = prepare(make_job(tmp_path))
+    assert contents(store.folder) == whole
+    finished = {"write_shard": call - 1, "_finish": call}.get(name, len(store.manifest.facts["shards"]))
+    assert len(made) == len(store.manifest.facts["shards"]) - finished
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from coral_core.data.prepare import prepare
+from tests.data.helpers import make_job
+import torch
+torch.set_num_threads(1)
+def progress(stage, done, total, numbers):
+    sys.stdout.write(stage + "\\n")
+    sys.stdout.flush()
+prepare(make_job(Path(sys.argv[1])), progress)
+"""
+
+
+def kill_while_running(folder: Path, lines: int) -> bool:
+    """Run prepare in a process of its own, kill -9 it after so many lines of progress; whether it was killed."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    for _ in range(lines):
+        if not process.stdout.readline():
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_changes_nothing(tmp_path: Path, whole: dict[str, bytes], calls: int, kills: int) -> None:
+    draw, killed = random.Random(1), 0
+    while killed < kills:
+        killed += kill_while_running(tmp_path, draw.randrange(1, max(2, calls // (1 if kills == 1 else 4))))
+        if (tmp_path / "data").exists():
+            assert contents(tmp_path / "data") == whole
+            shutil.rmtree(tmp_path / "data")
+    assert contents(prepare(make_job(tmp_path)).folder) == whole
+
+
+def test_a_smaller_batch_may_go_on_where_a_larger_one_broke_off(
+    tmp_path: Path, whole: dict[str, bytes], calls: int
+) -> None:
+    with pytest.raises(InterruptedHereError):
+        prepare(make_job(tmp_path), interrupt_at(calls - 3))
+    finished = sorted(path.name for path in (tmp_path / ".data.partial").glob("shard-*.safetensors"))
+    assert finished
+    job = make_job(tmp_path, batch_size=2)
+    store = prepare(job)
+    assert {name: contents(store.folder)[name] for name in finished} == {name: whole[name] for name in finished}
+    assert standing(make_job(tmp_path)).store is not None
+
+
+def test_a_finished_store_is_known_again_and_a_changed_recipe_is_named(tmp_path: Path) -> None:
+    assert standing(make_job(tmp_path)).store is None
+    prepare(make_job(tmp_path))
+    assert standing(make_job(tmp_path)).store is not None
+    changed = standing(make_job(tmp_path, max_new_tokens=9, seed=1))
+    assert changed.store is None
+    assert changed.changed == ("seed was 0, is 1", "data.max_new_tokens was 12, is 9")
+    other = standing(make_job(tmp_path, make_target(CHATML, seed=1)))
+    assert other.changed == ("the target's weights or chat template changed",)
+
+
+def test_the_old_store_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    old = prepare(make_job(tmp_path)).manifest.fingerprint
+    with pytest.raises(InterruptedHereError):
+        prepare(make_job(tmp_path, max_samples=12), interrupt_at(20))
+    assert standing(make_job(tmp_path)).store is not None
+    store = prepare(make_job(tmp_path, max_samples=12))
+    assert store.manifest.fingerprint != old
+    assert len(store) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_content_of_the_prompt_file_counts_not_its_name(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{number}"} for number in range(9)])
+    prepare(make_job(tmp_path, prompts=path, max_samples=9))
+    assert standing(make_job(tmp_path, prompts=path, max_samples=9)).store is not None
+    write_lines(path, [{"prompt": f"r{number}"} for number in range(9)])
+    assert standing(make_job(tmp_path, prompts=path, max_samples=9)).changed == ("the prompt file's content changed",)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "lent.safetensors", "holdout.json"])
+def test_only_what_is_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], name: str
+) -> None:
+    folder = prepare(make_job(tmp_path)).folder
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(bytes(content))
+    found = standing(make_job(tmp_path))
+    assert (found.store, found.damaged) == (None, (name,))
+    made = []
+    monkeypatch.setattr(module, "answer", lambda *rest, answer=module.answer: made.append(rest) or answer(*rest))
+    store = prepare(make_job(tmp_path))
+    assert len(made) == (1 if "shard" in name else 0)
+    assert contents(store.folder) == whole
+    assert store.damaged() == []
+
+
+def test_a_disk_without_room_is_refused_before_the_first_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    calls = []
+    with pytest.raises(ArtifactError, match=r"takes up to 0\.1 GB .* 0\.0 GB free\. Lower data\.max_samples"):
+        prepare(make_job(tmp_path, max_samples=50_000), lambda *call: calls.append(call))
+    assert calls == []
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "q" * number} for number in range(1, 100)])
+    with pytest.raises(ArtifactError, match="its disk has"):
+        prepare(make_job(tmp_path, prompts=path, max_samples=99))
+    with pytest.raises(ArtifactError, match="its disk has"):
+        estimate(make_job(tmp_path, max_samples=50_000))
+
+
+def answered(count: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {number}"},
+                {"role": "assistant", "content": f"Answer {number}"},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def test_given_answers_are_kept(tmp_path: Path) -> None:
+    rows = [*answered(12), {"prompt": "alone"}]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    job = make_job(tmp_path, prompts=path, regenerate="none", max_samples=50)
+    store = prepare(job)
+    assert len(store) == 12
+    assert store.manifest.facts["skipped"] == {"without an answer": 1}
+    texts = {job.target.tokenizer.decode(store[index].ids_T[store[index].answer_T]) for index in range(12)}
+    assert texts == {f"Answer {number}<|im_end|>" for number in range(12)}
+
+
+def test_what_is_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
+    """A prompt of a hundred tokens, and one line of ten million characters, which is not even cut into tokens."""
+    rows = [{"prompt": "q" * 100}, {"prompt": "q " * 5_000_000}, *({"prompt": f"q{number}"} for number in range(8))]
+    store = prepare(make_job(tmp_path, prompts=write_lines(tmp_path / "p.jsonl", rows), max_length=60))
+    assert store.manifest.facts["dialogues"] == 8
+    assert store.manifest.facts["skipped"] == {"whose prompt has data.max_length (60) tokens or more": 2}
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "data", "message"),
+    [
+        (TAGGED_NEVER, answered(9), {"regenerate": "none"}, "line [0-9]: the chat template of 'tiny' marks no token"),
+        (CHATML.replace("assistant\\n", "bot\\n"), answered(9), {"regenerate": "none"}, "has no generation tags"),
+        (CHATML, answered(3), {}, "gives 3 dialogues, and data.holdout is 3.*Set data.holdout below 3"),
+        (
+            CHATML,
+            [{"prompt": " "}] * 3,
+            {},
+            r"no dialogue .* can be used; left out: 3 with an empty message \(first: .*line 1\)",
+        ),
+        (CHATML, answered(9), {"max_length": 500}, "max_length is 500, and the target has 256 positions"),
+        (CHATML, None, {"regenerate": "none"}, "self-written prompts have no answers"),
+        (CHATML, None, {"max_new_tokens": 1}, "the target wrote only 0 of 16 prompts; left out: .* did not end"),
+    ],
+)
+def test_what_cannot_work_is_one_line_with_a_way_out(tmp_path: Path, template, rows, data, message) -> None:
+    if rows is not None:
+        data = {**data, "prompts": write_lines(tmp_path / "p.jsonl", rows)}
+    with pytest.raises(DataError, match=message):
+        prepare(make_job(tmp_path, make_target(template), **data))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_dry_run_bounds_what_comes_and_makes_nothing(tmp_path: Path) -> None:
+    for data in ({}, {"prompts": write_lines(tmp_path / "p.jsonl", answered(9)), "max_samples": 9}):
+        expected = estimate(make_job(tmp_path, **data))
+        assert not (tmp_path / "data").exists()
+        store = prepare(make_job(tmp_path, **data))
+        facts = store.manifest.facts
+        assert expected.dialogues == facts["dialogues"]
+        assert facts["tokens"] <= expected.tokens <= 4 * facts["tokens"]
+        assert facts["answer_tokens"] <= expected.written_tokens
+        assert sum(shard["size_bytes"] for shard in facts["shards"]) <= 2 * expected.size_bytes
+        assert expected.elapsed_s > 0
+        shutil.rmtree(store.folder)
