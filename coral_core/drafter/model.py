@@ -41,9 +41,9 @@ class Drafter(nn.Module):
         """
         hidden = self.config.hidden_size
         self.fc.weight[:, hidden:] += torch.eye(hidden, device=self.fc.weight.device)
-        for layer in self.layers:
-            layer.self_attn.o_proj.weight *= 0.2
-            layer.mlp.down_proj.weight *= 0.2
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight *= 0.2
 
     def forward(
         self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, position_BT: torch.Tensor, attend: Attend

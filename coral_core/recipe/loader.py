@@ -23,16 +23,19 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
 
 
+PICO_RECIPE = Path(__file__).parent.parent / "pico" / "recipe.yaml"
+"""The run that made the drafter and head which coral ships; it serves where no recipe is given."""
+
+
 def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
-    """The recipe in `path` (None: the defaults, which describe pico) with `section.key=value` overrides on top.
+    """The recipe in `path` (None: the embedded pico's own) with `section.key=value` overrides on top.
 
     Keys that nobody wrote come from `train.preset`, then from the schema's defaults. Raises RecipeError, one line, for
     a file that cannot be read, an unknown key, or a value of the wrong type or out of range.
     """
     given: dict[str, Any] = {}
-    if path is not None:
-        node = _read(path)
-        given.update(_leaves(node, "", str(path)))
+    path = path or PICO_RECIPE
+    given.update(_leaves(_read(path), "", str(path)))
     for override in overrides:
         given.update(_override(override))
     preset = given.get("train.preset", Recipe().train.preset)

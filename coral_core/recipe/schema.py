@@ -190,7 +190,7 @@ class DecodeSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run, whole. Every command takes it; with none given, the defaults describe the embedded pico."""
+    """One run, whole. Every command takes it; with none given, it is the embedded pico's."""
 
     name: str = "pico"
     """The run's folder is runs/NAME."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coral_core.errors import RecipeError
-from coral_core.recipe.loader import dump_yaml, load_recipe, section_fingerprint, to_mapping
+from coral_core.recipe.loader import PICO_RECIPE, dump_yaml, load_recipe, section_fingerprint, to_mapping
 from coral_core.recipe.schema import PRESETS, Recipe
 
 
@@ -30,8 +30,9 @@ def refusal(path: Path | None, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_no_recipe_is_the_default_run():
-    assert load_recipe(None, []) == Recipe()
+def test_no_recipe_is_the_run_that_made_the_embedded_drafter():
+    assert load_recipe(None, []) == load_recipe(PICO_RECIPE, [])
+    assert load_recipe(None, ["data.max_samples=9", "data.holdout=1"]).data.max_samples == 9
 
 
 def test_values_are_read_by_the_type_of_their_field(write):

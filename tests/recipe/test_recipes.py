@@ -89,9 +89,8 @@ def test_a_shipped_recipe_builds_a_drafter_of_the_right_size(name):
     assert recipe.data.max_length + recipe.decode.max_new_tokens <= config.max_position_embeddings
 
 
-def test_pico_yaml_is_the_defaults_and_writes_each_of_them():
+def test_pico_yaml_writes_every_key():
     """It is the documentation of every key: a key added to the schema is added there, with a comment."""
-    assert load_recipe(RECIPES / "pico.yaml", []) == Recipe()
     text = (RECIPES / "pico.yaml").read_text(encoding="utf-8")
     for key, value in to_mapping(Recipe()).items():
         for name in value if isinstance(value, dict) else [key]:
