@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
+
+def _refuse_early(arguments: list[str] | None) -> list[str] | None:
+    """Read the recipe while the command line is parsed: a slip is answered before a command spends seconds on torch."""
+    read_recipe(arguments)
+    return arguments
+
+
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(
+        callback=_refuse_early,
         metavar="RECIPE.YAML SECTION.KEY=VALUE",
         help="A recipe file, then keys that win over it. Without a recipe: the embedded model pico.",
         show_default=False,

@@ -47,3 +47,13 @@ def test_help_takes_less_than_half_a_second():
 def test_reading_a_recipe_needs_no_torch():
     code = "from coral_core.recipe.loader import load_recipe, dump_yaml\ndump_yaml(load_recipe(None, ['seed=1']))"
     assert heavy_after(code) == "[]"
+
+
+@pytest.mark.parametrize("verb", ["prepare-data", "train", "group-head", "eval", "chat"])
+def test_a_slip_in_the_recipe_is_answered_before_anything_heavy_loads(verb):
+    code = (
+        f"sys.argv = ['coral', '{verb}', 'train.stpes=3']\nfrom coral_cli.main import main\nimport os\n"
+        "sys.stderr = open(os.devnull, 'w')\ntry: main()\nexcept SystemExit as done: assert done.code == 1\n"
+        "sys.stderr = sys.__stderr__"
+    )
+    assert heavy_after(code) == "[]"

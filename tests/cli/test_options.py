@@ -8,11 +8,10 @@ import typer
 from coral_cli.options import open_run, read_recipe
 from coral_core.errors import CoralError
 from coral_core.recipe.loader import load_recipe
-from coral_core.recipe.schema import Recipe
 
 
 def test_no_words_are_the_default_recipe():
-    assert read_recipe(None) == read_recipe([]) == Recipe()
+    assert read_recipe(None) == read_recipe([]) == load_recipe(None, [])
 
 
 def test_a_path_with_an_equals_sign_is_a_path(tmp_path, monkeypatch):
@@ -53,4 +52,4 @@ def test_a_full_disk_leaves_the_old_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(CoralError, match="No space left on device"):
         open_run(["seed=5"], tmp_path)
-    assert load_recipe(run.folder / "recipe.yaml", []) == Recipe()
+    assert load_recipe(run.folder / "recipe.yaml", []) == run.recipe
