@@ -50,7 +50,12 @@ def assemble(recipe: Recipe, run: Path, target: Target) -> Assembled:
 
 def tree_shape(decode: DecodeSpec) -> TreeShape:
     """The recipe's tree."""
-    return TreeShape(depth=decode.draft_depth, nodes=decode.draft_nodes, topk=decode.draft_topk)
+    return TreeShape(
+        depth=decode.draft_depth,
+        nodes=decode.draft_nodes,
+        topk=decode.draft_topk,
+        confidence=decode.draft_confidence,
+    )
 
 
 def sampler(recipe: Recipe) -> Sampler:

@@ -6,6 +6,7 @@ Axes: B batch, T position, D hidden, N beam node, S drafted slot, K cached row.
 """
 
 import dataclasses
+import math
 
 import torch
 
@@ -24,6 +25,13 @@ class TreeShape:
     depth: int
     nodes: int
     topk: int
+    confidence: float = 0.0
+    """Nodes whose path the drafter believes in less than this are neither expanded nor verified."""
+
+    @property
+    def floor(self) -> float:
+        """The confidence as a score."""
+        return math.log(self.confidence) if self.confidence else -math.inf
 
 
 class Drafting:
@@ -45,19 +53,21 @@ class Drafting:
         committed = self.slots.length
         logprob_1C, token_1C = self.head.candidates(hidden_1D).best(self.shape.topk)
         clock.lap("head")
-        beam = tree.plant(logprob_1C[0], token_1C[0], self.shape.topk)
+        floor = self.shape.floor
+        beam = tree.narrow(tree.plant(logprob_1C[0], token_1C[0], self.shape.topk), floor)
         hidden_ND = hidden_1D
         for level in range(1, self.shape.depth):
-            width = beam.token_N.numel()
+            if (width := beam.token_N.numel()) == 0:
+                break
             sees_NK = torch.cat((beam.slot_NS.new_ones(width, committed), beam.slot_NS), dim=1)
             position_N = torch.full_like(beam.token_N, committed - 1 + level)
             hidden_ND = self._forward(beam.token_N, hidden_ND[beam.row_N], position_N, sees_NK)
             clock.lap("draft")
             logprob_NC, token_NC = self.head.candidates(hidden_ND).best(self.shape.topk)
             clock.lap("head")
-            beam = tree.extend(beam, logprob_NC, token_NC, self.shape.topk)
+            beam = tree.narrow(tree.extend(beam, logprob_NC, token_NC, self.shape.topk), floor)
         self.slots.truncate(committed)
-        draft = tree.rerank(beam, root, self.shape.nodes)
+        draft = tree.rerank(beam, root, self.shape.nodes, floor)
         clock.lap("draft")
         return draft
 

@@ -31,6 +31,8 @@ def tree(past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor, window: int) -
 
 def for_target(target: Target, past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor) -> Mask:
     """The tree mask in the form the target takes: one tensor, or one per layer type where it mixes types."""
+    if depth_M.numel() == 1:
+        return for_rows(target, past, 1)
     return _by_type(target, lambda window: tree(past, depth_M, sees_MM, window))
 
 

@@ -41,6 +41,20 @@ class Beam:
     """Per level: token, score, parent's place in the pool (-1 is the root), each [C]."""
 
 
+def narrow(beam: Beam, floor: float) -> Beam:
+    """The beam without nodes whose score is below `floor`; the best come first, so it is a cut."""
+    alive = int((beam.score_N >= floor).sum())
+    slots = beam.slot_NS.shape[1] - (beam.token_N.numel() - alive)  # the nodes that are cut never get a row
+    return Beam(
+        token_N=beam.token_N[:alive],
+        score_N=beam.score_N[:alive],
+        pool_N=beam.pool_N[:alive],
+        row_N=beam.row_N[:alive],
+        slot_NS=beam.slot_NS[:alive, :slots],
+        pool=beam.pool,
+    )
+
+
 def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int) -> Beam:
     """The first level: the root's candidates, best first; the `width` best are the beam."""
     width = min(width, score_C.numel())
@@ -76,8 +90,8 @@ def extend(beam: Beam, logprob_NC: torch.Tensor, token_NC: torch.Tensor, width: 
     )
 
 
-def rerank(beam: Beam, root: int, nodes: int) -> Draft:
-    """Keep the `nodes` best candidates of all levels.
+def rerank(beam: Beam, root: int, nodes: int, floor: float = -torch.inf) -> Draft:
+    """Keep the `nodes` best candidates of all levels whose score is not below `floor`; there may be none.
 
     A child never outranks its parent: its score is at most its parent's, and on a tie (a log-probability of exactly
     0) the stable sort keeps the earlier, shallower one first.
@@ -85,7 +99,7 @@ def rerank(beam: Beam, root: int, nodes: int) -> Draft:
     token_C, score_C, parent_C = (torch.cat(parts) for parts in zip(*beam.pool, strict=True))
     level_C = torch.cat([torch.full_like(level[0], depth) for depth, level in enumerate(beam.pool, start=1)])
     order_C = score_C.sort(descending=True, stable=True).indices
-    chosen_N = order_C[:nodes].sort().values
+    chosen_N = order_C[: min(nodes, int((score_C >= floor).sum()))].sort().values
     above_N = parent_C[chosen_N]
     parent_N = torch.where(above_N < 0, 0, torch.searchsorted(chosen_N, above_N) + 1)
     first_1 = token_C.new_zeros(1)

@@ -171,6 +171,8 @@ class DecodeSpec:
     """Drafted nodes verified per round, the root not counted."""
     draft_topk: int = 4
     """Nodes expanded per level, and children each proposes."""
+    draft_confidence: float = 0.0
+    """Nodes whose path the drafter gives less probability than this are not drafted further, nor verified; 0 keeps all."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -183,6 +185,7 @@ class DecodeSpec:
     def __post_init__(self) -> None:
         for key in ("draft_depth", "draft_nodes", "draft_topk", "max_new_tokens"):
             _require(getattr(self, key) >= 1, f"decode.{key}", getattr(self, key), "at least 1")
+        _require(0 <= self.draft_confidence < 1, "decode.draft_confidence", self.draft_confidence, "from 0 to below 1")
         _require(self.temperature >= 0, "decode.temperature", self.temperature, "at least 0")
         _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "decode.top_k", self.top_k, "at least 0")

@@ -86,8 +86,8 @@ def gather(source: Source, store: Store, *, seed: int, progress: Progress = sile
         size_bytes += rows.hidden_ND.nbytes + rows.mass_NG.nbytes
         progress("router data", done, total, {})
         if size_bytes >= BUFFER_BYTES:
+            progress("router data", total, total, {})
             break
-    progress("router data", total, total, {})
     return _concat(kept)
 
 

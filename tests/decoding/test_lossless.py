@@ -62,6 +62,22 @@ def test_speculative_equals_plain_for_every_tree(shape: tuple[int, int, int], sa
         assert all(len(event.new_ids) <= shape[0] + 1 for event in rounds)
 
 
+@pytest.mark.parametrize("confidence", [0.01, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_speculative_equals_plain_when_unlikely_branches_are_left_out(family: str, confidence: float) -> None:
+    """Down to rounds that draft nothing at all, which are plain steps."""
+    target = dataclasses.replace(tiny_target(family), stop_ids=frozenset())
+    prompt = some_prompt(6, 9)
+    expected = ids_of(list(plain(target, prompt, Sampler(), 20)))
+    head = OracleHead(expected, right=0.8)
+    shape = TreeShape(depth=4, nodes=12, topk=3, confidence=confidence)
+    engine = Engine(target, tiny_drafter(target), head, shape)
+    rounds = [head.follow(event) for event in engine.decode(prompt, Sampler(), 20)]
+    assert ids_of(rounds) == expected
+    drafted = sum(event.accepted_drafts for event in rounds)
+    assert drafted == 0 if confidence == 0.99 else drafted > 0 or confidence == 0.5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_generate(family: str) -> None:
     target = tiny_target(family)

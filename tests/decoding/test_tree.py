@@ -94,6 +94,17 @@ def test_growing_two_levels_by_hand() -> None:
     assert draft.depth_M.tolist() == [0, 1, 1, 2]
 
 
+def test_unlikely_branches_are_cut() -> None:
+    beam = tree.plant(torch.tensor([-0.1, -1.0, -2.0]), torch.tensor([1, 2, 3]), width=3)
+    beam = tree.narrow(beam, floor=-1.5)
+    assert beam.token_N.tolist() == [1, 2]
+    assert beam.slot_NS.tolist() == [[T, F], [F, T]]
+    assert tree.rerank(beam, root=9, nodes=5, floor=-1.5).token_M.tolist() == [9, 1, 2]
+    nothing = tree.rerank(tree.narrow(beam, floor=-0.05), root=9, nodes=5, floor=-0.05)
+    assert nothing.token_M.tolist() == [9]
+    assert nothing.sees_MM.tolist() == [[T]]
+
+
 def test_a_sure_child_never_ranks_before_its_parent() -> None:
     """Log-probability exactly 0 ties child and parent; a naive rerank keeps the child without its parent."""
     beam = tree.plant(torch.tensor([-1.0, -1.0]), torch.tensor([1, 2]), width=2)
