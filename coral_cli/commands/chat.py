@@ -29,10 +29,10 @@ def chat(
 ) -> None:
     """Talk with the target: answers stream, with tokens/s and tau after each."""
     from coral_cli.console import err
-    from coral_core.bench.race import prompt_ids
-    from coral_core.decoding.assemble import assemble, sampler
+        from coral_core.decoding.assemble import assemble, sampler
     from coral_core.decoding.plain import plain
     from coral_core.target.load import load_target
+    from coral_core.target.template import prompt_ids
 
     run = open_run(arguments, runs)
     target = load_target(run.recipe.target)
@@ -55,7 +55,7 @@ def chat(
             err.print(f"unknown command {words}; {HELP}", markup=False)
         else:
             messages.append({"role": "user", "content": words})
-            answer = _answer(decode, prompt_ids(target, messages), target.tokenizer)
+            answer = _answer(decode, prompt_ids(target.tokenizer, messages), target.tokenizer)
             messages.append({"role": "assistant", "content": answer})
 
 

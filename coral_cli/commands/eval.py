@@ -20,7 +20,8 @@ def evaluate(
         typer.Option("--bench", help="mt-bench, humaneval, gsm8k or held-out (the default); repeat for several."),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option("--questions", help="JSONL file with the questions of the one --bench, or of your own.")
+        Path | None,
+        typer.Option("--questions", help="JSONL file with the questions of the one --bench, or of your own."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each bench, at most.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,

@@ -124,7 +124,7 @@ def _header(recipe: Recipe, assembled: Assembled) -> dict[str, Any]:
         "drafter": {"preset": recipe.train.preset, "fingerprint": assembled.drafter_fingerprint},
         "head": {"kind": recipe.head.kind, "groups": recipe.head.groups, "active": recipe.head.active},
         "tree": dataclasses.asdict(assembled.engine.shape),
-        "device": _device_name(target.device),
+        "device": device_name(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "command": shlex.join(["coral", *sys.argv[1:]]),
@@ -132,9 +132,10 @@ def _header(recipe: Recipe, assembled: Assembled) -> dict[str, Any]:
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a reader calls the machine: the GPU, or the processor and its cores."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]

@@ -17,6 +17,7 @@ from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target
+from coral_core.target.template import prompt_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _race_question(racers: Racers, question: Question, *, backwards: bool) -> It
     messages: list[dict[str, str]] = []
     for index, words in enumerate(question.turns or ("",)):
         messages.append({"role": "user", "content": words})
-        prompt = prompt_ids(target, messages) if question.turns else list(question.ids)
+        prompt = prompt_ids(target.tokenizer, messages) if question.turns else list(question.ids)
         if len(prompt) >= target.max_positions:
             return  # the dialogue outgrew the context; what came before still counts
         turn = _race_turn(racers, prompt, backwards=backwards)
@@ -120,12 +121,7 @@ def first_prompt(target: Target, question: Question) -> list[int]:
     """The prompt of a question's first turn."""
     if question.ids:
         return list(question.ids)
-    return prompt_ids(target, [{"role": "user", "content": question.turns[0]}])
-
-
-def prompt_ids(target: Target, messages: list[dict[str, str]]) -> list[int]:
-    """The chat template's tokens, up to where the answer begins."""
-    return list(target.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    return prompt_ids(target.tokenizer, [{"role": "user", "content": question.turns[0]}])
 
 
 def _lanes(racers: Racers) -> dict[str, Decode]:

@@ -1,0 +1,26 @@
+"""Copy a finished run of the default recipe into the package, as the drafter and head that coral ships for pico.
+
+python -m benchmarks.embed runs/pico
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from coral_core.drafter.model import Drafter
+from coral_core.target.load import PICO
+
+
+def main() -> None:
+    run = Path(sys.argv[1])
+    for stage in ("drafter", "head"):
+        shutil.rmtree(PICO / stage, ignore_errors=True)
+        shutil.copytree(run / stage, PICO / stage)
+    Drafter.load(run / "drafter").to(torch.bfloat16).save(PICO / "drafter")
+    shutil.copy(run / "data" / "holdout.json", PICO / "holdout.json")
+
+
+if __name__ == "__main__":
+    main()

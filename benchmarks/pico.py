@@ -1,0 +1,57 @@
+"""The README's table: the embedded pico with its drafter and grouped head, on its held-out prompts and the papers' benches.
+
+    python benchmarks/pico.py --questions DIR     DIR holds mt-bench.jsonl, humaneval-80.jsonl, gsm8k-80.jsonl
+
+Runs `coral eval` once per bench, each with plain decoding in the same process, and writes results/pico.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import record
+
+SHOWN = ("questions", "tokens_per_round_micro", "tokens_per_round_macro", "tokens_per_s", "baseline")
+SHOWN += ("baseline_tokens_per_s", "speedup", "speedup_ci95", "accepted_by_depth", "lossless", "seconds_by_phase")
+SHOWN += ("temperature", "new_tokens", "rounds", "plain_tokens_per_s", "prefill_s")
+
+
+def evaluate(arguments: list[str]) -> dict[str, Any]:
+    """One `coral eval --json`, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, "-m", "coral_cli.main", "eval", "--json", "--runs", runs, *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=40)
+    options = parser.parse_args()
+    rows = []
+    for temperature in ("0", "1"):
+        for bench in ("held-out", "mt-bench", "humaneval-80", "gsm8k-80"):
+            where = ["--limit", str(options.limit), f"decode.temperature={temperature}"]
+            if bench != "held-out":
+                where += ["--questions", str(options.questions / f"{bench}.jsonl")]
+            results = evaluate(where)
+            (numbers,) = results["benches"].values()
+            tree, plain = results["tree"], results["plain_decoders"]
+            rows.append({"bench": bench, **{key: numbers[key] for key in SHOWN}, "tree": tree, "plain_decoders": plain})
+    greedy = [row for row in rows if row["temperature"] == 0]
+    figures = {
+        "tau": {row["bench"]: row["tokens_per_round_micro"] for row in greedy},
+        "speedup": {row["bench"]: row["speedup"] for row in greedy},
+        "speedup_ci95": {row["bench"]: row["speedup_ci95"] for row in greedy},
+        "lossless": all(row["lossless"]["equal"] == row["lossless"]["checked"] for row in rows),
+    }
+    print(record("pico", figures, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""How every benchmark keeps what it measured: benchmarks/results/NAME.json."""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coral_core.artifacts import git_commit, versions
+from coral_core.bench.evaluate import device_name
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "device": device_name(device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def record(name: str, figures: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write {figures, rows, machine, versions, command, date}; `figures` are what the README quotes."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    value = {
+        "figures": figures,
+        "rows": rows,
+        "machine": machine(),
+        "versions": versions() | {"git_commit": git_commit()},
+        "command": shlex.join(["python", *(Path(part).name if part == sys.argv[0] else part for part in sys.argv)]),
+        "date": datetime.date.today().isoformat(),
+    }
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    return path
