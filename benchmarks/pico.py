@@ -1,6 +1,6 @@
-"""The README's table: the embedded pico with its drafter and grouped head, on its held-out prompts and the papers' benches.
+"""The README's table: the embedded pico with its drafter and head, on held-out prompts and the papers' benches.
 
-    python benchmarks/pico.py --questions DIR     DIR holds mt-bench.jsonl, humaneval-80.jsonl, gsm8k-80.jsonl
+    python -m benchmarks.pico --questions DIR     DIR holds mt-bench.jsonl, humaneval-80.jsonl, gsm8k-80.jsonl
 
 Runs `coral eval` once per bench, each with plain decoding in the same process, and writes results/pico.json.
 """

@@ -29,7 +29,7 @@ def chat(
 ) -> None:
     """Talk with the target: answers stream, with tokens/s and tau after each."""
     from coral_cli.console import err
-        from coral_core.decoding.assemble import assemble, sampler
+    from coral_core.decoding.assemble import assemble, sampler
     from coral_core.decoding.plain import plain
     from coral_core.target.load import load_target
     from coral_core.target.template import prompt_ids

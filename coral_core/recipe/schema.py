@@ -172,7 +172,7 @@ class DecodeSpec:
     draft_topk: int = 4
     """Nodes expanded per level, and children each proposes."""
     draft_confidence: float = 0.0
-    """Nodes whose path the drafter gives less probability than this are not drafted further, nor verified; 0 keeps all."""
+    """Nodes whose path is less likely than this, the drafter says, are not expanded or verified; 0 keeps all."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
