@@ -27,11 +27,10 @@ def attend_eager(
     """The reference: all R x R scores, each offset taken from its stream. Differentiable by autograd."""
     rows, scale = query_BHRE.shape[2], query_BHRE.shape[3] ** -0.5
     offset_RR = torch.arange(rows, device=query_BHRE.device)[:, None] - torch.arange(rows, device=query_BHRE.device)
-    stream_of_RR = (len(keys) - 1 - offset_RR).clamp(min=0)
+    stream_of_RR = (len(keys) - 1 - offset_RR).clamp(min=0)  # columns to come belong to none: above the newest
     score_BHRR = torch.full_like(query_BHRE[..., :1], -torch.inf).expand(-1, -1, -1, rows)
     for stream, key_BHRE in enumerate(keys):
-        here_RR = (stream_of_RR == stream) & (offset_RR >= 0)
-        score_BHRR = torch.where(here_RR, query_BHRE @ key_BHRE.transpose(-1, -2) * scale, score_BHRR)
+        score_BHRR = torch.where(stream_of_RR == stream, query_BHRE @ key_BHRE.transpose(-1, -2) * scale, score_BHRR)
     weight_BHRR = score_BHRR.softmax(-1)
     out_BHRE = torch.zeros_like(query_BHRE)
     for stream, value_BHRE in enumerate(values):

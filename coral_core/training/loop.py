@@ -82,7 +82,8 @@ def train(
             accelerator.log(numbers, step=trainer.step)
         reports.progress("train", trainer.step, spec.steps, meter.shown)
         if reports.measure and (trainer.step % spec.eval_every == 0 or trainer.step == spec.steps):
-            keep_best(trainer, checkpoints, reports)
+            with meter.paused():
+                keep_best(trainer, checkpoints, reports)
         if trainer.step % spec.checkpoint_every == 0 and trainer.step < spec.steps:
             checkpoint = trainer.checkpoint()
             if accelerator.is_main_process:

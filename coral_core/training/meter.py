@@ -1,6 +1,8 @@
 """What a training says of itself: means between two lines of the log, and the numbers beside the progress bar."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import accelerate
@@ -34,6 +36,13 @@ class Meter:
         self.step_loss = torch.zeros_like(self.step_loss)
         self.rows += rows
         self.shown["loss"] = self.loss
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not part of the speed."""
+        begun_s = time.perf_counter()
+        yield
+        self.marked_s += time.perf_counter() - begun_s
 
     def summary(self) -> dict[str, Any]:
         """The means for the log's next line, over all processes; starts the next ones."""

@@ -31,7 +31,7 @@ BETAS = (0.9, 0.95)
 FINAL_RATE = 0.1
 """The cosine ends at this share of the peak rate."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WHOLE = distributed_state.StateDictOptions(full_state_dict=True)  # on every process: all of them restore
+WHOLE = distributed_state.StateDictOptions(full_state_dict=True)  # on every process: all of them restore
 
 
 class Trainer:
@@ -81,8 +81,8 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """Everything needed to go on from here, gathered from all processes."""
-        weights: dict[str, Any] = distributed_state.get_model_state_dict(self.model, options=_WHOLE)
-        adam: Any = distributed_state.get_optimizer_state_dict(self.model, self._adam(), options=_WHOLE)
+        weights: dict[str, Any] = distributed_state.get_model_state_dict(self.model, options=WHOLE)
+        adam: Any = distributed_state.get_optimizer_state_dict(self.model, self._adam(), options=WHOLE)
         flat = {f"{name}/{what}": value.cpu() for name, part in adam["state"].items() for what, value in part.items()}
         position = self.step * self.spec.accumulate * self.accelerator.num_processes
         numbers = {"micro_batches": position, "seed": self.seed}
@@ -95,20 +95,20 @@ class Trainer:
         if checkpoint is None:
             return
         weights: dict[str, Any] = checkpoint.weights
-        distributed_state.set_model_state_dict(self.model, weights, options=_WHOLE)
+        distributed_state.set_model_state_dict(self.model, weights, options=WHOLE)
         state: dict[str, Any] = {}
         for key, value in checkpoint.optimizer.items():
             name, what = key.rsplit("/", 1)
             state.setdefault(name, {})[what] = value
-        whole: Any = distributed_state.get_optimizer_state_dict(self.model, self._adam(), options=_WHOLE)
-        distributed_state.set_optimizer_state_dict(self.model, self._adam(), {**whole, "state": state}, options=_WHOLE)
+        whole: Any = distributed_state.get_optimizer_state_dict(self.model, self._adam(), options=WHOLE)
+        distributed_state.set_optimizer_state_dict(self.model, self._adam(), {**whole, "state": state}, options=WHOLE)
         if scaler := self.accelerator.scaler:
             scaler.load_state_dict(checkpoint.numbers["scaler"])
         self.step = checkpoint.step
 
     def drafter(self, weights: dict[str, Any] | None = None) -> Drafter:
         """The trained drafter, whole and on the CPU; `weights` of a checkpoint take the place of the current ones."""
-        weights = weights or distributed_state.get_model_state_dict(self.model, options=_WHOLE)
+        weights = weights or distributed_state.get_model_state_dict(self.model, options=WHOLE)
         drafter = Drafter(self.config)
         drafter.load_state_dict({name.removeprefix("drafter."): value for name, value in weights.items()})
         return drafter.requires_grad_(False).eval()

@@ -19,7 +19,7 @@ HIDDEN, VOCABULARY = 32, 48
 
 
 def tiny_drafter(seed: int = 0, heads: int = 4, kv_heads: int = 2) -> Drafter:
-    """A random drafter, 32 wide, with grouped-query heads; norm weights away from one."""
+    """A random drafter, 32 wide, with grouped-query heads; no weight is where training would start it."""
     torch.manual_seed(seed)
     config = DrafterConfig(
         hidden_size=HIDDEN,
@@ -35,7 +35,8 @@ def tiny_drafter(seed: int = 0, heads: int = 4, kv_heads: int = 2) -> Drafter:
     drafter = Drafter(config)
     with torch.no_grad():
         for parameter in drafter.parameters():
-            parameter.mul_(1.5).add_(torch.randn_like(parameter) * 0.05)
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else noise / parameter.shape[1] ** 0.5)
     return drafter
 
 

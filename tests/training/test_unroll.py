@@ -115,6 +115,25 @@ def test_fast_attention_equals_eager_in_outputs_and_gradients(steps, rows):
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fast_attention_on_a_gpu_equals_eager(dtype, steps):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(steps)
+    tensors = [torch.randn(2, 4, 100, 64, device="cuda", dtype=dtype) for _ in range(2 + 2 * steps)]
+    results = []
+    for attend, kind in ((attention.attend_eager, torch.float32), (attention.attend_fast, dtype)):
+        query, grad_BHRE, *streams = [tensor.to(kind).requires_grad_() for tensor in tensors]
+        out_BHRE = attend(query, streams[:steps], streams[steps:])
+        grads = torch.autograd.grad(out_BHRE, [query, *streams], grad_BHRE.detach(), materialize_grads=True)
+        results.append([out_BHRE, *grads])
+    bound = 1e-4 if dtype == torch.float32 else 5e-2  # bf16 gradients here are of size 2 to 4
+    for fast, eager in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(fast.float(), eager, rtol=bound, atol=bound)
+
+
 def test_weights_get_the_same_gradient_from_both_attentions():
     lent, grads = tiny_lent(), []
     for attend in (attention.attend_eager, attention.attend_fast):
