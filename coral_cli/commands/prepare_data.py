@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run, read_recipe
 
 if TYPE_CHECKING:
     from coral_core.data.job import Job, Standing
@@ -26,11 +26,13 @@ def prepare_data(
     """Let the target answer the prompts, and tap its features."""
     from coral_cli.console import progress_bars
     from coral_core.data.estimate import estimate
-    from coral_core.data.job import Job, standing
+    from coral_core.data.job import Job, check_recipe, standing
     from coral_core.data.prepare import prepare
     from coral_core.target.load import load_target
 
-    run = open_run(arguments, runs)
+    recipe = read_recipe(arguments)
+    run = Run(recipe, runs / recipe.name) if dry_run else open_run(arguments, runs)
+    check_recipe(run.recipe)
     job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data")
     found = standing(job)
     _say(_standing_text(job, found))

@@ -2,7 +2,7 @@
 
 Prompts are padded on the left, so that all rows append to one cache. `model.generate` runs a batch until its longest
 row ends; most answers are much shorter than the longest, so here a row leaves when it ends and others are let in.
-256 answers of pico on one core, in float32, prompts sorted by length: 542 tokens/s in batches of 32; `generate` 217, and
+256 answers of pico on one core, in float32, prompts sorted by length: 542 tokens/s in batches of 32; `generate` 217 and
 256 in batches of 64. A test holds the words equal to `model.generate`'s.
 
 Not the plain decoding that `coral eval` times: that is one dialogue at a time, in decoding/.

@@ -8,7 +8,7 @@ import torch
 
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint
 from coral_core.data.sources import find_file
-from coral_core.errors import ArtifactError
+from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
 from coral_core.store.shard import file_sha256
 from coral_core.store.store import Store
@@ -60,6 +60,14 @@ class Standing:
     """How the store that stands differs from this job's."""
     damaged: tuple[str, ...] = ()
     """Damaged files of a store that is this job's otherwise."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises DataError for what is wrong whatever the target: to be asked before one is loaded, which may take long."""
+    if recipe.data.prompts != "self":
+        find_file(recipe.data.prompts)
+    elif recipe.data.regenerate == "none":
+        raise DataError("data.regenerate is none, but self-written prompts have no answers. Set data.regenerate=greedy")
 
 
 def standing(job: Job) -> Standing:

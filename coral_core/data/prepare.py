@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coral_core.artifacts import Manifest, stage, write_text
 from coral_core.data.answer import derive_seed
-from coral_core.data.job import COMMAND, Job, dtype_name
+from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
 from coral_core.data.shards import answer, tap_all
@@ -49,14 +49,13 @@ def prepare(job: Job, progress: Progress = silent) -> Store:
 
 def check_job(job: Job) -> None:
     """Raises DataError for a recipe that this target, or its own keys together, cannot serve."""
+    check_recipe(job.recipe)
     spec = job.recipe.data
     if spec.max_length > job.target.max_positions:
         raise DataError(
             f"data.max_length is {spec.max_length}, and the target has {job.target.max_positions} positions. "
             f"Set data.max_length to {job.target.max_positions} at most"
         )
-    if spec.prompts == "self" and spec.regenerate == "none":
-        raise DataError("data.regenerate is none, but self-written prompts have no answers. Set data.regenerate=greedy")
 
 
 def bytes_at_most(job: Job, tokens: int) -> int:

@@ -80,6 +80,7 @@ def write_shard(
     path = folder / shard_name(number)
     temporary = folder / f".{path.name}.tmp"
     save_file(tensors, temporary)
+    temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
     sha256 = file_sha256(temporary)
     os.replace(temporary, path)
     return ShardFacts(
@@ -91,6 +92,13 @@ def write_shard(
         answer_tokens=int(answer_N.sum()),
         holdout_samples=holdout_samples,
     )
+
+
+def _umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 class Shard:

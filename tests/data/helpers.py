@@ -59,7 +59,7 @@ def make_target(template: str = CHATML, seed: int = 0) -> Target:
 def make_job(folder: Path, target: Target | None = None, **data: Any) -> Job:
     """A small job; the folder is RUN/data."""
     keys = {"max_samples": 16, "holdout": 3, "max_length": 120, "max_new_tokens": 12, "batch_size": 4}
-    keys |= {"shard_tokens": 200, **data}
+    keys |= {"shard_tokens": 200, "regenerate": "sample", **data}
     seed = keys.pop("seed", 0)
     overrides = [f"seed={seed}", *(f"data.{key}={value}" for key, value in keys.items())]
     return Job(load_recipe(None, overrides), target or make_target(), folder / "data")

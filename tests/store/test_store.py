@@ -44,6 +44,8 @@ def test_the_shard_layout_is_the_documented_one(tmp_path: Path) -> None:
     assert (facts.samples, facts.tokens, facts.answer_tokens) == (2, 5, 2)
     assert facts.size_bytes == (tmp_path / facts.file).stat().st_size >= 5 * row_bytes(2, torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00003.safetensors"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / facts.file).stat().st_mode == (tmp_path / "plain").stat().st_mode, "readable by others as usual"
 
 
 def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""`coral prepare-data` as typed, on the embedded target."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from coral_cli.main import app
+
+ROWS = [{"prompt": text} for text in ("Hello.", "Find me a bus.", "What does `ls` do?", "And `cd`?", "")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def coral(*words: str) -> Result:
+    keys = ["name=t", "data.prompts=p.jsonl", "data.max_samples=4", "data.holdout=1", "data.max_new_tokens=8"]
+    return CliRunner().invoke(app, ["prepare-data", *keys, *words])
+
+
+def test_a_run_its_samples_and_a_second_run(folder: Path) -> None:
+    first = coral("--show", "1")
+    assert first.exit_code == 0, first.output
+    lines = first.stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:7]] == [
+        "dialogues",
+        "of them held out",
+        "tokens",
+        "answer tokens",
+        "size",
+    ]
+    assert "| left out: with an empty message |      1 |" in lines
+    assert "--- sample 0: " in first.stdout
+    assert first.stdout.count("⟦") == first.stdout.count("⟧") == 1
+    assert "<|assistant|>\n⟦" in first.stdout
+    assert "answers 4/4" in first.stderr
+
+    again = coral()
+    assert (again.exit_code, "answers" in again.stderr) == (0, False)
+    assert "t/data is finished already, with this recipe and target" in again.stderr
+
+    changed = coral("data.max_new_tokens=5")
+    assert changed.exit_code == 0
+    assert "made anew, and replaced at the end, since data.max_new_tokens was 8, is 5" in changed.stderr
+
+
+def test_a_dry_run_makes_nothing(folder: Path) -> None:
+    done = coral("--dry-run")
+    assert done.exit_code == 0, done.output
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]] == [
+        "dialogues",
+        "tokens",
+        "tokens to write",
+        "size",
+        "time",
+    ]
+    assert not (folder / "runs").exists()
+
+
+def test_a_slip_is_one_line_before_the_target_is_loaded(folder: Path) -> None:
+    done = coral("data.prompts=nope.jsonl", "target.model=nowhere")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no prompt file nope.jsonl. Set data.prompts to")
+    (folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    done = coral()
+    assert done.exit_code == 1
+    assert "error: p.jsonl line 2 is not JSON" in done.stderr
