@@ -108,16 +108,24 @@ def stage(final: Path, stage_fingerprint: str) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         write_text(mark, stage_fingerprint)
         yield work
-        mark.unlink()
         replace_folder(work, final)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        (final / mark.name).unlink()  # last: killed before this line, the next run still knows whose the folder is
+    except Exception as error:
+        if _disk_full(error):
             raise ArtifactError(
                 f"the disk of {final.parent} is full; what is finished is kept. Free some room and run the same command"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise CoralError(f"cannot write {final}: {error.strerror}. Choose another folder with --runs") from error
         raise
+
+
+def _disk_full(error: Exception) -> bool:
+    """safetensors raises its own error with the system's text in it; NumPy an OSError without a number."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    return "os error 28" in text or "os error 122" in text or ("requested and" in text and "written" in text)
 
 
 def replace_folder(work: Path, final: Path) -> None:

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from coral_core import __version__
+from coral_core import __version__, artifacts
 from coral_core.artifacts import Manifest, fingerprint, stage, write_text
 from coral_core.errors import ArtifactError, CoralError
 
@@ -83,6 +84,20 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, code):
         assert (work / "shard-0").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError("100000 requested and 32752 written"),
+    ],
+    ids=["safetensors", "numpy"],
+)
+def test_a_full_disk_as_libraries_tell_it(tmp_path, error):
+    """Both were seen on a real full disk: neither carries ENOSPC."""
+    with pytest.raises(ArtifactError, match="is full"), stage(tmp_path / "data", "f1"):
+        raise error
+
+
 def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -105,6 +120,30 @@ def test_any_other_error_is_a_bug_and_keeps_the_partial_folder(tmp_path):
         with pytest.raises(type(error), match=str(error).replace("[", r"\[")), stage(tmp_path / "data", "f1"):
             raise error
     assert names(tmp_path) == [".data.partial"]
+
+
+def test_a_killed_publication_loses_nothing(tmp_path, monkeypatch):
+    """Killed between moving the old folder aside and moving the new one in: the next run publishes what is finished."""
+    final = tmp_path / "data"
+    with stage(final, "f1") as work:
+        (work / "old").write_text("x", encoding="utf-8")
+    replace, calls = os.replace, []
+
+    def killed_at_the_second(source, destination):
+        if "partial" in str(source) and Path(source).is_dir():
+            calls.append(source)
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.os, "replace", killed_at_the_second)
+        interrupted_at_the_end = stage(final, "f2")
+        with pytest.raises(KeyboardInterrupt), interrupted_at_the_end as work:
+            (work / "new").write_text("x", encoding="utf-8")
+    assert len(calls) == 1
+    with stage(final, "f2") as work:
+        assert (work / "new").exists()
+    assert names(final) == ["new"]
 
 
 def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):

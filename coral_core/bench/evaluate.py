@@ -135,7 +135,7 @@ def _header(recipe: Recipe, assembled: Assembled) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """What a reader calls the machine: the GPU, or the processor and its cores."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]

@@ -43,7 +43,7 @@ class Drafter(nn.Module):
         self.fc.weight[:, hidden:] += torch.eye(hidden, device=self.fc.weight.device)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight *= 0.2
+                weight.mul_(0.2)
 
     def forward(
         self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, position_BT: torch.Tensor, attend: Attend

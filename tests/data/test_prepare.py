@@ -15,6 +15,7 @@ from coral_core.data import prepare as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import standing
 from coral_core.data.prepare import prepare
+from coral_core.data.written import Scribe
 from coral_core.errors import ArtifactError, DataError
 from coral_core.target.template import prompt_ids
 from tests.data.helpers import CHATML, TAGGED_NEVER, contents, make_job, make_target, write_lines
@@ -139,6 +140,21 @@ def test_an_interruption_between_any_two_steps_changes_nothing(
     assert contents(store.folder) == whole
     finished = {"write_shard": call - 1, "_finish": call}.get(name, len(store.manifest.facts["shards"]))
     assert len(made) == len(store.manifest.facts["shards"]) - finished
+
+
+def test_rounds_of_prompts_that_were_finished_are_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coral_core.data.written.ROUND", 5)
+    whole = contents(prepare(make_job(tmp_path / "whole")).folder)
+    with pytest.raises(InterruptedHereError):
+        prepare(make_job(tmp_path), interrupt_at(40))
+    saved = len(list((tmp_path / ".data.partial").glob("self-*.json")))
+    assert saved >= 2
+    written, write = [], Scribe.write
+    monkeypatch.setattr(Scribe, "write", lambda *given: written.append(given) or write(*given))
+    assert contents(prepare(make_job(tmp_path)).folder) == whole
+    assert 0 < len(written) <= 4 - saved
 
 
 KILLED = """

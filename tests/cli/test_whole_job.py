@@ -1,0 +1,89 @@
+"""The whole job on pico, as a user types it, in miniature: every stage reads what the one before published."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coral_core.target.load import PICO
+
+SMALL = "name=tiny data.max_samples=10 data.holdout=2 data.max_new_tokens=16 train.steps=2 decode.max_new_tokens=12"
+SMALL += " head.clustering=frequency head.router_steps=2"
+
+
+def coral(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "coral_cli.main", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, input=stdin, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    for command in ("prepare-data", "train", "group-head"):
+        done = coral(folder, command, *SMALL.split())
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_stage_is_published_whole(finished: Path) -> None:
+    run = finished / "runs" / "tiny"
+    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "log.jsonl", "data", "drafter", "head"}
+    made = {name: json.loads((run / name / "manifest.json").read_text()) for name in ("data", "drafter", "head")}
+    assert made["drafter"]["inputs"]["data"] == made["data"]["fingerprint"]
+    assert made["head"]["inputs"]["drafter"] == made["drafter"]["fingerprint"]
+
+
+@pytest.mark.parametrize("command", ["prepare-data", "train", "group-head"])
+def test_a_finished_stage_is_not_done_again(finished: Path, command: str) -> None:
+    done = coral(finished, command, *SMALL.split())
+    assert done.returncode == 0
+    assert "is finished already" in done.stderr or "finished" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["grouped", "full", "static"])
+def test_eval_is_lossless_with_every_head(finished: Path, kind: str) -> None:
+    done = coral(finished, "eval", *SMALL.split(), f"head.kind={kind}", "--json")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout)["benches"]["held-out"]
+    assert numbers["lossless"] == {"checked": 2, "equal": 2, "first_divergence": None}
+
+
+def test_chat_in_a_pipe_says_the_same_drafted_and_plain(finished: Path) -> None:
+    said = [
+        coral(finished, "chat", *SMALL.split(), flag, stdin="Book a table for two.\n/clear\nHello.\n/exit\n")
+        for flag in ("--speculative", "--no-speculative")
+    ]
+    assert said[0].returncode == said[1].returncode == 0, said[0].stderr
+    assert said[0].stdout == said[1].stdout
+    assert len(said[0].stdout.strip().splitlines()) >= 2
+    assert "tau" in said[0].stderr and "tau" not in said[1].stderr
+
+
+def test_a_stage_refuses_what_was_made_otherwise(finished: Path) -> None:
+    """The drafter was trained on data of 16 new tokens; a recipe with others must not quietly use them."""
+    done = coral(finished, "train", *SMALL.split(), "data.max_new_tokens=17")
+    assert done.returncode == 1
+    assert "data.max_new_tokens=16; this recipe says data.max_new_tokens=17" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_stages_in_the_wrong_order_say_what_to_run(tmp_path: Path) -> None:
+    for command, missing in (("train", "coral prepare-data"), ("group-head", "coral prepare-data")):
+        done = coral(tmp_path, command, *SMALL.split())
+        assert done.returncode == 1
+        assert missing in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.skipif(not (PICO / "drafter").exists(), reason="coral ships no drafter in this checkout")
+def test_the_embedded_drafter_works_with_no_recipe_and_no_set_up(tmp_path: Path) -> None:
+    done = coral(tmp_path, "eval", "--limit", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout)["benches"]["held-out"]
+    assert numbers["lossless"]["equal"] == 2
+    assert numbers["tokens_per_round_micro"] > 1.3
