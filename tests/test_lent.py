@@ -1,0 +1,46 @@
+"""What the target lends: saved whole, and the same products however few rows there are."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from coral_core.lent import PACKED_ELEMENTS, Lent
+
+
+def a_lent(tied: bool = False) -> Lent:
+    torch.manual_seed(0)
+    embed_VD, head_VD = torch.randn(2, 1100, 256)
+    return Lent(embed_VD, embed_VD if tied else head_VD, torch.randn(1100), logit_scale=0.5, logit_softcap=30.0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 64, 65])
+def test_few_rows_take_the_packed_head_and_give_the_same(rows: int) -> None:
+    lent = a_lent()
+    assert lent.head_VD.numel() >= PACKED_ELEMENTS
+    feature_XD = torch.randn(rows, 256)
+    expected_XV = lent.transform(feature_XD @ lent.head_VD.T + lent.head_bias_V)
+    with torch.no_grad():
+        torch.testing.assert_close(lent.logits(feature_XD), expected_XV, rtol=0, atol=1e-4)  # logits of up to 30
+        torch.testing.assert_close(lent.logits(feature_XD[None]), expected_XV[None], rtol=0, atol=1e-4)
+
+
+def test_gradients_flow_through_few_rows() -> None:
+    feature_XD = torch.randn(4, 256, requires_grad=True)
+    a_lent().logits(feature_XD).sum().backward()
+    assert feature_XD.grad is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_and_read_back(tmp_path: Path, tied: bool) -> None:
+    lent = a_lent(tied)
+    lent.save(tmp_path / "lent.safetensors")
+    again = Lent.load(tmp_path / "lent.safetensors")
+    assert (again.head_VD is again.embed_VD) == tied
+    for field in dataclasses.fields(Lent):
+        old, new = getattr(lent, field.name), getattr(again, field.name)
+        assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+    moved = again.to("cpu", torch.bfloat16)
+    assert (moved.head_VD is moved.embed_VD) == tied
+    assert moved.head_VD.dtype == torch.bfloat16
