@@ -3,7 +3,6 @@
 import torch
 
 from coral_core.head.candidates import Candidates
-from coral_core.head.products import products
 from coral_core.lent import Lent
 
 
@@ -16,8 +15,5 @@ class FullHead:
 
     def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
         """log q over the whole vocabulary."""
-        lent = self.lent
-        raw_NV = products(hidden_ND.to(lent.head_VD.dtype), [lent.head_VD])
-        if lent.head_bias_V is not None:
-            raw_NV = raw_NV + lent.head_bias_V
-        return Candidates(lent.transform(raw_NV).float().log_softmax(-1), self.token_V)
+        logits_NV = self.lent.logits(hidden_ND.to(self.lent.head_VD.dtype))
+        return Candidates(logits_NV.float().log_softmax(-1), self.token_V)
