@@ -6,6 +6,7 @@ Axes: D hidden, V vocabulary.
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -87,14 +88,15 @@ class Lent:
             tensors["head"] = self.head_VD.contiguous()
         if self.head_bias_V is not None:
             tensors["head_bias"] = self.head_bias_V.contiguous()
-        scalars = ("logit_scale", "logit_softcap")
-        save_file(tensors, path, metadata={key: repr(getattr(self, key)) for key in scalars})
+        # One metadata value: safetensors writes several in random order, and the file's checksum would never repeat.
+        scalars = {key: getattr(self, key) for key in ("logit_scale", "logit_softcap")}
+        save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
 
     @classmethod
     def load(cls, path: Path) -> "Lent":
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            scalars = {key: float(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            scalars = json.loads((file.metadata() or {}).get("scalars", "{}"))
         embed_VD = tensors["embed"]
         return cls(embed_VD, tensors.get("head", embed_VD), tensors.get("head_bias"), **scalars)
