@@ -31,6 +31,7 @@ def chat(
     from coral_cli.console import err
     from coral_core.decoding.assemble import assemble, sampler
     from coral_core.decoding.plain import plain
+    from coral_core.errors import DataError
     from coral_core.target.load import load_target
     from coral_core.target.template import prompt_ids
 
@@ -55,8 +56,13 @@ def chat(
             err.print(f"unknown command {words}; {HELP}", markup=False)
         else:
             messages.append({"role": "user", "content": words})
-            answer = _answer(decode, prompt_ids(target.tokenizer, messages), target.tokenizer)
-            messages.append({"role": "assistant", "content": answer})
+            try:
+                answer = _answer(decode, prompt_ids(target.tokenizer, messages), target.tokenizer)
+            except DataError as error:
+                messages.pop()
+                err.print(f"{error}, or start anew with /clear", markup=False)
+            else:
+                messages.append({"role": "assistant", "content": answer})
 
 
 def _ask() -> str | None:
@@ -64,7 +70,10 @@ def _ask() -> str | None:
     if sys.stdin.isatty():
         sys.stderr.write("\n> ")
         sys.stderr.flush()
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except KeyboardInterrupt:
+        return None
     return line.strip() if line else None
 
 

@@ -6,6 +6,7 @@ Axes: B batch, T position, D hidden, V vocabulary, K cached position.
 import dataclasses
 import hashlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,10 @@ def _source(spec: TargetSpec) -> tuple[str, dict[str, Any]]:
 
 def _load_model(spec: TargetSpec, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():  # a bar drawn into a log is noise
+        logging.disable_progress_bar()
     source, options = _source(spec)
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
