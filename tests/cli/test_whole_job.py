@@ -1,25 +1,47 @@
 """The whole job on pico, as a user types it, in miniature: every stage reads what the one before published."""
 
+import contextlib
+import dataclasses
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from coral_cli.main import app
 from coral_core.target.load import PICO
 
 SMALL = "name=tiny data.max_samples=10 data.holdout=2 data.max_new_tokens=16 train.steps=2 decode.max_new_tokens=12"
 SMALL += " head.clustering=frequency head.router_steps=2"
 
 
-def coral(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "coral_cli.main", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, input=stdin, check=False
-    )
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """contextlib.chdir, which Python 3.10 lacks."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@dataclasses.dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def coral(folder: Path, *arguments: str, stdin: str = "") -> Done:
+    """The command in this process: torch is imported once, not once per command."""
+    with working_in(folder):
+        result = CliRunner().invoke(app, list(arguments), input=stdin)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Done(result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture(scope="module")
