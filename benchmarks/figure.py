@@ -34,7 +34,7 @@ def main() -> None:
     plain = [1e3 / row["baseline_tokens_per_s"] for row in rows]
     right.plot(plain, range(len(rows)), "k|", markersize=18, label="one plain step")
     right.set(xlabel="ms of one round")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), columnspacing=1)
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
