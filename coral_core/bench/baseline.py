@@ -51,7 +51,8 @@ class _FirstToken(BaseStreamer):
 def generate_lane(target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Lane:
     """`model.generate`, timed like our own decoders. Its draws at temperature > 0 are its own, not ours."""
     greedy = sampler.temperature == 0
-    sampling = {} if greedy else {"temperature": sampler.temperature, "top_p": sampler.top_p, "top_k": sampler.top_k}
+    names = ("temperature", "top_p", "top_k", "min_p")
+    sampling = {} if greedy else {name: getattr(sampler, name) for name in names if getattr(sampler, name)}
     streamer = _FirstToken()
     ids_BT = torch.tensor([prompt], device=target.device)
     begun = time.perf_counter()
@@ -60,6 +61,7 @@ def generate_lane(target: Target, prompt: list[int], sampler: Sampler, max_new_t
         attention_mask=torch.ones_like(ids_BT),
         max_new_tokens=min(max_new_tokens, target.max_positions - len(prompt)),
         do_sample=not greedy,
+        repetition_penalty=sampler.repetition_penalty,
         streamer=streamer,
         **sampling,
     )

@@ -61,4 +61,11 @@ def tree_shape(decode: DecodeSpec) -> TreeShape:
 def sampler(recipe: Recipe) -> Sampler:
     """The recipe's distribution and seed."""
     decode = recipe.decode
-    return Sampler(temperature=decode.temperature, top_p=decode.top_p, top_k=decode.top_k, seed=recipe.seed)
+    return Sampler(
+        temperature=decode.temperature,
+        top_p=decode.top_p,
+        top_k=decode.top_k,
+        min_p=decode.min_p,
+        repetition_penalty=decode.repetition_penalty,
+        seed=recipe.seed,
+    )

@@ -13,6 +13,7 @@ import torch
 from coral_core.decoding import masks
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.history import History
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.tree import Draft
@@ -43,9 +44,11 @@ class Engine:
         cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, capacity)
         drafting = Drafting(self.drafter, target.lent, self.head, self.shape, capacity)
         prompt_T = torch.tensor(prompt, device=target.device)
+        history = History(prompt_T, capacity)
         feature_TD = prefill(target, prompt_T, cache)
         position_1 = torch.tensor([len(prompt)], device=target.device)
-        root_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1)
+        root_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())
+        history.extend(root_1)
         token_T = torch.cat((prompt_T[1:], root_1))
         new_ids = stop.cut(root_1.tolist())
         clock.lap("prefill")
@@ -54,13 +57,16 @@ class Engine:
             hidden_1D = drafting.feed(token_T, feature_TD)
             clock.lap("draft")
             draft = drafting.grow(new_ids[-1], hidden_1D, clock)
-            verdict, feature_TD = self._verify(draft, cache, sampler)
+            verdict, feature_TD = self._verify(draft, cache, sampler, history)
             token_T = verdict.new_A
+            history.extend(token_T)
             new_ids = stop.cut(token_T.tolist())
             clock.lap("verify")
             yield Round(new_ids, "draft", min(verdict.accepted_drafts, len(new_ids)), clock.take())
 
-    def _verify(self, draft: Draft, cache: SlotCache, sampler: Sampler) -> tuple[Verdict, torch.Tensor]:
+    def _verify(
+        self, draft: Draft, cache: SlotCache, sampler: Sampler, history: History
+    ) -> tuple[Verdict, torch.Tensor]:
         """One target forward over the tree; the cache keeps the accepted path, whose features [A,D] are returned."""
         target, past = self.target, cache.length
         position_M = draft.depth_M + past
@@ -68,6 +74,7 @@ class Engine:
         # Nodes past the context's end cannot be emitted (Stop sees to that) but must be placed somewhere legal.
         placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
         feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
-        verdict = judge(draft, sampler.pick(target.lent.logits(feature_MD), position_M + 1))
+        past_ML = history.rows(draft) if sampler.looks_back else None
+        verdict = judge(draft, sampler.pick(target.lent.logits(feature_MD), position_M + 1, past_ML))
         cache.keep(verdict.path_A, past)
         return verdict, feature_MD[verdict.path_A]

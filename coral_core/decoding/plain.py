@@ -6,6 +6,7 @@ import torch
 
 from coral_core.decoding import masks
 from coral_core.decoding.cache import SlotCache
+from coral_core.decoding.history import History
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target
@@ -18,19 +19,23 @@ def plain(target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: i
     Raises DataError for a prompt that is empty or does not fit the target's context.
     """
     stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
-    cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, len(prompt) + stop.remaining)
+    capacity = len(prompt) + stop.remaining
+    cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, capacity)
     clock = Clock()
     position_1 = torch.tensor([len(prompt)], device=target.device)
-    feature_TD = prefill(target, torch.tensor(prompt, device=target.device), cache)
-    picked_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1)
+    prompt_T = torch.tensor(prompt, device=target.device)
+    history = History(prompt_T, capacity)
+    feature_TD = prefill(target, prompt_T, cache)
+    picked_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())
     new_ids = stop.cut(picked_1.tolist())
     clock.lap("prefill")
     yield Round(new_ids, "prefill", 0, clock.take())
     while not stop.done:
+        history.extend(picked_1)
         mask = masks.for_rows(target, cache.length, 1)
         feature_BTD = target.forward(picked_1[None], position_BT=position_1[None], mask=mask, cache=cache)
         position_1 = position_1 + 1
-        picked_1 = sampler.pick(target.lent.logits(feature_BTD[0]), position_1)
+        picked_1 = sampler.pick(target.lent.logits(feature_BTD[0]), position_1, history.row())
         new_ids = stop.cut(picked_1.tolist())
         clock.lap("step")
         yield Round(new_ids, "plain", 0, clock.take())

@@ -179,6 +179,10 @@ class DecodeSpec:
     """Nucleus: smallest set of tokens whose probability reaches this; 1 turns it off."""
     top_k: int = 0
     """Most likely tokens kept; 0 turns it off."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the most likely one are left out; 0 turns it off."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens of prompt and answer so far become less likely, at temperature 0 too; 1 turns it off."""
     max_new_tokens: int = 128
     """Tokens of an answer, at most."""
 
@@ -189,6 +193,8 @@ class DecodeSpec:
         _require(self.temperature >= 0, "decode.temperature", self.temperature, "at least 0")
         _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "decode.top_k", self.top_k, "at least 0")
+        _require(0 <= self.min_p <= 1, "decode.min_p", self.min_p, "from 0 to 1")
+        _require(self.repetition_penalty > 0, "decode.repetition_penalty", self.repetition_penalty, "above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,6 @@ def test_pico_yaml_writes_every_key():
 
 
 def test_the_recipe_stays_small():
-    """A budget of 54 keys, so that each one is a decision: CSRA's open choices are six of them."""
+    """A budget of 57 keys, so that each one is a decision: CSRA's open choices are six, sampling's processors five."""
     mapping = to_mapping(Recipe())
-    assert sum(len(value) if isinstance(value, dict) else 1 for value in mapping.values()) <= 55
+    assert sum(len(value) if isinstance(value, dict) else 1 for value in mapping.values()) <= 57
