@@ -10,7 +10,7 @@ from coral_core.artifacts import MANIFEST, Manifest, fingerprint
 from coral_core.data.sources import find_file
 from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
-from coral_core.store.shard import file_sha256
+from coral_core.store.shard import FP8, file_sha256
 from coral_core.store.store import Store
 from coral_core.target.load import Target
 
@@ -41,9 +41,8 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """Of the features on disk."""
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
-            self.recipe.data.feature_dtype
-        ]
+        named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": FP8}
+        return named[self.recipe.data.feature_dtype]
 
     def fingerprint(self, inputs: dict[str, str]) -> str:
         """Of what determines the content: not the batch size, which may be lowered to go on, nor the device."""

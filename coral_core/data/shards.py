@@ -11,7 +11,7 @@ from coral_core.data.answer import Sampling, derive_seed, write
 from coral_core.data.meter import Meter
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
-from coral_core.store.shard import Sample
+from coral_core.store.shard import FP8, Sample
 from coral_core.target.capture import tap
 from coral_core.target.load import Target
 from coral_core.target.template import Encoded, Turn, join, prompt_ids
@@ -61,7 +61,11 @@ def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: i
 def tap_all(
     target: Target, pieces: Sequence[Encoded], batch_size: int, dtype: torch.dtype, meter: Meter
 ) -> list[Sample]:
-    """A sample for each piece, in the pieces' order; pieces of like length share a forward."""
+    """A sample for each piece, in the pieces' order; pieces of like length share a forward.
+
+    Features for an fp8 store stay in the target's dtype: they are scaled row by row when the shard is written.
+    """
+    dtype = target.dtype if dtype == FP8 else dtype
     order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].ids))
     samples: dict[int, Sample] = {}
     for first in range(0, len(order), batch_size):

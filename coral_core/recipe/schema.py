@@ -53,8 +53,8 @@ class DataSpec:
     """Dialogues generated, or tapped, at once."""
     holdout: int = 48
     """Dialogues never trained on: tau is measured on their prompts."""
-    feature_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of the features on disk."""
+    feature_dtype: Literal["bfloat16", "float16", "float32", "fp8"] = "bfloat16"
+    """Dtype of the features on disk; `fp8` (e4m3 with a scale per token) is half of bfloat16's bytes."""
     shard_tokens: int = 65536
     """Tokens of one shard on disk: bounds memory and what an interruption can lose."""
 

@@ -3,14 +3,18 @@
     ids      int32 [N]      the tokens of every sample, one after another
     answer   bool  [N]      whether the target wrote the token
     feature  any   [N, D]   the target's feature of the token
+    scale    float32 [N]    only where features are fp8: what each row's are multiplied by
     offset   int64 [S + 1]  sample i is rows offset[i] to offset[i + 1]
 
+fp8 is e4m3 (four bits of exponent, three of mantissa; largest value 448), each row scaled so that its largest magnitude
+is 448: half of bfloat16's bytes, relative error 1/16 at most instead of 1/256.
 A shard is read by slices of a memory map: a sample costs its own bytes, never the shard's.
 Axes: N row of the shard, T position in the sample, D hidden.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from coral_core.errors import ArtifactError, DataError
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Sample:
     answer_T: torch.Tensor
     """bool [T]: the target wrote this token."""
     feature_TD: torch.Tensor
-    """[T, D], in the dtype of the store."""
+    """[T, D], in the dtype of the store; float32 where that is fp8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +61,9 @@ def shard_name(number: int) -> str:
 
 
 def row_bytes(hidden: int, dtype: torch.dtype) -> int:
-    """Bytes of one token on disk: feature, id and mask."""
-    return hidden * dtype.itemsize + 4 + 1
+    """Bytes of one token on disk: feature, its scale if it has one, id and mask."""
+    scale = 4 if dtype == FP8 else 0
+    return hidden * dtype.itemsize + scale + 4 + 1
 
 
 def write_shard(
@@ -63,8 +71,8 @@ def write_shard(
 ) -> ShardFacts:
     """Write one shard whole, or not at all. Raises DataError for a feature that `dtype` cannot hold."""
     assert samples, "a shard holds at least one sample"
-    feature_ND = torch.cat([sample.feature_TD.to("cpu", dtype) for sample in samples])
-    if not torch.isfinite(feature_ND).all():
+    features = _pack(torch.cat([sample.feature_TD.cpu() for sample in samples]), dtype)
+    if not all(torch.isfinite(part.float()).all() for part in features.values()):
         raise DataError(
             f"a feature of {shard_name(number)} is infinite or not a number in {str(dtype).removeprefix('torch.')}. "
             "Set data.feature_dtype=bfloat16, or target.dtype=float32 if it is so already"
@@ -74,7 +82,7 @@ def write_shard(
     tensors = {
         "ids": torch.cat([sample.ids_T.cpu() for sample in samples]).to(torch.int32),
         "answer": answer_N,
-        "feature": feature_ND,
+        **features,
         "offset": lengths.cumsum(0),
     }
     path = folder / shard_name(number)
@@ -88,10 +96,29 @@ def write_shard(
         sha256=sha256,
         size_bytes=path.stat().st_size,
         samples=len(samples),
-        tokens=len(feature_ND),
+        tokens=len(answer_N),
         answer_tokens=int(answer_N.sum()),
         holdout_samples=holdout_samples,
     )
+
+
+def _pack(feature_ND: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The features' tensors on disk."""
+    if dtype != FP8:
+        return {"feature": feature_ND.to(dtype)}
+    feature_ND = feature_ND.float()
+    scale_N = feature_ND.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / FP8_MAX
+    return {"feature": (feature_ND / scale_N[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), "scale": scale_N}
+
+
+def _unpack(feature_ND: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+    """float32 of fp8 rows: their bits are shifted to those of a float16 that is 2⁻⁸ as large (exact for all but NaN).
+
+    819,200 values on one core: 0.7 ms, where `feature_ND.float()` takes 4 to 12 ms.
+    """
+    bits_ND = feature_ND.view(torch.int8).to(torch.int16)
+    half_ND = (((bits_ND << 7) & 0x3F80) | (bits_ND & -0x8000)).view(torch.float16)
+    return half_ND.float() * (scale_N * 256.0)[:, None]
 
 
 def _umask() -> int:
@@ -108,7 +135,7 @@ class Shard:
         try:
             self._file = safe_open(path, framework="pt")
             self._offsets: list[int] = self._file.get_tensor("offset").tolist()
-            self._parts = {name: self._file.get_slice(name) for name in ("ids", "answer", "feature")}
+            self._parts = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{path} is damaged: {error}. Run: {command}") from error
 
@@ -118,7 +145,14 @@ class Shard:
     def sample(self, index: int) -> Sample:
         """Read one sample."""
         rows = slice(self._offsets[index], self._offsets[index + 1])
-        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], self._parts["feature"][rows])
+        feature_TD = self._parts["feature"][rows]
+        if "scale" in self._parts:
+            feature_TD = _unpack(feature_TD, self._parts["scale"][rows])
+        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], feature_TD)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [end - start for start, end in itertools.pairwise(self._offsets)]
 
 
 def file_sha256(path: Path) -> str:

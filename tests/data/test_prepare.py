@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from coral_core.data import prepare as module
 from coral_core.data.estimate import estimate
@@ -84,6 +85,17 @@ def test_the_store_is_what_the_recipe_says(tmp_path: Path) -> None:
         "plan.json",
         "prompts.jsonl",
     ]
+
+
+def test_fp8_features_are_those_of_float32_rounded_once(tmp_path: Path) -> None:
+    exact, rounded = (
+        prepare(make_job(tmp_path / name, feature_dtype=name, shard_tokens=4000)) for name in ("float32", "fp8")
+    )
+    assert rounded.manifest.facts["dtype"] == "float8_e4m3fn"
+    for index in range(len(exact)):
+        true_TD, read_TD = exact[index].feature_TD, rounded[index].feature_TD
+        gap_TD = (read_TD - true_TD).abs() / true_TD.abs().amax(1, keepdim=True)
+        assert 0 < gap_TD.max() <= 1 / 28 + 1e-6, "half a step of the topmost values, 16 of 448"
 
 
 def test_every_stage_of_progress_ends(tmp_path: Path) -> None:

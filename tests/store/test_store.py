@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coral_core.errors import ArtifactError, DataError
-from coral_core.store.shard import Sample, Shard, file_sha256, row_bytes, write_shard
+from coral_core.store.shard import FP8, Sample, Shard, _pack, _unpack, file_sha256, row_bytes, write_shard
 from coral_core.store.store import OPEN_SHARDS, Store
 from tests.store.helpers import make_lent, make_samples, make_store
 
@@ -46,6 +46,39 @@ def test_the_shard_layout_is_the_documented_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["shard-00003.safetensors"]
     (tmp_path / "plain").touch()
     assert (tmp_path / facts.file).stat().st_mode == (tmp_path / "plain").stat().st_mode, "readable by others as usual"
+
+
+def test_fp8_keeps_each_row_to_a_sixteenth_of_its_values(tmp_path: Path) -> None:
+    """Rows of unlike magnitudes, one of them zero, each to its own scale: a shared one would flush the small rows."""
+    samples = make_samples(6, hidden=64)
+    for index, sample in enumerate(samples):
+        sample.feature_TD.mul_(10.0 ** (3 * index - 9))
+    samples[0].feature_TD[1] = 0
+    store = make_store(tmp_path / "data", samples, dtype=FP8)
+    for index, sample in enumerate(samples):
+        read, true = store[index].feature_TD, sample.feature_TD
+        largest_T1 = true.abs().amax(1, keepdim=True)
+        assert read.dtype == torch.float32
+        assert ((read - true).abs() <= torch.maximum(true.abs() / 16, largest_T1 / 448 / 2**9) * 1.001).all()
+        torch.testing.assert_close(read.abs().amax(1, keepdim=True), largest_T1)
+    facts = store.manifest.facts["shards"][0]
+    assert row_bytes(64, FP8) == 64 + 4 + 5
+    assert facts["tokens"] * row_bytes(64, FP8) <= facts["size_bytes"] <= facts["tokens"] * row_bytes(64, FP8) + 600
+
+
+def test_every_fp8_value_is_read_as_torch_reads_it() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    value_N1 = codes[(codes & 0x7F) != 0x7F].view(FP8)[:, None]  # the two left out are NaN
+    torch.testing.assert_close(_unpack(value_N1, torch.ones(254)), value_N1.float(), rtol=0, atol=0)
+    assert _pack(torch.tensor([[448.0, -1.0]]), FP8)["feature"].float().tolist() == [[448.0, -1.0]]
+
+
+def test_fp8_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    for value in (float("inf"), float("nan")):
+        samples = make_samples(1)
+        samples[0].feature_TD[0, 0] = value
+        with pytest.raises(DataError, match=r"is infinite or not a number in float8_e4m3fn"):
+            write_shard(tmp_path, 0, samples, FP8)
 
 
 def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
