@@ -12,7 +12,7 @@ import torch
 
 from coral_core.decoding import tree
 from coral_core.decoding.cache import Slots
-from coral_core.decoding.rounds import Clock
+from coral_core.decoding.rounds import PREFILL_ROWS, Clock
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.lent import Lent
@@ -42,11 +42,17 @@ class Drafting:
         self.slots = Slots(capacity + shape.depth * shape.topk)
 
     def feed(self, token_T: torch.Tensor, feature_TD: torch.Tensor) -> torch.Tensor:
-        """Append committed rows (token t+1, feature t); the drafted feature [1,D] after the last of them."""
-        past, new = self.slots.length, token_T.numel()
-        position_T = torch.arange(past, past + new, device=token_T.device)
-        sees_TK = position_T[:, None] >= torch.arange(past + new, device=token_T.device) if new > 1 else None
-        return self._forward(token_T, feature_TD, position_T, sees_TK)[-1:]
+        """Append committed rows (token t+1, feature t); the drafted feature [1,D] after the last of them.
+
+        In chunks, as the target's prefill: the mask of a whole prompt grows with its square.
+        """
+        hidden_TD = feature_TD
+        for tokens_T, features_TD in zip(token_T.split(PREFILL_ROWS), feature_TD.split(PREFILL_ROWS), strict=True):
+            past, new = self.slots.length, tokens_T.numel()
+            position_T = torch.arange(past, past + new, device=token_T.device)
+            sees_TK = position_T[:, None] >= torch.arange(past + new, device=token_T.device) if new > 1 else None
+            hidden_TD = self._forward(tokens_T, features_TD, position_T, sees_TK)
+        return hidden_TD[-1:]
 
     def grow(self, root: int, hidden_1D: torch.Tensor, clock: Clock) -> tree.Draft:
         """Draft a tree below `root`, from the drafted feature that follows it. Leaves the cache as it was fed."""
