@@ -15,9 +15,9 @@ from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.history import History
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
-from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.sampling import Picker
 from coral_core.decoding.tree import Draft
-from coral_core.decoding.verify import Verdict, judge
+from coral_core.decoding.verify import Verdict
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.target.load import Target
@@ -33,7 +33,7 @@ class Engine:
     shape: TreeShape
 
     @torch.no_grad()
-    def decode(self, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[Round]:
+    def decode(self, prompt: list[int], sampler: Picker, max_new_tokens: int) -> Iterator[Round]:
         """Yield the answer a round at a time; the ids are exactly those of `plain`, the stop token included.
 
         Raises DataError for a prompt that is empty or does not fit the target's context.
@@ -65,7 +65,7 @@ class Engine:
             yield Round(new_ids, "draft", min(verdict.accepted_drafts, len(new_ids)), clock.take())
 
     def _verify(
-        self, draft: Draft, cache: SlotCache, sampler: Sampler, history: History
+        self, draft: Draft, cache: SlotCache, sampler: Picker, history: History
     ) -> tuple[Verdict, torch.Tensor]:
         """One target forward over the tree; the cache keeps the accepted path, whose features [A,D] are returned."""
         target, past = self.target, cache.length
@@ -75,6 +75,6 @@ class Engine:
         placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
         feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
         past_ML = history.rows(draft) if sampler.looks_back else None
-        verdict = judge(draft, sampler.pick(target.lent.logits(feature_MD), position_M + 1, past_ML))
+        verdict = sampler.judge(draft, target.lent.logits(feature_MD), position_M + 1, past_ML)
         cache.keep(verdict.path_A, past)
         return verdict, feature_MD[verdict.path_A]

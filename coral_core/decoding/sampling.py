@@ -8,6 +8,7 @@ Axes: N row, V vocabulary, L token of a row's own past.
 
 import dataclasses
 import functools
+from typing import Protocol
 
 import torch
 from transformers import (
@@ -20,6 +21,23 @@ from transformers import (
 )
 
 from coral_core.decoding.noise import gumbel
+from coral_core.decoding.tree import Draft
+from coral_core.decoding.verify import Verdict, judge
+
+
+class Picker(Protocol):
+    """What decides the next token: a Sampler, or the caller's own code (generate.py)."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def looks_back(self) -> bool: ...
+    def pick(
+        self, logits_NV: torch.Tensor, position_N: torch.Tensor, past_NL: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+    def judge(
+        self, draft: Draft, logits_MV: torch.Tensor, position_M: torch.Tensor, past_ML: torch.Tensor | None = None
+    ) -> Verdict: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +90,12 @@ class Sampler:
         if self.temperature == 0:
             return (self.warp(logits_NV, past_NL) if self.looks_back else logits_NV).argmax(-1)
         return (self.warp(logits_NV, past_NL) + self.noise(position_N, logits_NV.shape[-1])).argmax(-1)
+
+    def judge(
+        self, draft: Draft, logits_MV: torch.Tensor, position_M: torch.Tensor, past_ML: torch.Tensor | None = None
+    ) -> Verdict:
+        """Pick at every row of a drafted tree, and follow the picks; arguments as for `pick`."""
+        return judge(draft, self.pick(logits_MV, position_M, past_ML))
 
     def noise(self, position_N: torch.Tensor, vocab: int) -> torch.Tensor:
         """The noise [N,V]. Nodes of one depth share a position: each distinct one is hashed once."""

@@ -4,6 +4,7 @@ A pure function of ids, the same at every temperature (see sampling.py). Axes: M
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -37,3 +38,19 @@ def judge(draft: Draft, picked_M: torch.Tensor) -> Verdict:
     last = (whole_M * (draft.depth_M + 1)).argmax()
     path_A = draft.sees_MM[last].nonzero().squeeze(1)
     return Verdict(path_A=path_A, new_A=picked_M[path_A])
+
+
+def walk(draft: Draft, step: Callable[[int], tuple[int, bool]]) -> Verdict:
+    """`judge` for picks that must be made in order: `step` picks at a row, and says whether to go on."""
+    edges = zip(draft.parent_M[1:].tolist(), draft.token_M[1:].tolist(), strict=True)
+    child_of = {edge: row for row, edge in enumerate(edges, start=1)}
+    path, new, going_on = [0], [], True
+    while going_on:
+        token, going_on = step(path[-1])
+        new.append(token)
+        child = child_of.get((path[-1], token))
+        if child is None:
+            break
+        if going_on:
+            path.append(child)
+    return Verdict(path_A=draft.parent_M.new_tensor(path), new_A=draft.token_M.new_tensor(new))
