@@ -6,6 +6,7 @@ A worked example, five rows of which three are committed and two are drafted sib
     append(x y)        rows a b c x y      length 5      (a tree: x and y are both children of c)
     keep([1], 3)       rows a b c y .      length 4      (row 1 after position 3 was accepted)
     truncate(3)        rows a b c . .      length 3
+    reserve(8)         rows a b c . . . . .
 
 Axes: B batch, G key/value head, K cached position, E head dimension.
 """
@@ -20,6 +21,8 @@ class Slots(CacheLayerMixin):
     """Keys and values of one layer. Every row is kept, in sliding layers too: the mask hides, the cache never drops."""
 
     is_sliding = False
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -60,6 +63,21 @@ class Slots(CacheLayerMixin):
         assert length <= self.length
         self.length = length
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least `capacity` rows; what is held is copied once."""
+        if capacity <= self.capacity:
+            return
+        keys, values = self.keys, self.values
+        if keys is not None and values is not None:
+            self.keys, self.values = self._grown(keys, capacity), self._grown(values, capacity)
+        self.capacity = capacity
+
+    def _grown(self, states_BGKE: torch.Tensor, capacity: int) -> torch.Tensor:
+        batch, heads, _, width = states_BGKE.shape
+        grown_BGKE = states_BGKE.new_zeros(batch, heads, capacity, width)
+        grown_BGKE[:, :, : self.length] = states_BGKE[:, :, : self.length]
+        return grown_BGKE
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -90,3 +108,8 @@ class SlotCache(Cache):
         """`Slots.truncate` in every layer."""
         for layer in self.layers:
             layer.truncate(length)
+
+    def reserve(self, capacity: int) -> None:
+        """`Slots.reserve` in every layer."""
+        for layer in self.layers:
+            layer.reserve(capacity)

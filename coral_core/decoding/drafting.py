@@ -29,6 +29,11 @@ class TreeShape:
     """Nodes whose path the drafter believes in less than this are neither expanded nor verified."""
 
     @property
+    def rows(self) -> int:
+        """Rows of the drafter's cache that a growing draft takes, at most."""
+        return self.depth * self.topk
+
+    @property
     def floor(self) -> float:
         """The confidence as a score."""
         return math.log(self.confidence) if self.confidence else -math.inf
@@ -37,9 +42,9 @@ class TreeShape:
 class Drafting:
     """The drafter, its head and its cache, for one answer."""
 
-    def __init__(self, drafter: Drafter, lent: Lent, head: Head, shape: TreeShape, capacity: int) -> None:
+    def __init__(self, drafter: Drafter, lent: Lent, head: Head, shape: TreeShape, slots: Slots) -> None:
         self.drafter, self.lent, self.head, self.shape = drafter, lent, head, shape
-        self.slots = Slots(capacity + shape.depth * shape.topk)
+        self.slots = slots
 
     def feed(self, token_T: torch.Tensor, feature_TD: torch.Tensor) -> torch.Tensor:
         """Append committed rows (token t+1, feature t); the drafted feature [1,D] after the last of them.

@@ -14,6 +14,7 @@ from coral_core.decoding import masks
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.history import History
+from coral_core.decoding.memory import Memory
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Picker
 from coral_core.decoding.tree import Draft
@@ -33,24 +34,30 @@ class Engine:
     shape: TreeShape
 
     @torch.no_grad()
-    def decode(self, prompt: list[int], sampler: Picker, max_new_tokens: int) -> Iterator[Round]:
+    def decode(
+        self, prompt: list[int], sampler: Picker, max_new_tokens: int, memory: Memory | None = None
+    ) -> Iterator[Round]:
         """Yield the answer a round at a time; the ids are exactly those of `plain`, the stop token included.
 
+        With the `memory` of a dialogue, the part of the prompt that it holds is not forwarded again; one answer at a
+        time may use it, and may be left after any round.
         Raises DataError for a prompt that is empty or does not fit the target's context.
         """
         target, clock = self.target, Clock()
         stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
         capacity = len(prompt) + stop.remaining + self.shape.nodes
-        cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, capacity)
-        drafting = Drafting(self.drafter, target.lent, self.head, self.shape, capacity)
+        memory = memory or Memory(target)
+        kept, cache = memory.recall(prompt, capacity, self.shape.rows), memory.cache
+        drafting = Drafting(self.drafter, target.lent, self.head, self.shape, memory.slots)
         prompt_T = torch.tensor(prompt, device=target.device)
         history = History(prompt_T, capacity)
         feature_TD = prefill(target, prompt_T, cache)
         position_1 = torch.tensor([len(prompt)], device=target.device)
         root_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())
         history.extend(root_1)
-        token_T = torch.cat((prompt_T[1:], root_1))
-        new_ids = stop.cut(root_1.tolist())
+        token_T = torch.cat((prompt_T[kept + 1 :], root_1))
+        memory.ids = [*prompt, *root_1.tolist()]
+        new_ids = stop.cut(memory.ids[-1:])
         clock.lap("prefill")
         yield Round(new_ids, "prefill", 0, clock.take())
         while not stop.done:
@@ -60,7 +67,9 @@ class Engine:
             verdict, feature_TD = self._verify(draft, cache, sampler, history)
             token_T = verdict.new_A
             history.extend(token_T)
-            new_ids = stop.cut(token_T.tolist())
+            picked = token_T.tolist()
+            memory.ids += picked
+            new_ids = stop.cut(picked)
             clock.lap("verify")
             yield Round(new_ids, "draft", min(verdict.accepted_drafts, len(new_ids)), clock.take())
 

@@ -5,29 +5,34 @@ from collections.abc import Iterator
 import torch
 
 from coral_core.decoding import masks
-from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.history import History
+from coral_core.decoding.memory import Memory
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target
 
 
 @torch.no_grad()
-def plain(target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[Round]:
-    """Yield the answer a token at a time; the stop token, if any, is the last.
+def plain(
+    target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int, memory: Memory | None = None
+) -> Iterator[Round]:
+    """Yield the answer a token at a time; the stop token, if any, is the last. `memory` is as in `Engine.decode`.
 
     Raises DataError for a prompt that is empty or does not fit the target's context.
     """
     stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
     capacity = len(prompt) + stop.remaining
-    cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, capacity)
+    memory = memory or Memory(target)
+    memory.recall(prompt, capacity)
+    cache = memory.cache
     clock = Clock()
     position_1 = torch.tensor([len(prompt)], device=target.device)
     prompt_T = torch.tensor(prompt, device=target.device)
     history = History(prompt_T, capacity)
     feature_TD = prefill(target, prompt_T, cache)
     picked_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())
-    new_ids = stop.cut(picked_1.tolist())
+    memory.ids = [*prompt, *picked_1.tolist()]
+    new_ids = stop.cut(memory.ids[-1:])
     clock.lap("prefill")
     yield Round(new_ids, "prefill", 0, clock.take())
     while not stop.done:
@@ -36,6 +41,7 @@ def plain(target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: i
         feature_BTD = target.forward(picked_1[None], position_BT=position_1[None], mask=mask, cache=cache)
         position_1 = position_1 + 1
         picked_1 = sampler.pick(target.lent.logits(feature_BTD[0]), position_1, history.row())
-        new_ids = stop.cut(picked_1.tolist())
+        memory.ids += picked_1.tolist()
+        new_ids = stop.cut(memory.ids[-1:])
         clock.lap("step")
         yield Round(new_ids, "plain", 0, clock.take())

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from coral_core.data import prepare as module
 from coral_core.data.estimate import estimate
