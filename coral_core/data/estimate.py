@@ -1,6 +1,7 @@
 """What a run would take, before it is begun: counted from the prompts, timed on a few steps of the target."""
 
 import dataclasses
+import math
 import time
 
 import torch
@@ -8,7 +9,8 @@ import torch
 from coral_core.data.answer import Sampling, write
 from coral_core.data.job import Job
 from coral_core.data.plan import make_plan
-from coral_core.data.prepare import bytes_at_most, check_job, check_room, tokens_at_most
+from coral_core.data.prepare import bytes_at_most, check_job, check_room, existing_parent, tokens_at_most
+from coral_core.data.sources import SELF, shares
 from coral_core.progress import Progress, silent
 from coral_core.target.capture import tap
 from coral_core.target.template import prompt_ids
@@ -32,14 +34,22 @@ def estimate(job: Job, progress: Progress = silent) -> Estimate:
     """Count, time a few steps, write nothing. Raises what `prepare` would raise before its first answer."""
     check_job(job)
     spec = job.recipe.data
-    if spec.prompts == "self":
-        dialogues, tokens = spec.max_samples, tokens_at_most(job)
-        written = 2 * dialogues * spec.max_new_tokens
-    else:
-        plan = make_plan(job.target, spec, seed=job.recipe.seed, work=job.folder, progress=progress)
-        dialogues, tokens = len(plan.dialogues), sum(plan.bounds)
+    named = shares(spec.prompts)
+    written_weight = sum(share.weight for share in named if share.name == SELF)
+    dialogues = math.ceil(spec.max_samples * written_weight / sum(share.weight for share in named))
+    tokens, written = tokens_at_most(job, dialogues), 2 * dialogues * spec.max_new_tokens
+    if dialogues < spec.max_samples:
+        others = ",".join(f"{share.name}={share.weight}" for share in named if share.name != SELF)
+        prompts = others if written_weight else spec.prompts
+        rest = dataclasses.replace(
+            spec, prompts=prompts, max_samples=spec.max_samples - dialogues, holdout=0 if dialogues else spec.holdout
+        )
+        work = existing_parent(job.folder)
+        plan = make_plan(job.target, rest, seed=job.recipe.seed, work=work, progress=progress)
+        dialogues += len(plan.dialogues)
+        tokens += sum(plan.bounds)
         turns = 0 if spec.regenerate == "none" else sum(len(dialogue.users) for dialogue in plan.dialogues)
-        written = turns * spec.max_new_tokens
+        written += turns * spec.max_new_tokens
     check_room(job, tokens)
     write_s, tap_s = _seconds_per_token(job)
     return Estimate(dialogues, tokens, written, bytes_at_most(job, tokens), written * write_s + tokens * tap_s)

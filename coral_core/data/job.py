@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint
-from coral_core.data.sources import find_file
+from coral_core.data.sources import SELF, find_file, shares
 from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
 from coral_core.store.shard import FP8, file_sha256
@@ -35,8 +35,9 @@ class Job:
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what is read."""
         inputs = {"target": self.target.fingerprint, "target_dtype": dtype_name(self.target.dtype)}
-        path = None if self.recipe.data.prompts == "self" else find_file(self.recipe.data.prompts)
-        return inputs | ({"prompts": file_sha256(path)} if path else {})
+        named = [share.name for share in shares(self.recipe.data.prompts) if share.name != SELF]
+        sums = [file_sha256(path) for path in map(find_file, named) if path]
+        return inputs | ({"prompts": " ".join(sums)} if sums else {})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,10 +64,13 @@ class Standing:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises DataError for what is wrong whatever the target: to be asked before one is loaded, which may take long."""
-    if recipe.data.prompts != "self":
-        find_file(recipe.data.prompts)
-    elif recipe.data.regenerate == "none":
-        raise DataError("data.regenerate is none, but self-written prompts have no answers. Set data.regenerate=greedy")
+    for share in shares(recipe.data.prompts):
+        if share.name != SELF:
+            find_file(share.name)
+        elif recipe.data.regenerate == "none":
+            raise DataError(
+                "data.regenerate is none, but self-written prompts have no answers. Set data.regenerate=greedy"
+            )
 
 
 def standing(job: Job) -> Standing:

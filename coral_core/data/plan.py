@@ -6,13 +6,18 @@ any order, by any process, and is the same.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+import math
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from coral_core.artifacts import write_text
-from coral_core.data.prompts import Dialogue, Skipped, UnusableError, parse, read_dialogues
-from coral_core.data.sources import open_source
+from coral_core.data.draw import Wanted, read_dialogues
+from coral_core.data.kept import Kept
+from coral_core.data.mix import Mix, Stream
+from coral_core.data.prompts import Dialogue, Skipped, UnusableError
+from coral_core.data.sources import SELF, open_source, shares
 from coral_core.data.written import Scribe, written_prompts
 from coral_core.errors import DataError
 from coral_core.progress import Progress
@@ -34,11 +39,13 @@ TOKEN_CHARACTERS = 64
 class Plan:
     """Dialogues in their final order, the held-out ones last, and shards as ranges of them."""
 
-    dialogues: list[Dialogue]
-    bounds: list[int]
+    dialogues: Kept
+    bounds: "array[int]"
     """Tokens that a dialogue can have, at most."""
     shards: list[range]
     skipped: dict[str, tuple[int, str]]
+    sources: dict[str, int]
+    """Dialogues of each source."""
 
     def shard_tokens(self, number: int) -> int:
         """Tokens of one shard, at most."""
@@ -46,12 +53,12 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         """Write prompts.jsonl, which is a prompt file like any other, and then the rest."""
-        rows = "".join(json.dumps(dialogue.to_row(), ensure_ascii=False) + "\n" for dialogue in self.dialogues)
-        write_text(folder / PROMPTS, rows)
+        self.dialogues.save(folder / PROMPTS)
         rest: dict[str, Any] = {
-            "bounds": self.bounds,
+            "bounds": list(self.bounds),
             "shards": [[shard.start, shard.stop] for shard in self.shards],
             "skipped": self.skipped,
+            "sources": self.sources,
         }
         write_text(folder / PLAN, json.dumps(rest) + "\n")
 
@@ -60,11 +67,10 @@ class Plan:
         """What `save` wrote, or None when an interruption came before it was done."""
         if not (folder / PLAN).exists():
             return None
-        with (folder / PROMPTS).open(encoding="utf-8") as file:
-            dialogues = [parse(json.loads(line), f"{PROMPTS} line {number}") for number, line in enumerate(file, 1)]
         rest = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         skipped = {reason: (count, first) for reason, (count, first) in rest["skipped"].items()}
-        return cls(dialogues, rest["bounds"], [range(*shard) for shard in rest["shards"]], skipped)
+        ranges = [range(*shard) for shard in rest["shards"]]
+        return cls(Kept.load(folder / PROMPTS), array("q", rest["bounds"]), ranges, skipped, rest["sources"])
 
 
 class Fit:
@@ -121,25 +127,29 @@ class Fit:
 
 
 def make_plan(target: Target, spec: DataSpec, *, seed: int, work: Path, progress: Progress) -> Plan:
-    """Find the dialogues, from a file, the Hub or the target itself. Raises DataError when they are too few."""
+    """Find the dialogues, from files, the Hub or the target itself. Raises DataError when they are too few.
+
+    `work` is a folder on the disk that may hold them meanwhile.
+    """
     skipped = Skipped()
-    found: Iterable[tuple[str, Dialogue]]
-    if spec.prompts == "self":
-        scribe = Scribe(target, spec)
-        found = written_prompts(scribe, seed=seed, work=work, skipped=skipped, progress=progress)
-    else:
-        found = read_dialogues(
-            open_source(spec.prompts, seed),
-            count=SPARE * spec.max_samples,
-            seed=seed,
-            answered=spec.regenerate == "none",
-            skipped=skipped,
-            progress=progress,
-        )
-    dialogues, bounds = _fitting(Fit(target, spec), found, skipped)
+    named = shares(spec.prompts)
+    total = sum(share.weight for share in named)
+    streams = []
+    for share in named:
+        if share.name == SELF:
+            count = math.ceil(spec.max_samples * share.weight / total)
+            scribe = Scribe(target, spec)
+            found = written_prompts(scribe, count, seed=seed, work=work, skipped=skipped, progress=progress)
+        else:
+            wanted = Wanted(SPARE * spec.max_samples, seed, answered=spec.regenerate == "none")
+            source = open_source(share.name, seed)
+            found = read_dialogues(source, wanted, skipped=skipped, folder=work, progress=progress)
+        streams.append(Stream(share, found))
+    dialogues, bounds = _fitting(Fit(target, spec), Mix(streams, seed, skipped), skipped, Kept.nowhere(work))
     progress("prompts", len(dialogues), len(dialogues), {})
     _check_count(len(dialogues), spec, skipped)
-    return Plan(dialogues, bounds, cut(bounds, spec.shard_tokens), skipped.reasons)
+    sources = {stream.share.name: stream.taken for stream in streams}
+    return Plan(dialogues, bounds, cut(bounds, spec.shard_tokens), skipped.reasons, sources)
 
 
 def cut(bounds: Sequence[int], shard_tokens: int) -> list[range]:
@@ -154,12 +164,11 @@ def cut(bounds: Sequence[int], shard_tokens: int) -> list[range]:
     return [*shards, range(first, len(bounds))]
 
 
-def _fitting(fit: Fit, found: Iterable[tuple[str, Dialogue]], skipped: Skipped) -> tuple[list[Dialogue], list[int]]:
+def _fitting(fit: Fit, mix: Mix, skipped: Skipped, kept: Kept) -> "tuple[Kept, array[int]]":
     """The first `data.max_samples` dialogues that fit. Raises the template's DataError when it is not a rare case."""
-    dialogues: list[Dialogue] = []
-    bounds: list[int] = []
+    bounds: array[int] = array("q")
     refusals: list[DataError] = []
-    for where, dialogue in found:
+    for where, dialogue in mix:
         try:
             fitted, bound = fit.measure(dialogue)
         except UnusableError as reason:
@@ -167,22 +176,23 @@ def _fitting(fit: Fit, found: Iterable[tuple[str, Dialogue]], skipped: Skipped) 
         except DataError as error:
             skipped.add("that the chat template cannot mark", where)
             refusals.append(DataError(f"{where}: {error}"))
-            if len(refusals) > 10 + len(dialogues) // 10:
+            if len(refusals) > 10 + len(kept) // 10:
                 raise refusals[0] from error
         else:
-            dialogues.append(fitted)
+            mix.take()
+            kept.append(fitted)
             bounds.append(bound)
-        if len(dialogues) == fit.spec.max_samples:
+        if len(kept) == fit.spec.max_samples:
             break
-    if len(refusals) > len(dialogues):
+    if len(refusals) > len(kept):
         raise refusals[0]
-    return dialogues, bounds
+    return kept, bounds
 
 
 def _check_count(count: int, spec: DataSpec, skipped: Skipped) -> None:
     """Raises DataError when nothing, or nothing to train on, is left."""
     left_out = f"; left out: {skipped}" if skipped.reasons else ""
-    if spec.prompts == "self" and count < spec.max_samples:
+    if spec.prompts == SELF and count < spec.max_samples:
         raise DataError(
             f"the target wrote only {count} of {spec.max_samples} prompts{left_out}. "
             "Lower data.max_samples, raise data.temperature, or set data.prompts to a file"

@@ -15,6 +15,7 @@ from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
 from coral_core.data.shards import answer, tap_all
+from coral_core.data.sources import SELF
 from coral_core.errors import ArtifactError, DataError
 from coral_core.progress import Progress, silent
 from coral_core.store.shard import ShardFacts, file_sha256, row_bytes, shard_name, write_shard
@@ -37,8 +38,8 @@ def prepare(job: Job, progress: Progress = silent) -> Store:
             _salvage(source, work, name)
         plan = Plan.load(work)
         if plan is None:
-            if spec.prompts == "self":
-                check_room(job, tokens_at_most(job))
+            if spec.prompts == SELF:
+                check_room(job, tokens_at_most(job, spec.max_samples))
             plan = make_plan(job.target, spec, seed=job.recipe.seed, work=work, progress=progress)
             plan.save(work)
         shards = _make_shards(job, plan, work, progress)
@@ -67,8 +68,7 @@ def bytes_at_most(job: Job, tokens: int) -> int:
 
 def check_room(job: Job, tokens: int) -> None:
     """Raises ArtifactError when the disk lacks room for so many tokens."""
-    parent = next(folder for folder in job.folder.absolute().parents if folder.exists())
-    needed, free = bytes_at_most(job, tokens), shutil.disk_usage(parent).free
+    needed, free = bytes_at_most(job, tokens), shutil.disk_usage(existing_parent(job.folder)).free
     if needed > free:
         raise ArtifactError(
             f"{job.folder} takes up to {needed / 1e9:,.1f} GB for {tokens:,} tokens, and its disk has "
@@ -76,11 +76,16 @@ def check_room(job: Job, tokens: int) -> None:
         )
 
 
-def tokens_at_most(job: Job) -> int:
-    """Tokens of self-written dialogues, before one is written."""
+def existing_parent(folder: Path) -> Path:
+    """The nearest folder above that exists: it is on the same disk."""
+    return next(parent for parent in folder.absolute().parents if parent.exists())
+
+
+def tokens_at_most(job: Job, dialogues: int) -> int:
+    """Tokens of so many self-written dialogues, before one is written."""
     spec = job.recipe.data
     frame = len(prompt_ids(job.target.tokenizer, [{"role": "user", "content": "."}]))
-    return spec.max_samples * min(spec.max_length, frame + 2 * spec.max_new_tokens)
+    return dialogues * min(spec.max_length, frame + 2 * spec.max_new_tokens)
 
 
 def _make_shards(job: Job, plan: Plan, work: Path, progress: Progress) -> list[ShardFacts]:
@@ -162,7 +167,8 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
     facts = {
         "dialogues": len(plan.dialogues),
         "holdout_dialogues": len(held),
-        "skipped": {reason: count for reason, (count, _) in plan.skipped.items()},
+        "skipped": {f"{reason} (first: {where})": count for reason, (count, where) in plan.skipped.items()},
+        "sources": plan.sources,
         "dtype": dtype_name(job.dtype),
         "drafter_config": drafter_shape(job.target.model.config),
     }

@@ -1,18 +1,14 @@
-"""Dialogues out of rows: the forms in which people keep them, what cannot be used and why, and a fair sample.
+"""Dialogues out of rows: the forms in which people keep them, what cannot be used and why.
 
 A row may hold `messages` (role, content), `conversations` (ShareGPT's from, value), `turns` (what the user says, turn
 after turn), or `prompt`. A malformed row stops the run and is named; a whole but unusable one is skipped and counted.
 """
 
 import dataclasses
-import hashlib
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from coral_core.data.sources import Source
 from coral_core.errors import DataError
-from coral_core.progress import Progress, silent
 from coral_core.target.template import Message
 
 ROLES = {
@@ -26,9 +22,6 @@ ROLES = {
     "model": "assistant",
 }
 """The names people give the three roles."""
-
-REPORT_ROWS = 2_000
-"""Rows between two reports of progress."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +64,10 @@ class Skipped:
 
     reasons: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
-    def add(self, reason: str, where: str) -> None:
-        """Count one row."""
-        count, first = self.reasons.get(reason, (0, where))
-        self.reasons[reason] = (count + 1, first)
+    def add(self, reason: str, where: str, count: int = 1) -> None:
+        """Count rows."""
+        before, first = self.reasons.get(reason, (0, where))
+        self.reasons[reason] = (before + count, first)
 
     def __str__(self) -> str:
         parts = [f"{count} {reason} (first: {where})" for reason, (count, where) in self.reasons.items()]
@@ -102,54 +95,6 @@ def parse(row: Any, where: str) -> Dialogue:
         return _checked([prompt], [], row.get("system"))
     keys = ", ".join(map(str, row)) or "none"
     raise DataError(f"{where} has no messages, conversations, turns or prompt (its keys: {keys}). Mend or remove it")
-
-
-def read_dialogues(
-    source: Source, *, count: int, seed: int, answered: bool, skipped: Skipped, progress: Progress = silent
-) -> list[tuple[str, Dialogue]]:
-    """At most `count` different dialogues with their places, in an order drawn by `seed`.
-
-    A file is read to its end, so that a sorted one gives a fair sample; a Hub stream is read until there are enough.
-    `answered` keeps the given answers, and skips dialogues without. In memory are the sample, and for each dialogue
-    seen a hash of eight bytes.
-    """
-    draw = random.Random(f"{seed} prompts")
-    kept: list[tuple[str, Dialogue]] = []
-    for number, found in enumerate(_usable(source.rows, answered, skipped, progress)):
-        if len(kept) < count:
-            kept.append(found)
-        elif not source.ordered:
-            break
-        elif (place := draw.randrange(number + 1)) < count:
-            kept[place] = found
-    draw.shuffle(kept)
-    return kept
-
-
-def _usable(
-    rows: Iterable[tuple[str, Any]], answered: bool, skipped: Skipped, progress: Progress
-) -> Iterator[tuple[str, Dialogue]]:
-    seen: set[bytes] = set()
-    number = 0
-    for number, (where, row) in enumerate(rows, start=1):
-        if number % REPORT_ROWS == 0:
-            progress("reading prompts", number, 0, {})
-        try:
-            dialogue = parse(row, where)
-            if answered and not dialogue.answers:
-                raise UnusableError("without an answer")
-        except UnusableError as reason:
-            skipped.add(str(reason), where)
-            continue
-        if not answered:
-            dialogue = dataclasses.replace(dialogue, answers=())
-        name = hashlib.blake2b(repr(dialogue).encode(), digest_size=8).digest()
-        if name in seen:
-            skipped.add("said before", where)
-            continue
-        seen.add(name)
-        yield where, dialogue
-    progress("reading prompts", number, number, {})
 
 
 def _listed(messages: Any, where: str) -> list[tuple[str, str]]:

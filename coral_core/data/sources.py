@@ -3,9 +3,13 @@
 Not for making sense of a row: prompts.py does that.
 """
 
+import codecs
+import contextlib
 import dataclasses
 import gzip
+import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,9 +17,16 @@ from typing import IO, Any, cast
 
 from coral_core.errors import DataError
 
+SELF = "self"
+"""The name of the source that is the target itself."""
 LINES = (".jsonl", ".ndjson")
 TEXT = (".txt", ".text")
 SUFFIXES = (*LINES, ".json", ".parquet", *TEXT)
+PIECE = 1 << 20
+"""Characters of a JSON list read at once."""
+ITEM_CHARACTERS = 1 << 26
+"""A longer item of a JSON list is taken for a slip in the file: else all of it would be read for the other end."""
+BETWEEN = re.compile(r"[\s,]*")
 SHUFFLE_ROWS = 10_000
 """Rows of a Hub stream that are shuffled at once: its order is only known by reading it all."""
 
@@ -27,6 +38,44 @@ class Source:
     rows: Iterable[tuple[str, Any]]
     ordered: bool
     """Whether the order is the file's own, so that a sample must be drawn from the whole of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """One of the sources that `data.prompts` names, and its share of the dialogues."""
+
+    name: str
+    weight: float
+
+
+def shares(prompts: str) -> list[Share]:
+    """`self`, a file or a Hub dataset, or several of them with weights: `chats.jsonl=3, owner/name=1, self=1`.
+
+    A name without a weight has 1. Raises DataError for a weight that is none, and a name given twice.
+    """
+    if Path(prompts).expanduser().is_file():  # its name may hold a comma
+        return [Share(prompts, 1.0)]
+    found = [_share(part.strip(), prompts) for part in prompts.split(",")]
+    names = [share.name for share in found]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise DataError(f"data.prompts is '{prompts}', where {twice} stands twice. Add its weights up")
+    return found
+
+
+def _share(text: str, prompts: str) -> Share:
+    name, equals, weight = text.rpartition("=")
+    if not equals:
+        name, weight = text, "1"
+    try:
+        number = float(weight)
+    except ValueError:
+        number = 0.0
+    if not name.strip() or not 0 < number < float("inf"):
+        raise DataError(
+            f"data.prompts is '{prompts}', where '{text}' names no source with a weight above 0. "
+            "Write it as chats.jsonl=3, owner/name=1"
+        )
+    return Share(name.strip(), number)
 
 
 def open_source(name: str, seed: int) -> Source:
@@ -95,18 +144,48 @@ def _begins_a_list(path: Path) -> bool:
     """Whether a .json file is one list; else it holds one object a line, under whatever name."""
     if path.name.removesuffix(".gz").endswith(LINES):
         return False
-    return next(_lines(path))[1].startswith("[")
+    with contextlib.suppress(OSError, EOFError, zlib.error), _open(path) as file:  # they are told when it is read
+        return file.read(PIECE).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return False
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """The items of one list, never more than a few of them in memory."""
+    number = 0
     try:
-        with _open(path) as file:
-            rows = json.loads(file.read().decode("utf-8-sig"))
-    except ValueError as error:  # a JSONDecodeError names its line
-        raise DataError(f"{path} is not JSON: {error}. Mend that line") from error
-    if not rows:
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig") as file:
+            for number, row in enumerate(_items(file), start=1):
+                yield f"{path} item {number}", row
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error.msg}, line {error.lineno}, item {number + 1}. Mend it") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} item {number + 1} is not UTF-8 ({error.reason}). Convert the file first") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path} beyond item {number}: {error}. Restore the file") from error
+    if not number:
         raise DataError(f"{path} is an empty list. Put one dialogue in each item")
-    yield from ((f"{path} item {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _items(file: IO[str]) -> Iterator[Any]:
+    """Raises JSONDecodeError, its line counted from the file's first."""
+    decoder, line = json.JSONDecoder(), 1
+    text = file.read(PIECE)
+    at = text.index("[") + 1
+    while True:
+        at = cast("re.Match[str]", BETWEEN.match(text, at)).end()
+        if text[at : at + 1] == "]":
+            return
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:  # perhaps only since the item goes on
+            more = file.read(max(PIECE, len(text) - at)) if len(text) - at < ITEM_CHARACTERS else ""
+            if not more:
+                error.lineno += line - 1
+                raise
+            line += text.count("\n", 0, at)
+            text, at = text[at:] + more, 0
+        else:
+            yield row
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -64,10 +64,9 @@ class Scribe:
 
 
 def written_prompts(
-    scribe: Scribe, *, seed: int, work: Path, skipped: Skipped, progress: Progress
+    scribe: Scribe, wanted: int, *, seed: int, work: Path, skipped: Skipped, progress: Progress
 ) -> Iterator[tuple[str, Dialogue]]:
-    """Different prompts with their places, `data.max_samples` or, when the target keeps repeating itself, fewer."""
-    wanted = scribe.spec.max_samples
+    """Different prompts with their places, `wanted` or, when the target keeps repeating itself, fewer."""
     meter = Meter(progress, "prompts", wanted)
     seen: set[str] = set()
     tried = number = 0

@@ -38,7 +38,8 @@ class DataSpec:
     """Dialogues, answered by the target, and the features tapped from it."""
 
     prompts: str = "self"
-    """`self` (the target writes its own prompts), a JSONL / JSON / Parquet / text file, or a Hub dataset id."""
+    """`self` (the target writes its own prompts), a JSONL / JSON / Parquet / text file, or a Hub dataset id; or several
+    of them with weights: `chats.jsonl=3, owner/name=1, self=1`."""
     max_samples: int = 800
     """Dialogues to keep, held-out ones included."""
     max_length: int = 512

@@ -34,7 +34,7 @@ def test_a_run_its_samples_and_a_second_run(folder: Path) -> None:
         "answer tokens",
         "size",
     ]
-    assert "| left out: with an empty message |      1 |" in lines
+    assert "| left out: with an empty message (first: p.jsonl line 5) |      1 |" in lines
     assert "--- sample 0: " in first.stdout
     assert first.stdout.count("⟦") == first.stdout.count("⟧") == 1
     assert "<|assistant|>\n⟦" in first.stdout

@@ -3,6 +3,7 @@
 import collections
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -302,17 +303,20 @@ def test_given_answers_are_kept(tmp_path: Path) -> None:
     job = make_job(tmp_path, prompts=path, regenerate="none", max_samples=50)
     store = prepare(job)
     assert len(store) == 12
-    assert store.manifest.facts["skipped"] == {"without an answer": 1}
+    assert store.manifest.facts["skipped"] == {f"without an answer (first: {path} line 13)": 1}
     texts = {job.target.tokenizer.decode(store[index].ids_T[store[index].answer_T]) for index in range(12)}
     assert texts == {f"Answer {number}<|im_end|>" for number in range(12)}
 
 
 def test_what_is_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
     """A prompt of a hundred tokens, and one line of ten million characters, which is not even cut into tokens."""
-    rows = [{"prompt": "q" * 100}, {"prompt": "q " * 5_000_000}, *({"prompt": f"q{number}"} for number in range(8))]
-    store = prepare(make_job(tmp_path, prompts=write_lines(tmp_path / "p.jsonl", rows), max_length=60))
+    long = [{"prompt": "q" * 100}, {"prompt": " ".join(map(str, range(1_450_000)))}]
+    path = write_lines(tmp_path / "p.jsonl", [*long, *({"prompt": f"q{number}"} for number in range(8))])
+    store = prepare(make_job(tmp_path, prompts=path, max_length=60))
     assert store.manifest.facts["dialogues"] == 8
-    assert store.manifest.facts["skipped"] == {"whose prompt has data.max_length (60) tokens or more": 2}
+    ((reason, count),) = store.manifest.facts["skipped"].items()
+    assert re.fullmatch(rf"whose prompt has data.max_length \(60\) tokens or more \(first: {path} line [12]\)", reason)
+    assert count == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from coral_core.data.prompts import Dialogue, Skipped, UnusableError, parse, read_dialogues
+from coral_core.data.draw import Wanted, read_dialogues
+from coral_core.data.prompts import Dialogue, Skipped, UnusableError, parse
 from coral_core.data.sources import open_source
 from coral_core.errors import DataError
 from tests.data.helpers import write_lines
@@ -116,8 +118,8 @@ def test_a_malformed_row_is_an_error_that_names_its_line(row: Any, message: str)
 
 
 def read(path: Path | str, count: int = 100, answered: bool = False, seed: int = 0) -> list[Dialogue]:
-    source = open_source(str(path), seed)
-    found = read_dialogues(source, count=count, seed=seed, answered=answered, skipped=Skipped())
+    wanted = Wanted(count, seed, answered)
+    found = read_dialogues(open_source(str(path), seed), wanted, skipped=Skipped(), folder=Path(tempfile.gettempdir()))
     return [dialogue for _, dialogue in found]
 
 
@@ -137,12 +139,37 @@ def lines(rows: list[Any]) -> bytes:
         ("p.json", json.dumps(ROWS, indent=1).encode()),
         ("lines-in.json", lines(ROWS)),
         ("bom.jsonl", b"\xef\xbb\xbf" + lines(ROWS)),
+        ("p.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("bom.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS).encode()),
         ("p.txt", "\n".join(WORDS).encode()),
     ],
 )
 def test_every_kind_of_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert sorted(dialogue.users[0] for dialogue in read(tmp_path / name)) == WORDS
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Wherever a piece ends, in a number, a text or between two items; and a slip's line is the file's."""
+    monkeypatch.setattr("coral_core.data.sources.PIECE", piece)
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(ROWS, indent=2))
+    assert sorted(dialogue.users[0] for dialogue in read(path)) == WORDS
+    path.write_text(path.read_text().replace('"Question 9?"', "Question 9?"))
+    with pytest.raises(DataError, match=r"Expecting value, line 30, item 10"):
+        read(path)
+
+
+def test_an_item_without_end_is_not_looked_for_in_the_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coral_core.data.sources.PIECE", 64)
+    monkeypatch.setattr("coral_core.data.sources.ITEM_CHARACTERS", 200)
+    path = tmp_path / "p.json"
+    path.write_text('[{"prompt": "a"}, {"prompt": "' + "b" * 5000 + '"}]')
+    with pytest.raises(DataError, match="Unterminated string .*, line 1, item 2"):
+        read(path)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -161,7 +188,18 @@ def test_parquet(tmp_path: Path) -> None:
         ("empty.jsonl", b"", r"empty\.jsonl is empty"),
         ("blank.txt", b"\n \n", r"blank\.txt is empty"),
         ("empty.json", b"[]", r"empty\.json is an empty list"),
-        ("open.json", b'[{"prompt": "a"},\n\n', r"open\.json is not JSON: .*line 3"),
+        ("open.json", b'[{"prompt": "a"},\n\n', r"open\.json is not JSON: .*line 3, item 2\. Mend it"),
+        (
+            "slip.json",
+            b'[{"prompt": "a"},\n{"prompt": b},\n',
+            r"slip\.json is not JSON: Expecting value, line 2, item 2",
+        ),
+        ("bytes.json", b'[{"prompt": "a"},\n{"prompt": "\xe9"}]', r"bytes\.json item [12] is not UTF-8"),
+        (
+            "cut.json.gz",
+            gzip.compress(json.dumps(ROWS).encode())[:-9],
+            r"cannot read .*cut\.json\.gz beyond (item|line) 0",
+        ),
         ("cut.jsonl.gz", gzip.compress(lines(ROWS))[:-9], r"cannot read .*cut\.jsonl\.gz beyond line"),
         ("no.parquet", b"PAR1 not", r"cannot read .*no\.parquet beyond row 0"),
         ("p.csv", b"a,b", r"must end in one of \.jsonl, .*\.txt"),
@@ -208,7 +246,8 @@ def test_what_is_left_out_is_counted_with_its_first_place(tmp_path: Path) -> Non
     answered = {"messages": [user("a"), {"role": "assistant", "content": "b"}]}
     rows = [answered, {"prompt": "c"}, answered, {"messages": [user("a"), user("b")]}, {"prompt": "d"}]
     path, skipped = write_lines(tmp_path / "p.jsonl", rows), Skipped()
-    found = read_dialogues(open_source(str(path), 0), count=9, seed=0, answered=True, skipped=skipped)
+    source = open_source(str(path), 0)
+    found = read_dialogues(source, Wanted(9, 0, answered=True), skipped=skipped, folder=tmp_path)
     assert [dialogue for _, dialogue in found] == [Dialogue(("a",), ("b",))]
     assert skipped.reasons == {
         "without an answer": (2, f"{path} line 2"),
