@@ -94,6 +94,14 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def size_text(size_bytes: int) -> str:
+    """1.5 GB, 20.0 MB, 3.1 kB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:,.1f} {unit}"
+    return f"{size_bytes / 1e3:,.1f} kB"
+
+
 def numbers_text(numbers: dict[str, float]) -> str:
     """'230 tokens/s, loss 1.23' from {"tokens_per_s": 230, "loss": 1.23}."""
     parts = []

@@ -13,6 +13,7 @@ import typer.core
 from coral_cli.commands.chat import chat
 from coral_cli.commands.eval import evaluate
 from coral_cli.commands.group_head import group_head
+from coral_cli.commands.inspect import inspect
 from coral_cli.commands.prepare_data import prepare_data
 from coral_cli.commands.train import train
 from coral_core import __version__
@@ -70,6 +71,7 @@ app.command("train")(train)
 app.command("group-head")(group_head)
 app.command("eval")(evaluate)
 app.command("chat")(chat)
+app.command("inspect")(inspect)
 
 
 def main() -> None:

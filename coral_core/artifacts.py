@@ -73,7 +73,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, kind: str, command: str) -> "Manifest":
-        """Read manifest.json. Raises ArtifactError, naming `command`, when it is absent, damaged or of another kind."""
+        """Read manifest.json. Raises ArtifactError, naming `command`, when it is absent, damaged or of another kind.
+
+        '' is any kind.
+        """
         path = folder / MANIFEST
         try:
             manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -81,7 +84,7 @@ class Manifest:
             raise ArtifactError(f"no {kind} in {folder}. Run: {command}") from error
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path} is damaged: {error}. Remove {folder} and run: {command}") from error
-        if manifest.kind != kind:
+        if kind and manifest.kind != kind:
             raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}. Run: {command}")
         return manifest
 

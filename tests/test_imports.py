@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "drafter": NOUNS,
     "head": NOUNS,
     "data": NOUNS | {"target", "store"},
+    "inspection": NOUNS | {"store"},
     "training": NOUNS | {"store", "drafter", "head"},
     "decoding": NOUNS | {"target", "drafter", "head"},
     "bench": NOUNS | {"decoding", "target", "drafter", "head"},

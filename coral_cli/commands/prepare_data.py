@@ -68,20 +68,20 @@ def _standing_text(job: Job, found: Standing) -> str:
 
 
 def _print_estimate(job: Job, expected: Any) -> None:
-    from coral_cli.console import duration_text, print_table
+    from coral_cli.console import duration_text, print_table, size_text
 
     rows = [
         ("dialogues", f"{expected.dialogues:,}"),
         ("tokens", f"{expected.tokens:,}"),
         ("tokens to write", f"{expected.written_tokens:,}"),
-        ("size", _size_text(expected.size_bytes)),
+        ("size", size_text(expected.size_bytes)),
         ("time", duration_text(expected.elapsed_s)),
     ]
     print_table(("to expect, at most", job.recipe.name), rows)
 
 
 def _print_summary(store: Store) -> None:
-    from coral_cli.console import print_table
+    from coral_cli.console import print_table, size_text
 
     facts = store.manifest.facts
     rows = [
@@ -89,7 +89,8 @@ def _print_summary(store: Store) -> None:
         ("of them held out", f"{facts['holdout_dialogues']:,}"),
         ("tokens", f"{facts['tokens']:,}"),
         ("answer tokens", f"{facts['answer_tokens']:,}"),
-        ("size", _size_text(facts["bytes"])),
+        ("size", size_text(facts["bytes"])),
+        *((f"from {name}", f"{count:,}") for name, count in facts["sources"].items() if len(facts["sources"]) > 1),
         *((f"left out: {reason}", f"{count:,}") for reason, count in facts["skipped"].items()),
     ]
     print_table(("data", store.folder.parent.name), rows)
@@ -110,10 +111,3 @@ def _print_sample(store: Store, index: int, tokenizer: Any) -> None:
         words = tokenizer.decode([token for token, _ in run])
         text.append(words if not answer or out.is_terminal else f"⟦{words}⟧", style="bold green" if answer else "dim")
     out.print(text, soft_wrap=True)
-
-
-def _size_text(size_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if size_bytes >= size:
-            return f"{size_bytes / size:,.1f} {unit}"
-    return f"{size_bytes / 1e3:,.1f} kB"

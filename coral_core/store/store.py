@@ -20,6 +20,7 @@ from pathlib import Path
 from coral_core.artifacts import Manifest, write_text
 from coral_core.errors import ArtifactError
 from coral_core.lent import Lent
+from coral_core.progress import Progress, silent
 from coral_core.store.shard import Sample, Shard, ShardFacts, file_sha256
 
 HOLDOUT = "holdout.json"
@@ -115,15 +116,16 @@ class Store:
         self._check_sum(LENT, self.manifest.facts["files"][LENT])
         return Lent.load(self.folder / LENT)
 
-    def damaged(self) -> list[str]:
+    def damaged(self, progress: Progress = silent) -> list[str]:
         """Names of the files whose bytes are not those that were written; reads everything."""
         sums = {shard.file: shard.sha256 for shard in self._facts} | self.manifest.facts["files"]
         found = []
-        for name, sha256 in sums.items():
+        for number, (name, sha256) in enumerate(sums.items(), start=1):
             try:
                 self._check_sum(name, sha256)
             except ArtifactError:
                 found.append(name)
+            progress("checking files", number, len(sums), {})
         return found
 
     def _shard(self, number: int) -> Shard:

@@ -11,6 +11,7 @@ OPTIONS = {
     "group-head": ["--help", "--runs"],
     "eval": ["--bench", "--help", "--json", "--limit", "--questions", "--runs"],
     "chat": ["--help", "--no-speculative", "--runs", "--speculative"],
+    "inspect": ["--help", "--json"],
 }
 """At most six of a command's own, --help not counted."""
 
@@ -31,6 +32,7 @@ def test_no_option_is_added_without_editing_the_list():
 
 def test_each_command_takes_recipe_and_overrides():
     group = typer.main.get_command(app)
-    for command in group.commands.values():
+    for name, command in group.commands.items():
         positional = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-        assert [(argument.name, argument.nargs) for argument in positional] == [("arguments", -1)]
+        expected = ("path", 1) if name == "inspect" else ("arguments", -1)
+        assert [(argument.name, argument.nargs) for argument in positional] == [expected]
