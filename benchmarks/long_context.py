@@ -1,6 +1,6 @@
 """Prompts of 1k, 8k and 32k tokens on a small random target: memory per token, and what a round's time grows with.
 
-    python benchmarks/long_context.py            # about three minutes
+    python -m benchmarks.long_context            # about three minutes
 
 Each length runs in a process of its own, whose peak memory is its own. `attention_ms` is a round's attention alone,
 measured in the same process: the target's layers over the tree's rows, the drafter's layer over each level's.
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import transformers
-from record import record
 
+from benchmarks.record import record
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
@@ -100,7 +100,7 @@ def main() -> None:
         return
     rows = []
     for length in options.lengths:
-        command = [sys.executable, __file__, "--one", str(length)]
+        command = [sys.executable, "-m", "benchmarks.long_context", "--one", str(length)]
         rows.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
         print(rows[-1], file=sys.stderr)
     small, *_, middle, large = rows

@@ -1,6 +1,6 @@
 """What each row may attend to, as the additive masks that Hugging Face models take.
 
-Axes: T new row, K cached position (new rows included), M tree row.
+Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row.
 """
 
 import torch
@@ -29,6 +29,28 @@ def tree(past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor, window: int) -
     return sees_MK & (position_M[:, None] - position_K < window) if window else sees_MK
 
 
+def trees(
+    past_B1: torch.Tensor, depth_BM: torch.Tensor, sees_BMM: torch.Tensor, columns: int, window: int
+) -> torch.Tensor:
+    """[B,M,K] the same for a tree per answer, each behind its own committed rows; the columns between hold nothing."""
+    column_K = torch.arange(columns, device=depth_BM.device)
+    column_BM = past_B1 + torch.arange(depth_BM.shape[1], device=depth_BM.device)
+    sees_BMK = (column_K < past_B1)[:, None].repeat(1, depth_BM.shape[1], 1)
+    sees_BMK.scatter_(2, column_BM[:, None].expand_as(sees_BMM), sees_BMM)
+    if not window:
+        return sees_BMK
+    position_BM = past_B1 + depth_BM
+    position_BK = column_K.repeat(past_B1.shape[0], 1).scatter_(1, column_BM, position_BM)
+    return sees_BMK & (position_BM[:, :, None] - position_BK[:, None] < window)
+
+
+def for_batch(
+    target: Target, past_B1: torch.Tensor, depth_BM: torch.Tensor, sees_BMM: torch.Tensor, columns: int
+) -> Mask:
+    """`trees` in the form the target takes."""
+    return _by_type(target, lambda window: trees(past_B1, depth_BM, sees_BMM, columns, window))
+
+
 def for_target(target: Target, past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor) -> Mask:
     """The tree mask in the form the target takes: one tensor, or one per layer type where it mixes types."""
     if depth_M.numel() == 1:
@@ -51,7 +73,8 @@ def _by_type(target: Target, build) -> Mask:  # type: ignore[no-untyped-def]
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def _additive(sees_TK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where seen, the dtype's lowest number where not: [1,1,T,K]."""
+def _additive(sees_XTK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where seen, the dtype's lowest number where not: [B,1,T,K], of one answer when it is given [T,K]."""
     lowest = torch.finfo(dtype).min
-    return torch.zeros(sees_TK.shape, dtype=dtype, device=sees_TK.device).masked_fill_(~sees_TK, lowest)[None, None]
+    mask_XTK = torch.zeros(sees_XTK.shape, dtype=dtype, device=sees_XTK.device).masked_fill_(~sees_XTK, lowest)
+    return mask_XTK[None, None] if mask_XTK.dim() == 2 else mask_XTK[:, None]

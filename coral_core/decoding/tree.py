@@ -121,3 +121,26 @@ def ancestry(parent_M: torch.Tensor, depth: int) -> torch.Tensor:
         sees_MM.scatter_(1, above_M[:, None], True)
         above_M = parent_M[above_M]
     return sees_MM
+
+
+NO_TOKEN = -1
+"""The token of a row that only fills up a batch; nobody picks it."""
+
+
+def pad(drafts: list[Draft]) -> Draft:
+    """The trees of several answers with an axis B in front, filled up with rows that see themselves alone."""
+    rows = max(draft.token_M.numel() for draft in drafts)
+    first = drafts[0]
+    padded = Draft(
+        token_M=first.token_M.new_full((len(drafts), rows), NO_TOKEN),
+        parent_M=first.parent_M.new_zeros(len(drafts), rows),
+        depth_M=first.depth_M.new_zeros(len(drafts), rows),
+        sees_MM=torch.eye(rows, dtype=torch.bool, device=first.sees_MM.device).repeat(len(drafts), 1, 1),
+    )
+    for number, draft in enumerate(drafts):
+        own = draft.token_M.numel()
+        padded.token_M[number, :own] = draft.token_M
+        padded.parent_M[number, :own] = draft.parent_M
+        padded.depth_M[number, :own] = draft.depth_M
+        padded.sees_MM[number, :own, :own] = draft.sees_MM
+    return padded

@@ -26,17 +26,22 @@ class Verdict:
         return self.path_A.numel() - 1
 
 
-def judge(draft: Draft, picked_M: torch.Tensor) -> Verdict:
-    """Walk from the root while the picked token is a drafted child.
+def on_path(draft: Draft, picked_M: torch.Tensor) -> torch.Tensor:
+    """[M] true for the rows on the accepted path, root included; with an axis B in front everywhere, for B trees.
 
     A node stands when the pick at its parent is its token, and all its ancestors stand. Siblings hold distinct
     tokens, so the standing nodes form one path, and the deepest of them ends it.
     """
-    stands_M = picked_M[draft.parent_M] == draft.token_M
-    stands_M[0] = True
-    whole_M = (stands_M | ~draft.sees_MM).all(dim=1)
-    last = (whole_M * (draft.depth_M + 1)).argmax()
-    path_A = draft.sees_MM[last].nonzero().squeeze(1)
+    stands_M = picked_M.gather(-1, draft.parent_M) == draft.token_M
+    stands_M[..., 0] = True
+    whole_M = (stands_M[..., None, :] | ~draft.sees_MM).all(dim=-1)
+    last_1 = (whole_M * (draft.depth_M + 1)).argmax(-1, keepdim=True)
+    return draft.sees_MM.take_along_dim(last_1[..., None], dim=-2).squeeze(-2)
+
+
+def judge(draft: Draft, picked_M: torch.Tensor) -> Verdict:
+    """Walk from the root while the picked token is a drafted child."""
+    path_A = on_path(draft, picked_M).nonzero().squeeze(1)
     return Verdict(path_A=path_A, new_A=picked_M[path_A])
 
 

@@ -1,0 +1,112 @@
+"""Throughput of several prompts at once: the engine one by one, batches, and `model.generate` on padded batches.
+
+    python -m benchmarks.batch                    # pico on its held-out prompts, about five minutes on two cores
+    python -m benchmarks.batch my.yaml --prompts 64 --seats 4 16 target.device=cuda
+
+Interleaved: every lane decodes every repetition of the same prompts, and the order of the lanes turns. Answers are
+greedy and compared with the engine's own, one by one.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import record
+from coral_core.bench.questions import held_out
+from coral_core.bench.race import first_prompt
+from coral_core.decoding.assemble import assemble
+from coral_core.decoding.batch.engine import BatchEngine
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.plain import plain
+from coral_core.decoding.sampling import Sampler
+from coral_core.recipe.loader import load_recipe
+from coral_core.target.load import Target, load_target
+
+Answers = list[list[int]]
+NEW = 96
+
+
+def one_by_one(engine: Engine, prompts: Answers) -> Answers:
+    """Each prompt alone."""
+    return [[t for event in engine.decode(ids, Sampler(), NEW) for t in event.new_ids] for ids in prompts]
+
+
+def plainly(target: Target, prompts: Answers) -> Answers:
+    """Each prompt alone, without drafts."""
+    return [[t for event in plain(target, ids, Sampler(), NEW) for t in event.new_ids] for ids in prompts]
+
+
+def batched(engine: Engine, prompts: Answers, seats: int) -> Answers:
+    """On `seats` seats."""
+    answers: Answers = [[] for _ in prompts]
+    for number, event in BatchEngine(engine, seats).decode(prompts, Sampler(), NEW):
+        answers[number] += event.new_ids
+    return answers
+
+
+def generated(target: Target, prompts: Answers, seats: int) -> Answers:
+    """`model.generate` on left-padded batches, which last as long as their longest answer."""
+    answers: Answers = []
+    for start in range(0, len(prompts), seats):
+        part = prompts[start : start + seats]
+        widest = max(map(len, part))
+        ids_BT = torch.tensor([[0] * (widest - len(ids)) + ids for ids in part], device=target.device)
+        mask_BT = torch.tensor([[0] * (widest - len(ids)) + [1] * len(ids) for ids in part], device=target.device)
+        out_BT = target.model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=NEW, do_sample=False)
+        for row in out_BT[:, widest:].tolist():
+            ends = [place for place, token in enumerate(row) if token in target.stop_ids]
+            answers.append(row[: ends[0] + 1] if ends else row)
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seats", type=int, nargs="+", default=[2, 4, 8])
+    options, rest = parser.parse_known_args()
+    files = [Path(text) for text in rest if "=" not in text]
+    recipe = load_recipe(files[0] if files else None, [text for text in rest if "=" in text])
+    target, run = load_target(recipe.target), Path("runs") / recipe.name
+    engine = assemble(recipe, run, target).engine
+    questions = held_out(run, recipe.target.model)[: options.prompts]
+    prompts = [first_prompt(target, question) for question in questions]
+    lanes: dict[str, Callable[[], Answers]] = {
+        "plain": lambda: plainly(target, prompts),
+        "engine": lambda: one_by_one(engine, prompts),
+    }
+    for seats in options.seats:
+        lanes[f"batch {seats}"] = lambda seats=seats: batched(engine, prompts, seats)  # type: ignore[misc]
+        lanes[f"generate {seats}"] = lambda seats=seats: generated(target, prompts, seats)  # type: ignore[misc]
+    expected = lanes["engine"]()
+    rates: dict[str, list[float]] = {name: [] for name in lanes}
+    equal: dict[str, int] = {}
+    for repeat in range(options.repeats):
+        for name in list(lanes)[:: -1 if repeat % 2 else 1]:
+            begun = time.perf_counter()
+            answers = lanes[name]()
+            rates[name].append(sum(map(len, answers)) / (time.perf_counter() - begun))
+            equal[name] = sum(ids == own for ids, own in zip(answers, expected, strict=True))
+    rows = [
+        {"lane": name, "tokens_per_s": statistics.median(rates[name]), "equal": equal[name], "prompts": len(prompts)}
+        for name in lanes
+    ]
+    speed = {str(row["lane"]): row["tokens_per_s"] for row in rows}
+    figures = {
+        "tokens_per_s": speed,
+        "batch_over_engine": {str(seats): speed[f"batch {seats}"] / speed["engine"] for seats in options.seats},
+        "batch_over_generate": {
+            str(seats): speed[f"batch {seats}"] / speed[f"generate {seats}"] for seats in options.seats
+        },
+    }
+    print(json.dumps(figures, indent=1))
+    print(record("batch", figures, rows))
+
+
+if __name__ == "__main__":
+    main()

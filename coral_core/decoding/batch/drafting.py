@@ -1,0 +1,95 @@
+"""Growing the drafts of several answers, a level at a time: one drafter pass and one head for all of them.
+
+Each answer has a beam and a tree of its own, made by the index code for one (tree.py); only the networks see a batch.
+Axes: B seat, W beam node of the widest beam, N beam nodes of all seats, T new row, D hidden, K cached column.
+"""
+
+import torch
+
+from coral_core.decoding import tree
+from coral_core.decoding.batch.cache import SeatSlots
+from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.drafter.model import Drafter
+from coral_core.head.candidates import Head
+from coral_core.lent import Lent
+
+
+class BatchDrafting:
+    """The drafter, its head and its cache, for a batch of answers. `past` holds each seat's committed rows."""
+
+    def __init__(self, drafter: Drafter, lent: Lent, head: Head, shape: TreeShape, seats: int, capacity: int) -> None:
+        self.drafter, self.lent, self.head, self.shape = drafter, lent, head, shape
+        # Behind the committed rows stand a growing draft or an accepted path, filled up to the batch's widest.
+        self.slots = SeatSlots(seats, capacity + shape.rows + shape.topk + shape.depth + 1)
+
+    def alone(self, seat: int) -> Drafting:
+        """The drafting of one answer in an empty seat, for its prompt."""
+        return Drafting(self.drafter, self.lent, self.head, self.shape, self.slots.seat(seat))
+
+    def feed(self, token_BT: torch.Tensor, feature_BTD: torch.Tensor, past: list[int]) -> torch.Tensor:
+        """Append committed rows (token t+1, feature t), padded on the right; the drafted feature [B,T,D] after each."""
+        past_B1 = torch.tensor(past, device=token_BT.device)[:, None]
+        column_BT = past_B1 + torch.arange(token_BT.shape[1], device=token_BT.device)
+        end = max(past) + token_BT.shape[1]
+        sees_BTK = torch.arange(end, device=token_BT.device) <= column_BT[:, :, None]
+        return self._forward(token_BT, feature_BTD, column_BT, column_BT, sees_BTK)
+
+    def grow(self, roots: list[int], hidden_BD: torch.Tensor, past: list[int]) -> list[tree.Draft]:
+        """Draft a tree below each root, from the drafted feature that follows it."""
+        topk, floor = self.shape.topk, self.shape.floor
+        logprob_BC, token_BC = self.head.candidates(hidden_BD).best(topk)
+        beams = [tree.narrow(tree.plant(*row, topk), floor) for row in zip(logprob_BC, token_BC, strict=True)]
+        used, starts, hidden_ND = [0] * len(beams), list(range(len(beams))), hidden_BD
+        for level in range(1, self.shape.depth):
+            widths = [beam.token_N.numel() for beam in beams]
+            if not any(widths):
+                break
+            feature_ND = torch.cat([hidden_ND[start + beam.row_N] for start, beam in zip(starts, beams, strict=True)])
+            hidden_ND = self._level(beams, feature_ND, past, used, level)
+            logprob_NC, token_NC = self.head.candidates(hidden_ND).best(topk)
+            proposals = zip(beams, logprob_NC.split(widths), token_NC.split(widths), strict=True)
+            starts = [sum(widths[:seat]) for seat in range(len(widths))]
+            beams = [
+                tree.narrow(tree.extend(beam, logprob_WC, token_WC, topk), floor) if len(token_WC) else beam
+                for beam, logprob_WC, token_WC in proposals
+            ]
+            used = [rows + width for rows, width in zip(used, widths, strict=True)]
+        return [tree.rerank(beam, root, self.shape.nodes, floor) for beam, root in zip(beams, roots, strict=True)]
+
+    def _level(
+        self, beams: list[tree.Beam], feature_ND: torch.Tensor, past: list[int], used: list[int], level: int
+    ) -> torch.Tensor:
+        """The drafted features [N,D] of all beams' nodes; a seat with `used` drafted rows gets its next ones."""
+        device, widths = feature_ND.device, [beam.token_N.numel() for beam in beams]
+        valid_BW = torch.arange(max(widths), device=device) < torch.tensor(widths, device=device)[:, None]
+        token_BW = torch.zeros(valid_BW.shape, dtype=torch.long, device=device)
+        token_BW[valid_BW] = torch.cat([beam.token_N for beam in beams])
+        feature_BWD = feature_ND.new_zeros(*valid_BW.shape, feature_ND.shape[1])
+        feature_BWD[valid_BW] = feature_ND
+        past_B1 = torch.tensor(past, device=device)[:, None]
+        column_BW = past_B1 + torch.tensor(used, device=device)[:, None] + torch.arange(max(widths), device=device)
+        end = max(rows + drafted for rows, drafted in zip(past, used, strict=True)) + max(widths)
+        sees_BWK = (torch.arange(end, device=device) < past_B1)[:, None].repeat(1, max(widths), 1)
+        for seat, beam in enumerate(beams):
+            nodes, slots = beam.slot_NS.shape
+            sees_BWK[seat, :nodes, past[seat] : past[seat] + slots] = beam.slot_NS
+        position_BW = (past_B1 - 1 + level).expand_as(token_BW)
+        return self._forward(token_BW, feature_BWD, position_BW, column_BW, sees_BWK)[valid_BW]
+
+    def _forward(
+        self,
+        token_BT: torch.Tensor,
+        feature_BTD: torch.Tensor,
+        position_BT: torch.Tensor,
+        column_BT: torch.Tensor,
+        sees_BTK: torch.Tensor,
+    ) -> torch.Tensor:
+        self.slots.place(column_BT, sees_BTK.shape[-1])
+
+        def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
+            key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)
+            return torch.nn.functional.scaled_dot_product_attention(
+                query_BHTE, key_BGKE, value_BGKE, attn_mask=sees_BTK[:, None], enable_gqa=True
+            )
+
+        return self.drafter(self.lent.embed(token_BT), feature_BTD, position_BT, attend)
