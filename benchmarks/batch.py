@@ -11,8 +11,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,35 +22,35 @@ from coral_core.bench.questions import held_out
 from coral_core.bench.race import first_prompt
 from coral_core.decoding.assemble import assemble
 from coral_core.decoding.batch.engine import BatchEngine
-from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
+from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.recipe.loader import load_recipe
 from coral_core.target.load import Target, load_target
 
 Answers = list[list[int]]
+Decoded = tuple[Answers, list[int]]
+"""The answers, and the tokens that each draft round emitted."""
 NEW = 96
 
 
-def one_by_one(engine: Engine, prompts: Answers) -> Answers:
-    """Each prompt alone."""
-    return [[t for event in engine.decode(ids, Sampler(), NEW) for t in event.new_ids] for ids in prompts]
-
-
-def plainly(target: Target, prompts: Answers) -> Answers:
-    """Each prompt alone, without drafts."""
-    return [[t for event in plain(target, ids, Sampler(), NEW) for t in event.new_ids] for ids in prompts]
-
-
-def batched(engine: Engine, prompts: Answers, seats: int) -> Answers:
-    """On `seats` seats."""
-    answers: Answers = [[] for _ in prompts]
-    for number, event in BatchEngine(engine, seats).decode(prompts, Sampler(), NEW):
+def collect(count: int, events: Iterable[tuple[int, Round]]) -> Decoded:
+    """Rounds of many answers, put together."""
+    answers: Answers = [[] for _ in range(count)]
+    emitted = []
+    for number, event in events:
         answers[number] += event.new_ids
-    return answers
+        if event.kind == "draft":
+            emitted.append(len(event.new_ids))
+    return answers, emitted
 
 
-def generated(target: Target, prompts: Answers, seats: int) -> Answers:
+def one_by_one(prompts: Answers, decode: Callable[[list[int]], Iterable[Round]]) -> Decoded:
+    """Each prompt alone."""
+    return collect(len(prompts), ((number, event) for number, ids in enumerate(prompts) for event in decode(ids)))
+
+
+def generated(target: Target, prompts: Answers, seats: int) -> Decoded:
     """`model.generate` on left-padded batches, which last as long as their longest answer."""
     answers: Answers = []
     for start in range(0, len(prompts), seats):
@@ -61,7 +62,23 @@ def generated(target: Target, prompts: Answers, seats: int) -> Answers:
         for row in out_BT[:, widest:].tolist():
             ends = [place for place, token in enumerate(row) if token in target.stop_ids]
             answers.append(row[: ends[0] + 1] if ends else row)
-    return answers
+    return answers, []
+
+
+def race(lanes: dict[str, Callable[[], Decoded]], repeats: int) -> list[dict[str, Any]]:
+    """A row per lane; a first, uncounted run of the engine warms up and tells what the answers should be."""
+    expected, _ = lanes["engine"]()
+    rates: dict[str, list[float]] = {name: [] for name in lanes}
+    found: dict[str, dict[str, Any]] = {}
+    for repeat in range(repeats):
+        for name in list(lanes)[:: -1 if repeat % 2 else 1]:
+            begun = time.perf_counter()
+            answers, emitted = lanes[name]()
+            rates[name].append(sum(map(len, answers)) / (time.perf_counter() - begun))
+            equal = sum(ids == own for ids, own in zip(answers, expected, strict=True))
+            tau = statistics.fmean(emitted) if emitted else None
+            found[name] = {"prompts": len(answers), "equal": equal, "tokens_per_round": tau}
+    return [{"lane": name, "tokens_per_s": statistics.median(rates[name]), **found[name]} for name in lanes]
 
 
 def main() -> None:
@@ -76,26 +93,15 @@ def main() -> None:
     engine = assemble(recipe, run, target).engine
     questions = held_out(run, recipe.target.model)[: options.prompts]
     prompts = [first_prompt(target, question) for question in questions]
-    lanes: dict[str, Callable[[], Answers]] = {
-        "plain": lambda: plainly(target, prompts),
-        "engine": lambda: one_by_one(engine, prompts),
+    lanes: dict[str, Callable[[], Decoded]] = {
+        "plain": lambda: one_by_one(prompts, lambda ids: plain(target, ids, Sampler(), NEW)),
+        "engine": lambda: one_by_one(prompts, lambda ids: engine.decode(ids, Sampler(), NEW)),
     }
     for seats in options.seats:
-        lanes[f"batch {seats}"] = lambda seats=seats: batched(engine, prompts, seats)  # type: ignore[misc]
-        lanes[f"generate {seats}"] = lambda seats=seats: generated(target, prompts, seats)  # type: ignore[misc]
-    expected = lanes["engine"]()
-    rates: dict[str, list[float]] = {name: [] for name in lanes}
-    equal: dict[str, int] = {}
-    for repeat in range(options.repeats):
-        for name in list(lanes)[:: -1 if repeat % 2 else 1]:
-            begun = time.perf_counter()
-            answers = lanes[name]()
-            rates[name].append(sum(map(len, answers)) / (time.perf_counter() - begun))
-            equal[name] = sum(ids == own for ids, own in zip(answers, expected, strict=True))
-    rows = [
-        {"lane": name, "tokens_per_s": statistics.median(rates[name]), "equal": equal[name], "prompts": len(prompts)}
-        for name in lanes
-    ]
+        batch = BatchEngine(engine, seats)
+        lanes[f"batch {seats}"] = lambda batch=batch: collect(len(prompts), batch.decode(prompts, Sampler(), NEW))
+        lanes[f"generate {seats}"] = lambda seats=seats: generated(target, prompts, seats)
+    rows = race(lanes, options.repeats)
     speed = {str(row["lane"]): row["tokens_per_s"] for row in rows}
     figures = {
         "tokens_per_s": speed,
