@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,7 +34,8 @@ def prepare_data(
     recipe = read_recipe(arguments)
     run = Run(recipe, runs / recipe.name) if dry_run else open_run(arguments, runs)
     check_recipe(run.recipe)
-    job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data")
+    key = os.environ.get("CORAL_ENDPOINT_KEY", "")
+    job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data", key)
     found = standing(job)
     _say(_standing_text(job, found))
     if dry_run:
@@ -75,7 +77,7 @@ def _print_estimate(job: Job, expected: Any) -> None:
         ("tokens", f"{expected.tokens:,}"),
         ("tokens to write", f"{expected.written_tokens:,}"),
         ("size", size_text(expected.size_bytes)),
-        ("time", duration_text(expected.elapsed_s)),
+        ("time besides the server's" if job.recipe.data.endpoint else "time", duration_text(expected.elapsed_s)),
     ]
     print_table(("to expect, at most", job.recipe.name), rows)
 

@@ -28,6 +28,7 @@ class Estimate:
     """Tokens that the target writes: answers, and its own prompts."""
     size_bytes: int
     elapsed_s: float
+    """Without what a server takes."""
 
 
 def estimate(job: Job, progress: Progress = silent) -> Estimate:
@@ -37,7 +38,8 @@ def estimate(job: Job, progress: Progress = silent) -> Estimate:
     named = shares(spec.prompts)
     written_weight = sum(share.weight for share in named if share.name == SELF)
     dialogues = math.ceil(spec.max_samples * written_weight / sum(share.weight for share in named))
-    tokens, written = tokens_at_most(job, dialogues), 2 * dialogues * spec.max_new_tokens
+    tokens, prompt_tokens = tokens_at_most(job, dialogues), dialogues * spec.max_new_tokens
+    answer_tokens = prompt_tokens
     if dialogues < spec.max_samples:
         others = ",".join(f"{share.name}={share.weight}" for share in named if share.name != SELF)
         prompts = others if written_weight else spec.prompts
@@ -49,10 +51,12 @@ def estimate(job: Job, progress: Progress = silent) -> Estimate:
         dialogues += len(plan.dialogues)
         tokens += sum(plan.bounds)
         turns = 0 if spec.regenerate == "none" else sum(len(dialogue.users) for dialogue in plan.dialogues)
-        written += turns * spec.max_new_tokens
+        answer_tokens += turns * spec.max_new_tokens
     check_room(job, tokens)
     write_s, tap_s = _seconds_per_token(job)
-    return Estimate(dialogues, tokens, written, bytes_at_most(job, tokens), written * write_s + tokens * tap_s)
+    here = prompt_tokens + (0 if spec.endpoint else answer_tokens)
+    elapsed_s = here * write_s + tokens * tap_s
+    return Estimate(dialogues, tokens, prompt_tokens + answer_tokens, bytes_at_most(job, tokens), elapsed_s)
 
 
 def _seconds_per_token(job: Job) -> tuple[float, float]:

@@ -12,9 +12,11 @@ from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
 from coral_core.store.shard import FP8, file_sha256
 from coral_core.store.store import Store
-from coral_core.target.load import Target
+from coral_core.target.load import PICO, Target
 
 COMMAND = "coral prepare-data"
+INDIFFERENT = ("batch_size", "endpoint", "endpoint_requests")
+"""Keys of `data` that say how it is made, not what: a server may move, or give way to the target itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,14 @@ class Job:
     recipe: Recipe
     target: Target
     folder: Path
+    endpoint_key: str = ""
+    """Sent to `data.endpoint`, where that asks for one."""
+
+    @property
+    def model_name(self) -> str:
+        """What a server knows the target by."""
+        name = self.recipe.target.model
+        return str(PICO / "target") if name == "pico" else name
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -46,7 +56,7 @@ class Job:
         return named[self.recipe.data.feature_dtype]
 
     def fingerprint(self, inputs: dict[str, str]) -> str:
-        """Of what determines the content: not the batch size, which may be lowered to go on, nor the device."""
+        """Of what determines the content: not the batch size, which may be lowered to go on, nor where it is made."""
         return fingerprint({"recipe": _determining(self.sections), "inputs": inputs})
 
 
@@ -64,6 +74,10 @@ class Standing:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises DataError for what is wrong whatever the target: to be asked before one is loaded, which may take long."""
+    if recipe.data.endpoint and recipe.data.regenerate == "none":
+        raise DataError(
+            "data.endpoint is set, but data.regenerate is none: nothing is answered. Set data.regenerate=greedy"
+        )
     for share in shares(recipe.data.prompts):
         if share.name != SELF:
             find_file(share.name)
@@ -103,7 +117,7 @@ def _changes(manifest: Manifest, job: Job, inputs: dict[str, str]) -> list[str]:
 
 def _determining(sections: dict[str, Any]) -> dict[str, Any]:
     """The keys that determine the content. The target is known by its fingerprint, wherever it was loaded from."""
-    data = {key: value for key, value in sections["data"].items() if key != "batch_size"}
+    data = {key: value for key, value in sections["data"].items() if key not in INDIFFERENT}
     return {"seed": sections["seed"], "data": data}
 
 

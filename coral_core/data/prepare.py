@@ -7,10 +7,14 @@ interrupted and goes on publishes the same shards as one that was not.
 import dataclasses
 import json
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from coral_core.artifacts import Manifest, stage, write_text
+from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
+from coral_core.data.endpoint import Endpoint
 from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
@@ -21,7 +25,7 @@ from coral_core.progress import Progress, silent
 from coral_core.store.shard import ShardFacts, file_sha256, row_bytes, shard_name, write_shard
 from coral_core.store.store import Store, seal
 from coral_core.target.load import drafter_shape
-from coral_core.target.template import prompt_ids
+from coral_core.target.template import Encoded, prompt_ids
 
 
 def prepare(job: Job, progress: Progress = silent) -> Store:
@@ -57,6 +61,8 @@ def check_job(job: Job) -> None:
             f"data.max_length is {spec.max_length}, and the target has {job.target.max_positions} positions. "
             f"Set data.max_length to {job.target.max_positions} at most"
         )
+    if spec.endpoint:
+        Endpoint(spec.endpoint, job.model_name, job.endpoint_key, time.sleep).check()
 
 
 def bytes_at_most(job: Job, tokens: int) -> int:
@@ -95,22 +101,33 @@ def _make_shards(job: Job, plan: Plan, work: Path, progress: Progress) -> list[S
     done = sum(len(plan.shards[number]) for number in made)
     answers = Meter(progress, "answers", len(plan.dialogues), done)
     features = Meter(progress, "features", len(plan.dialogues), done)
-    fit = Fit(job.target, job.recipe.data)
     held_from = len(plan.dialogues) - job.recipe.data.holdout
-    for number, rows in enumerate(plan.shards):
-        if number in made:
-            continue
-        dialogues = [plan.dialogues[row] for row in rows]
-        pieces = answer(job.target, dialogues, fit, derive_seed(job.recipe.seed, "answers", number), answers)
+    missing = [number for number in range(len(plan.shards)) if number not in made]
+    for number, pieces in _answered(job, plan, missing, answers):
+        rows = plan.shards[number]
         flat = [piece for several in pieces for piece in several]
         samples = tap_all(job.target, flat, job.recipe.data.batch_size, job.dtype, features)
         held = sum(len(several) for row, several in zip(rows, pieces, strict=True) if row >= held_from)
         made[number] = write_shard(work, number, samples, job.dtype, holdout_samples=held)
         _finish(work, made[number])
-        features.advance(len(dialogues), 0)
+        features.advance(len(rows), 0)
     answers.finish()
     features.finish()
     return [made[number] for number in range(len(plan.shards))]
+
+
+def _answered(job: Job, plan: Plan, numbers: list[int], meter: Meter) -> Iterator[tuple[int, list[list[Encoded]]]]:
+    """Those shards' numbers, each with the pieces of its dialogues: from the server, or from the target here."""
+    fit, seed = Fit(job.target, job.recipe.data), job.recipe.seed
+    shards = (
+        (number, [plan.dialogues[row] for row in plan.shards[number]], derive_seed(seed, "answers", number))
+        for number in numbers
+    )
+    if job.recipe.data.endpoint:
+        yield from Ahead(fit, job.model_name, job.endpoint_key).shards(shards, meter)
+        return
+    for number, dialogues, shard_seed in shards:
+        yield number, answer(job.target, dialogues, fit, shard_seed, meter)
 
 
 def _finish(folder: Path, facts: ShardFacts) -> None:

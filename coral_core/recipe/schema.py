@@ -48,6 +48,11 @@ class DataSpec:
     """Tokens of one regenerated answer, and of one self-written prompt."""
     regenerate: Literal["greedy", "sample", "none"] = "greedy"
     """How the target answers the prompts anew; `none` keeps the answers given in the file."""
+    endpoint: str = ""
+    """Address of an OpenAI-compatible server of the target, such as http://host:8000/v1, that answers in its place, or
+    several with commas; empty: the target answers here."""
+    endpoint_requests: int = 64
+    """Requests in flight at once."""
     temperature: float = 1.0
     """For self-written prompts, and for answers when `regenerate` is `sample`."""
     batch_size: int = 32
@@ -69,7 +74,10 @@ class DataSpec:
             self.holdout,
             f"at least 0 and below data.max_samples ({self.max_samples})",
         )
-        for key in ("max_new_tokens", "batch_size", "shard_tokens"):
+        urls = [url.strip() for url in self.endpoint.split(",")] if self.endpoint else []
+        ok = all(url.startswith(("http://", "https://")) for url in urls)
+        _require(ok, "data.endpoint", self.endpoint, "an address such as http://host:8000/v1, or several with commas")
+        for key in ("max_new_tokens", "batch_size", "shard_tokens", "endpoint_requests"):
             _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
 
 

@@ -63,7 +63,7 @@ class UserTurn:
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of a dialogue up to where the target begins its answer. Raises DataError when the template refuses it."""
-    return _tokens(tokenizer, render(tokenizer, messages, generation_prompt=True))
+    return text_ids(tokenizer, render(tokenizer, messages, generation_prompt=True))
 
 
 def encode(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> list[Encoded]:
@@ -109,9 +109,16 @@ def user_turn(tokenizer: Any) -> UserTurn:
             "cannot write prompts. Set data.prompts to a file or a Hub dataset"
         )
     header, tail = text.split(SENTINEL)
-    first = _tokens(tokenizer, tail.lstrip())[:1]
+    first = text_ids(tokenizer, tail.lstrip())[:1]
     stop_ids = control_ids(tokenizer).intersection(first)
-    return UserTurn(_tokens(tokenizer, header.rstrip(" ")), stop_ids, tail.strip())
+    return UserTurn(text_ids(tokenizer, header.rstrip(" ")), stop_ids, tail.strip())
+
+
+def closing_ids(tokenizer: Any, stop_ids: Collection[int]) -> list[int]:
+    """The stop id with which the target ends an answer, as the template ends one; none where there is no stop id."""
+    messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL}]
+    tail = text_ids(tokenizer, render(tokenizer, messages, generation_prompt=False).rpartition(SENTINEL)[2])
+    return [*(token for token in tail if token in stop_ids), *sorted(stop_ids)][:1]
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
@@ -148,10 +155,10 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
 
 def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> Turn:
     """The last message as the target's answer to those before it, by prefix differencing."""
-    whole = _tokens(tokenizer, render(tokenizer, messages, generation_prompt=False))
+    whole = text_ids(tokenizer, render(tokenizer, messages, generation_prompt=False))
     prompts = []
     for variables in ({}, {"enable_thinking": False}):
-        prompt = _tokens(tokenizer, render(tokenizer, messages[:-1], generation_prompt=True, **variables))
+        prompt = text_ids(tokenizer, render(tokenizer, messages[:-1], generation_prompt=True, **variables))
         if whole[: len(prompt)] == prompt:
             prompts.append(prompt)
     if not prompts:
@@ -183,8 +190,8 @@ def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
     return ids
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    """A template's text carries its own special tokens: none are added."""
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a template's text, or of an answer: they carry their own special tokens, and none are added."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
