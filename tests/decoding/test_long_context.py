@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coral_core.decoding.cache import Slots
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
@@ -46,7 +47,7 @@ def test_a_drafter_fed_in_chunks_drafts_the_same(monkeypatch: pytest.MonkeyPatch
     token_T, feature_TD = torch.tensor(some_prompt(2, 50)), torch.randn(50, 32)
 
     def feed(drafter: Drafter) -> tuple[torch.Tensor, Drafting]:
-        drafting = Drafting(drafter, target.lent, PlainHead(target), tiny_engine(target).shape, 60)
+        drafting = Drafting(drafter, target.lent, PlainHead(target), tiny_engine(target).shape, Slots(60))
         return drafting.feed(token_T, feature_TD), drafting
 
     whole_1D, _ = feed(drafter)
@@ -76,8 +77,6 @@ def test_long_answers_are_lossless(length: int) -> None:
 
 def test_the_cache_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are appended in place: however many rounds there are, one allocation per layer and the drafter's."""
-    from coral_core.decoding.cache import Slots
-
     calls: list[int] = []
     allocate = Slots.lazy_initialization
 
