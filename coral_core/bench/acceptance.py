@@ -1,11 +1,12 @@
 """Tokens per round and nothing else, for a drafter that is still in training."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from coral_core.bench.race import run_lane
 from coral_core.decoding.assemble import sampler, tree_shape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.head.full import FullHead
 from coral_core.progress import Progress
@@ -24,11 +25,20 @@ def acceptance(
     def measure(drafter: Drafter) -> float:
         drafter = drafter.to(target.device, target.dtype)
         engine = Engine(target, drafter, FullHead(target.lent), tree_shape(recipe.decode))
-        emitted: list[int] = []
-        for number, prompt in enumerate(prompts, start=1):
-            emitted += run_lane(engine.decode(prompt, sampler(recipe), recipe.decode.max_new_tokens)).emitted
-            numbers = {"tokens_per_round": statistics.fmean(emitted)} if emitted else {}
+        rounds: list[int] = []
+        decoded = emitted_by_prompt(engine, prompts, sampler(recipe), recipe.decode.max_new_tokens)
+        for number, emitted in enumerate(decoded, start=1):
+            rounds += emitted
+            numbers = {"tokens_per_round": statistics.fmean(rounds)} if rounds else {}
             progress("acceptance", number, len(prompts), numbers)
-        return statistics.fmean(emitted) if emitted else 1.0
+        return statistics.fmean(rounds) if rounds else 1.0
 
     return measure
+
+
+def emitted_by_prompt(
+    engine: Engine, prompts: Iterable[list[int]], picks: Sampler, max_new_tokens: int
+) -> Iterator[list[int]]:
+    """Tokens of each draft round, prompt after prompt, by real decoding."""
+    for prompt in prompts:
+        yield run_lane(engine.decode(prompt, picks, max_new_tokens)).emitted

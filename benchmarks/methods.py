@@ -1,0 +1,293 @@
+"""EAGLE-2, HASS and CORAL from the same data, weights and steps, and in equal time; and what each choice is worth.
+
+    coral prepare-data name=methods data.holdout=200
+    python -m benchmarks.methods name=methods      # [RECIPE.YAML] [section.key=value ...], as every command takes them
+
+Each row is one training and the tokens per round of its drafter (full head, greedy, the recipe's tree) on held-out
+prompts. A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted
+benchmark goes on with the row it was at. Rows come in the order of importance, and results/methods.json is written
+anew after each. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's number at a fraction of
+its cost; the rows of seed 0 check that on the first prompts by real decoding too.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import replay
+from benchmarks.paired import Counts, ratio, ratio_ci95, tau, tau_ci95
+from benchmarks.record import record
+from coral_cli.options import read_recipe
+from coral_core.artifacts import fingerprint, write_text
+from coral_core.bench.acceptance import emitted_by_prompt
+from coral_core.decoding.assemble import sampler, tree_shape
+from coral_core.decoding.engine import Engine
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError, CoralError
+from coral_core.head.full import FullHead
+from coral_core.recipe.schema import PRESETS, Recipe
+from coral_core.store.store import Store
+from coral_core.target.load import Target, load_target
+from coral_core.training.loop import Reports, train
+from coral_core.training.publish import open_data
+
+METHODS = ("eagle2", "hass", "coral")
+CHECKED = 10
+"""Prompts on which a replay is compared with real decoding, in the rows that are compared."""
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One training: a preset, the keys that differ from it, and a seed."""
+
+    part: str
+    preset: str
+    seed: int = 0
+    changes: tuple[tuple[str, Any], ...] = ()
+    steps_factor: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        return " ".join([self.preset, *(f"{key}={value}" for key, value in self.changes)])
+
+
+def ablations() -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is varied around CORAL, one thing at a time except for CSRA's weight and temperature: a grid."""
+    yield "target feature", {"csra_include_target": True}
+    yield "top-K", {"topk_weight": 0.0}
+    yield from (("unroll", {"unroll_steps": steps}) for steps in (1, 2, 4, 5))
+    for weight in (0.1, 0.3, 0.03, 1.0):
+        for temperature in (0.07, 0.2, 0.03):
+            if (weight, temperature) != (0.1, 0.07):  # the preset's own
+                yield "weight x temperature", {"csra_weight": weight, "csra_temperature": temperature}
+    yield "gradient side", {"csra_gradient": "query"}
+    yield "false negatives", {"csra_mask_same_token": True}
+    yield "negatives", {"csra_negatives": 32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all rows share."""
+
+    recipe: Recipe
+    run: Path
+    store: Store
+    target: Target
+    prompts: list[list[int]]
+    answers: list[replay.Answer]
+
+    def spec(self, variant: Variant) -> Any:
+        """The recipe's training with a preset's keys, then the variant's."""
+        steps = max(1, round(self.recipe.train.steps * variant.steps_factor))
+        fixed = {"preset": variant.preset, "steps": steps, "eval_every": 0, "checkpoint_every": steps + 1}
+        return dataclasses.replace(self.recipe.train, **{**PRESETS[variant.preset], **fixed, **dict(variant.changes)})
+
+    def key(self, variant: Variant) -> str:
+        """Everything that decides a row's numbers."""
+        train_keys = dataclasses.asdict(self.spec(variant))
+        del train_keys["preset"]
+        data, tree = self.store.manifest.fingerprint, dataclasses.asdict(self.recipe.decode)
+        return fingerprint([data, self.target.fingerprint, tree, len(self.prompts), variant.seed, train_keys])
+
+    def measure(self, variant: Variant) -> Row:
+        """Train, and count tokens and rounds on every prompt."""
+        begun_s = time.perf_counter()
+        spec, lines = self.spec(variant), []
+        reports = Reports(lines.append, progress_line(variant))
+        work = self.run / "methods" / self.key(variant)
+        drafter = train(spec, self.store, seed=variant.seed, work=work, reports=reports)
+        engine = self.engine(drafter)
+        emitted = [replay.replay(engine, answer) for answer in self.answers]
+        row = {
+            "part": variant.part,
+            "name": variant.name,
+            "seed": variant.seed,
+            "steps": spec.steps,
+            "train_s": lines[-1]["elapsed_s"],
+            "row_s": time.perf_counter() - begun_s,
+            "last": {key: value for key, value in lines[-1].items() if key.startswith(("loss", "accuracy", "cosine"))},
+            "tokens": [sum(rounds) for rounds in emitted],
+            "rounds": [len(rounds) for rounds in emitted],
+        }
+        if variant.part == "methods" and variant.seed == 0:
+            decoded = list(emitted_by_prompt(engine, self.prompts[:CHECKED], sampler(self.recipe), self.limit))
+            row["decoded_alike"] = [sum(a == b for a, b in zip(decoded, emitted, strict=False)), len(decoded)]
+        return row
+
+    @property
+    def limit(self) -> int:
+        """Tokens of an answer, at most."""
+        return self.recipe.decode.max_new_tokens
+
+    def engine(self, drafter: Drafter) -> Engine:
+        """The drafter with the full head and the recipe's tree."""
+        drafter = drafter.to(self.target.device, self.target.dtype)
+        return Engine(self.target, drafter, FullHead(self.target.lent), tree_shape(self.recipe.decode))
+
+
+def progress_line(variant: Variant) -> Any:
+    """A line on stderr now and then: this runs unattended."""
+
+    def show(_stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+        if total and done and done % max(1, total // 4) == 0:
+            loss = f", loss {numbers['loss']:.3f}" if "loss" in numbers else ""
+            print(f"  {variant.name}, seed {variant.seed}: step {done} of {total}{loss}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def open_bench(recipe: Recipe, run: Path, prompts: int) -> Bench:
+    """Data, target, and the target's own answers to the held-out prompts, which are kept for the next time."""
+    store = open_data(recipe, run)
+    target = load_target(recipe.target)
+    if store.manifest.inputs["target"] != target.fingerprint:
+        raise ArtifactError(f"{store.folder} was made with another target. Run: coral prepare-data")
+    held = store.holdout_prompts
+    if len(held) < prompts:
+        raise ArtifactError(
+            f"{store.folder} holds {len(held)} held-out prompts of the {prompts} wanted. "
+            f"Run coral prepare-data with data.holdout={prompts}, or lower --prompts"
+        )
+    chosen = held[:prompts]
+    folder = run / "methods"
+    folder.mkdir(exist_ok=True)
+    settings = [target.fingerprint, chosen, dataclasses.asdict(recipe.decode), recipe.seed]
+    path = folder / f"answers-{fingerprint(settings)}.json"
+    if not path.exists():
+        print(f"{prompts} plain answers, once", file=sys.stderr, flush=True)
+        made = list(replay.plain_answers(target, chosen, sampler(recipe), recipe.decode.max_new_tokens))
+        write_text(path, json.dumps(made) + "\n")
+    answers = [replay.with_features(target, p, a) for p, a in zip(chosen, json.loads(path.read_text()), strict=True)]
+    return Bench(recipe, run, store, target, chosen, answers)
+
+
+class Rows:
+    """The rows file: one JSON object per finished row, by key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.done = path, {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            row = json.loads(line)
+            self.done[row.pop("key")] = row
+
+    def get(self, bench: Bench, variant: Variant) -> Row:
+        """The row, measured now if it was not before."""
+        key = bench.key(variant)
+        if key not in self.done:
+            row = bench.measure(variant)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, **row}) + "\n")
+            self.done[key] = row
+        # One training may stand in two parts of the table: the preset's own n, or weight, is the main row.
+        return {**self.done[key], "part": variant.part, "name": variant.name}
+
+
+def run_rows(bench: Bench, rows: Rows, seeds: int, ablation_seeds: int) -> Iterator[list[Row]]:
+    """All rows done so far, after each one."""
+    found: list[Row] = []
+
+    def add(variant: Variant) -> list[Row]:
+        found.append(rows.get(bench, variant))
+        return found
+
+    for seed in range(seeds):
+        yield from (add(Variant("methods", method, seed)) for method in METHODS)
+    # The fastest of the seeds: a neighbour on the machine only ever adds time.
+    fastest_s = {m: min(row["train_s"] for row in found if row["name"] == m) for m in METHODS}
+    for seed in range(seeds):
+        for method in METHODS:
+            factor = fastest_s["coral"] / fastest_s[method]
+            yield add(Variant("equal time", method, seed, steps_factor=round(factor, 2)))
+    for part, changes in ablations():
+        for seed in range(ablation_seeds):
+            yield add(Variant(part, "coral", seed, tuple(changes.items())))
+
+
+def counts(found: list[Row], part: str, name: str, seeds: list[int]) -> Counts:
+    """(tokens_SP, rounds_SP) of a method's rows, in the order of `seeds`."""
+    by_seed = {row["seed"]: row for row in found if (row["part"], row["name"]) == (part, name)}
+    tokens_SP, rounds_SP = (np.array([by_seed[seed][what] for seed in seeds], float) for what in ("tokens", "rounds"))
+    return tokens_SP, rounds_SP
+
+
+def complete_seeds(found: list[Row], part: str) -> list[int]:
+    """Seeds of which every method's row is there."""
+    seen = {(row["name"], row["seed"]) for row in found if row["part"] == part}
+    return sorted(seed for seed in {seed for _, seed in seen} if all((method, seed) in seen for method in METHODS))
+
+
+def compare(found: list[Row], part: str) -> dict[str, Any]:
+    """The figures of one comparison of the three methods."""
+    seeds = complete_seeds(found, part)
+    if not seeds:
+        return {}
+    eagle2, hass, coral = (counts(found, part, method, seeds) for method in METHODS)
+    return {
+        "tau": {method: tau(counts(found, part, method, seeds)) for method in METHODS},
+        "tau_ci95": {method: tau_ci95(counts(found, part, method, seeds)) for method in METHODS},
+        "hass_over_eagle2": ratio(hass, eagle2),
+        "hass_over_eagle2_ci95": ratio_ci95(hass, eagle2),
+        "coral_over_hass": ratio(coral, hass),
+        "coral_over_hass_ci95": ratio_ci95(coral, hass),
+        "seeds": len(seeds),
+        "prompts": hass[0].shape[1],
+    }
+
+
+def shown(found: list[Row]) -> list[Row]:
+    """Rows for the results: counts summed over prompts, and an ablation's ratio to CORAL's row of the same seed."""
+    table = []
+    for row in found:
+        own = counts([row], row["part"], row["name"], [row["seed"]])
+        line = {key: value for key, value in row.items() if key not in ("tokens", "rounds")}
+        line |= {"tokens": sum(row["tokens"]), "rounds": sum(row["rounds"]), "tau": tau(own), "tau_ci95": tau_ci95(own)}
+        if row["part"] not in ("methods", "equal time"):
+            coral = counts(found, "methods", "coral", [row["seed"]])
+            line |= {"over_coral": ratio(own, coral), "over_coral_ci95": ratio_ci95(own, coral)}
+        table.append(line)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", metavar="RECIPE.YAML SECTION.KEY=VALUE")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ablation-seeds", type=int, default=1, help="at most --seeds; 0 leaves the ablations out")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the equal-step rows")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
+    options = parser.parse_args()
+    if options.ablation_seeds > options.seeds:
+        parser.error("--ablation-seeds compares with CORAL's row of the same seed: at most --seeds")
+    recipe = read_recipe(options.arguments)
+    recipe = dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, steps=options.steps),
+        decode=dataclasses.replace(recipe.decode, temperature=0.0, max_new_tokens=options.max_new_tokens),
+    )
+    run = options.runs / recipe.name
+    try:
+        bench = open_bench(recipe, run, options.prompts)
+        for found in run_rows(bench, Rows(run / "methods.jsonl"), options.seeds, options.ablation_seeds):
+            newest = shown(found)[-1]
+            print(f"{newest['part']} | {newest['name']} | seed {newest['seed']} | {newest['tau']:.3f}", flush=True)
+            figures = compare(found, "methods") | {"equal_time": compare(found, "equal time")}
+            path = record("methods", figures, shown(found))
+    except CoralError as error:
+        sys.exit(f"error: {error}")
+    print(json.dumps(figures, indent=1), path, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
