@@ -84,7 +84,7 @@ class Bench:
     store: Store
     target: Target
     prompts: list[list[int]]
-    answers: list[replay.Answer]
+    repeating: list[Target]
 
     def spec(self, variant: Variant) -> Any:
         """The recipe's training with a preset's keys, then the variant's."""
@@ -106,8 +106,10 @@ class Bench:
         reports = Reports(lines.append, progress_line(variant))
         work = self.run / "methods" / self.key(variant)
         drafter = train(spec, self.store, seed=variant.seed, work=work, reports=reports)
-        engine = self.engine(drafter)
-        emitted = [replay.replay(engine, answer) for answer in self.answers]
+        emitted = [
+            self.decode(target, drafter, [prompt])[0]
+            for target, prompt in zip(self.repeating, self.prompts, strict=True)
+        ]
         row = {
             "part": variant.part,
             "name": variant.name,
@@ -120,19 +122,15 @@ class Bench:
             "rounds": [len(rounds) for rounds in emitted],
         }
         if variant.part == "methods" and variant.seed == 0:
-            decoded = list(emitted_by_prompt(engine, self.prompts[:CHECKED], sampler(self.recipe), self.limit))
+            decoded = self.decode(self.target, drafter, self.prompts[:CHECKED])
             row["decoded_alike"] = [sum(a == b for a, b in zip(decoded, emitted, strict=False)), len(decoded)]
         return row
 
-    @property
-    def limit(self) -> int:
-        """Tokens of an answer, at most."""
-        return self.recipe.decode.max_new_tokens
-
-    def engine(self, drafter: Drafter) -> Engine:
-        """The drafter with the full head and the recipe's tree."""
-        drafter = drafter.to(self.target.device, self.target.dtype)
-        return Engine(self.target, drafter, FullHead(self.target.lent), tree_shape(self.recipe.decode))
+    def decode(self, target: Target, drafter: Drafter, prompts: list[list[int]]) -> list[list[int]]:
+        """Tokens of each round, for each prompt, with the full head and the recipe's tree."""
+        drafter = drafter.to(target.device, target.dtype)
+        engine = Engine(target, drafter, FullHead(target.lent), tree_shape(self.recipe.decode))
+        return list(emitted_by_prompt(engine, prompts, sampler(self.recipe), self.recipe.decode.max_new_tokens))
 
 
 def progress_line(variant: Variant) -> Any:
@@ -167,8 +165,8 @@ def open_bench(recipe: Recipe, run: Path, prompts: int) -> Bench:
         print(f"{prompts} plain answers, once", file=sys.stderr, flush=True)
         made = list(replay.plain_answers(target, chosen, sampler(recipe), recipe.decode.max_new_tokens))
         write_text(path, json.dumps(made) + "\n")
-    answers = [replay.with_features(target, p, a) for p, a in zip(chosen, json.loads(path.read_text()), strict=True)]
-    return Bench(recipe, run, store, target, chosen, answers)
+    repeating = [replay.repeating(target, p, a) for p, a in zip(chosen, json.loads(path.read_text()), strict=True)]
+    return Bench(recipe, run, store, target, chosen, repeating)
 
 
 class Rows:
