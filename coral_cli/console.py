@@ -114,15 +114,9 @@ def numbers_text(numbers: dict[str, float]) -> str:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A Markdown table on stdout: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    from coral_core.report.tables import table
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        return f"| {' | '.join([cells[0].ljust(widths[0]), *padded[1:]])} |"
-
-    rule = [("-" * (width - 1) + ":") if n else "-" * width for n, width in enumerate(widths)]
-    for text in (line(header), line(rule), *map(line, rows)):
-        out.print(text, markup=False, soft_wrap=True)
+    out.print(table(header, rows), markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -27,12 +27,13 @@ MAY_IMPORT = {
     "inspection": NOUNS | {"store"},
     "training": NOUNS | {"store", "drafter", "head"},
     "decoding": NOUNS | {"target", "drafter", "head"},
-    "bench": NOUNS | {"decoding", "target", "drafter", "head"},
+    "report": {"errors"},
+    "bench": NOUNS | {"decoding", "target", "drafter", "head", "report"},
     "export": NOUNS | {"target", "drafter", "head"},
 }
 """Of a room's own files nothing is said: they import each other freely."""
 
-WITHOUT_TORCH = {"errors", "progress", "recipe", "artifacts"}
+WITHOUT_TORCH = {"errors", "progress", "recipe", "artifacts", "report"}
 """Rooms of the standard library, and PyYAML."""
 
 CLI_AT_IMPORT = {"errors", "progress", "recipe", "artifacts"}

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
-
-if TYPE_CHECKING:
-    from coral_core.bench.evaluate import Bench
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913  # one parameter per option
     arguments: Arguments = None,
     bench: Annotated[
         list[str] | None,
@@ -21,80 +19,61 @@ def evaluate(
     ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option("--questions", help="JSONL file with the questions of the one --bench, or of your own."),
+        typer.Option("--questions", help="JSONL file with the questions, or a folder with BENCH.jsonl for each bench."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each bench, at most.")] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option("--temperature", min=0, help="In place of decode.temperature; repeat for several."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="In place of the recipe's seed.")] = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option("--drafter", help="A run's name or folder, to use its drafter; repeat to compare."),
+    ] = None,
+    head: Annotated[
+        list[str] | None, typer.Option("--head", help="grouped, full or static; repeat to compare.")
+    ] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Run HumanEval's answers, sandboxed, for pass@1.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted evaluation, or say why that cannot be.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
     runs: RunsOption = RUNS,
 ) -> None:
     """Measure tokens per round and speed against plain decoding, and check that not a word differs."""
-    from coral_cli.console import err, print_json, progress_bars
+    from coral_cli.console import err, out, print_json, progress_bars
+    from coral_core.bench.evaluate import Plan
     from coral_core.bench.evaluate import evaluate as run_evaluation
-    from coral_core.bench.questions import HELD_OUT, check_bench
-    from coral_core.decoding.assemble import assemble
+    from coral_core.bench.methods import contenders, load_method
+    from coral_core.bench.questions import Bench, check_names, load_bench
+    from coral_core.report.tables import markdown
     from coral_core.target.load import load_target
 
-    names = [name if questions else check_bench(name) for name in bench or []]
-    if questions and len(names) > 1:
-        raise typer.BadParameter("--questions goes with one --bench")
+    names = check_names(bench or [], questions)
     run = open_run(arguments, runs)
-    target = load_target(run.recipe.target)
-    assembled = assemble(run.recipe, run.folder, target)
-    err.print(f"drafter and head from {assembled.folder}", markup=False, soft_wrap=True)
-    benches = [_load(name, questions, limit, run) for name in names or [questions.stem if questions else HELD_OUT]]
+    recipe = run.recipe if seed is None else dataclasses.replace(run.recipe, seed=seed)
+    compared = contenders(recipe, run.folder, drafter or [], head or [])
+    found = [load_bench(name, questions, run.folder, recipe.target.model) for name in names]
+    target = load_target(recipe.target)
+    methods = [load_method(contender, target) for contender in compared]
+    for folder in dict.fromkeys(method.folder for method in methods):
+        err.print(f"drafter and head from {folder}", markup=False, soft_wrap=True)
+    plan = Plan(
+        recipe=recipe,
+        target=target,
+        methods=methods,
+        benches=[Bench(one.name, one.questions[:limit]) for one in found],
+        temperatures=list(dict.fromkeys(temperature or [recipe.decode.temperature])),
+        run_code=run_code,
+    )
     with progress_bars() as progress:
-        results = run_evaluation(run.recipe, run.folder, assembled, benches, progress)
+        results = run_evaluation(plan, run.folder, progress, resume=resume)
     if as_json:
         print_json(results)
     else:
-        _print_report(results)
-    err.print(f"written to {run.folder / 'eval' / 'results.json'}", markup=False, soft_wrap=True)
-
-
-def _load(name: str, file: Path | None, limit: int | None, run: Run) -> Bench:
-    from coral_core.bench.evaluate import Bench
-    from coral_core.bench.questions import HELD_OUT, from_file, from_hub, held_out
-
-    if file:
-        found = from_file(file)
-    elif name == HELD_OUT:
-        found = held_out(run.folder, run.recipe.target.model)
-    else:
-        found = from_hub(name)
-    return Bench(name, found[:limit])
-
-
-def _print_report(results: dict[str, Any]) -> None:
-    from coral_cli.console import out, print_table
-    from coral_core.bench.metrics import DEFINITIONS
-
-    header = ("bench", "questions", "tau micro", "tau macro", "tokens/s", "plain tokens/s", "speedup", "lossless")
-    rows = []
-    for name, numbers in results["benches"].items():
-        interval = numbers["speedup_ci95"]
-        spread = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-        lossless = numbers["lossless"]
-        rows.append(
-            (
-                name,
-                str(numbers["questions"]),
-                *(_number(numbers[f"tokens_per_round_{kind}"]) for kind in ("micro", "macro")),
-                _number(numbers["tokens_per_s"], 1),
-                f"{_number(numbers['baseline_tokens_per_s'], 1)} ({numbers['baseline']})",
-                _number(numbers["speedup"]) + "x" + spread,
-                f"{lossless['equal']}/{lossless['checked']}",
-            )
-        )
-    print_table(header, rows)
-    out.print()
-    for line in DEFINITIONS:
-        out.print(line, style="dim", markup=False, soft_wrap=True)
-    tried = ", ".join(f"{name} {speed:.1f}" for name, speed in results["plain_decoders"].items())
-    out.print(f"plain decoders tried, tokens/s: {tried}; the fastest is the baseline.", style="dim", soft_wrap=True)
-    for name, numbers in results["benches"].items():
-        if first := numbers["lossless"]["first_divergence"]:
-            out.print(f"{name}: first difference {first} (dtype {results['dtype']})", markup=False, soft_wrap=True)
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+        out.print(markdown(results), markup=False, soft_wrap=True, end="")
+    err.print(f"written to {run.folder / 'eval'}: results.json, results.md, results.tex", markup=False, soft_wrap=True)
+    err.print(f"to look at: {run.folder / 'eval' / 'report.html'}", markup=False, soft_wrap=True)

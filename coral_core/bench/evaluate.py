@@ -1,11 +1,14 @@
-"""One evaluation: question sets raced, finished questions kept on disk as they come, numbers published at the end."""
+"""One evaluation: question sets raced, finished questions kept on disk as they come, numbers published at the end.
+
+eval/results.json  results.md  results.tex  report.html  BENCH-tT.jsonl (every answer of every lane)
+"""
 
 import dataclasses
 import json
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,91 +16,225 @@ import torch
 
 from coral_core.artifacts import Manifest, fingerprint, stage, versions, write_text
 from coral_core.bench.baseline import OWN_LOOP, Baseline, fastest_plain
-from coral_core.bench.metrics import summarise
-from coral_core.bench.questions import Question
-from coral_core.bench.race import Lane, Racers, Turn, first_prompt, race
-from coral_core.decoding.assemble import Assembled, sampler
-from coral_core.errors import DataError
+from coral_core.bench.distribution import check_distribution
+from coral_core.bench.grade import grade
+from coral_core.bench.methods import Method, rows_read
+from coral_core.bench.metrics import question_speedups, summarise
+from coral_core.bench.questions import Bench
+from coral_core.bench.race import Lane, Racers, Turn, fitting, race
+from coral_core.bench.samples import samples
+from coral_core.decoding.assemble import sampler
+from coral_core.errors import ArtifactError
 from coral_core.progress import Progress
 from coral_core.recipe.loader import to_mapping
 from coral_core.recipe.schema import Recipe
+from coral_core.report.page import page
+from coral_core.report.tables import latex, markdown
+from coral_core.target.load import Target
 
 SCHEMA = 1
 PROBES = 3
 """Questions on which the plain decoders are compared before the race."""
+SETTINGS = "settings.json"
+"""What an evaluation is of; beside the rows, so that --resume can say what differs."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """A named list of questions."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured."""
 
-    name: str
-    questions: list[Question]
+    recipe: Recipe
+    target: Target
+    methods: Sequence[Method]
+    benches: Sequence[Bench]
+    temperatures: Sequence[float]
+    run_code: bool = False
+    """Run HumanEval's programs (sandbox.py)."""
 
+    def at(self, temperature: float) -> Recipe:
+        """The recipe with another temperature."""
+        return dataclasses.replace(self.recipe, decode=dataclasses.replace(self.recipe.decode, temperature=temperature))
 
-def evaluate(
-    recipe: Recipe, run: Path, assembled: Assembled, benches: Sequence[Bench], progress: Progress
-) -> dict[str, Any]:
-    """Race every bench and publish RUN/eval/results.json; the same object is returned.
-
-    An interrupted evaluation of the same thing goes on behind its last finished question.
-    """
-    settings: dict[str, Any] = {
-        "recipe": to_mapping(recipe),
-        "target": assembled.engine.target.fingerprint,
-        "drafter": assembled.drafter_fingerprint,
-        "questions": {bench.name: [dataclasses.asdict(question) for question in bench.questions] for bench in benches},
-    }
-    with stage(run / "eval", fingerprint(settings)) as work:
-        found = _baseline(recipe, assembled, benches[0].questions)
-        results = _header(recipe, assembled)
-        results["plain_decoders"] = {baseline.name: baseline.tokens_per_s for baseline in found}
-        results["benches"] = {
-            bench.name: _run_bench(recipe, assembled, bench, found[0], work, progress) for bench in benches
+    def settings(self) -> dict[str, Any]:
+        """Everything that the rows on disk depend on."""
+        return {
+            "seed": self.recipe.seed,
+            "decode": dataclasses.asdict(self.recipe.decode),
+            "target": self.target.fingerprint,
+            "dtype": str(self.target.dtype),
+            "methods": {method.name: method.facts for method in self.methods},
+            "temperatures": list(self.temperatures),
+            "questions": {
+                bench.name: fingerprint([dataclasses.asdict(question) for question in bench.questions])
+                for bench in self.benches
+            },
         }
-        write_text(work / "results.json", json.dumps(results, indent=2) + "\n")
-        Manifest(
-            kind="eval",
-            fingerprint=fingerprint(settings),
-            inputs={"target": settings["target"], "drafter": settings["drafter"]},
-            recipe=settings["recipe"],
-            facts={"benches": [bench.name for bench in benches]},
-        ).write(work)
+
+
+def evaluate(plan: Plan, run: Path, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
+    """Race every bench at every temperature and publish RUN/eval; results.json's object is returned.
+
+    An interrupted evaluation of the same thing goes on behind its last finished question; one of another thing is
+    dropped, or with `resume` refused: ArtifactError says what differs, or that there is nothing to go on with.
+    """
+    settings = plan.settings()
+    if resume:
+        check_resumable(run, settings)
+    with stage(run / "eval", fingerprint(settings)) as work:
+        write_text(work / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        sections: dict[str, dict[str, Any]] = {method.name: {} for method in plan.methods}
+        charts: dict[str, Any] = {}
+        for temperature in plan.temperatures:
+            for bench in plan.benches:
+                name = bench.name if len(plan.temperatures) == 1 else f"{bench.name} T={temperature:g}"
+                raced = _race_bench(plan, bench, temperature, work, progress)
+                for method, numbers in _numbers(plan, raced).items():
+                    sections[method][name] = numbers
+                charts[name] = _for_charts(plan, raced)
+        results = _results(plan, sections)
+        _publish(plan, run, work, results, charts, settings)
     return results
 
 
-def _baseline(recipe: Recipe, assembled: Assembled, questions: list[Question]) -> list[Baseline]:
-    target = assembled.engine.target
-    prompts = [first_prompt(target, question) for question in questions[:PROBES]]
-    fitting = [prompt for prompt in prompts if len(prompt) < target.max_positions]
-    if not fitting:
-        raise DataError(f"no question fits the target's context of {target.max_positions} tokens; use shorter ones")
-    return fastest_plain(target, fitting, sampler(recipe), recipe.decode.max_new_tokens)
+def check_resumable(run: Path, settings: dict[str, Any]) -> None:
+    """Raises ArtifactError when RUN holds no interrupted evaluation, or one of something else."""
+    path = run / ".eval.partial" / SETTINGS
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"no interrupted evaluation in {run}. Run the same command without --resume") from error
+    differ = [key for key, value in settings.items() if kept.get(key) != json.loads(json.dumps(value))]
+    if differ:
+        raise ArtifactError(
+            f"the interrupted evaluation in {run} had other {' and '.join(differ)}: {json.dumps(kept.get(differ[0]))}. "
+            "Give the command the same options, or leave out --resume to start anew"
+        )
 
 
-def _run_bench(
-    recipe: Recipe, assembled: Assembled, bench: Bench, fastest: Baseline, work: Path, progress: Progress
-) -> dict[str, Any]:
-    rows = work / f"{bench.name}.jsonl"
+@dataclasses.dataclass(frozen=True)
+class _Raced:
+    """One bench at one temperature, done."""
+
+    bench: Bench
+    temperature: float
+    probes: list[list[int]]
+    """Prompts that fit the context, for what is measured beside the race."""
+    baselines: list[Baseline]
+    """Fastest first."""
+    questions: list[list[Turn]]
+
+
+def _race_bench(plan: Plan, bench: Bench, temperature: float, work: Path, progress: Progress) -> _Raced:
+    pick, limit = sampler(plan.at(temperature)), plan.recipe.decode.max_new_tokens
+    probes = fitting(plan.target, bench.questions)[:PROBES]
+    rows = work / f"{bench.name}-t{temperature:g}.jsonl"
     done = [[_turn(turn) for turn in json.loads(line)] for line in _whole_lines(rows)]
-    baseline = None if fastest.name.startswith(OWN_LOOP) and _same_dtype(assembled, fastest) else fastest.decode
-    racers = Racers(assembled.engine, sampler(recipe), recipe.decode.max_new_tokens, baseline)
-    total = len(bench.questions)
-    progress(bench.name, len(done), total, {})
+    found = _baselines(plan, rows.with_suffix(".baseline"), probes, temperature)
+    own = found[0].name == f"{OWN_LOOP} {_dtype(plan.target)}"
+    engines = {method.name: method.engine for method in plan.methods}
+    racers = Racers(plan.target, engines, pick, limit, None if own else found[0].decode)
+    stage_name, total = f"{bench.name} T={temperature:g}", len(bench.questions)
+    progress(stage_name, len(done), total, {})
     with rows.open("a", encoding="utf-8") as file:
-        for turns in race(racers, bench.questions[len(done) :]) if len(done) < total else ():
+        for turns in race(racers, bench.questions, len(done)):
             file.write(json.dumps([dataclasses.asdict(turn) for turn in turns]) + "\n")
             file.flush()
             done.append(turns)
-            so_far = summarise(done)
+            so_far = summarise(done, plan.methods[0].name, draws=0)
             numbers = {"tau": so_far["tokens_per_round_micro"], "speedup": so_far["speedup"]}
-            progress(bench.name, len(done), total, {key: value for key, value in numbers.items() if value is not None})
-    settings = {"temperature": recipe.decode.temperature, "seed": recipe.seed, "baseline": fastest.name}
-    return {**settings, **summarise(done)}
+            progress(stage_name, len(done), total, {key: value for key, value in numbers.items() if value is not None})
+    return _Raced(bench, temperature, probes, found, done)
 
 
-def _same_dtype(assembled: Assembled, baseline: Baseline) -> bool:
-    return baseline.name.endswith(str(assembled.engine.target.dtype).removeprefix("torch."))
+def _baselines(plan: Plan, mark: Path, probes: list[list[int]], temperature: float) -> list[Baseline]:
+    """The plain decoders, fastest first; after an interruption the one that raced before it stays the first."""
+    pick, limit = sampler(plan.at(temperature)), plan.recipe.decode.max_new_tokens
+    found = fastest_plain(plan.target, probes, pick, limit)
+    if mark.exists():
+        before = mark.read_text(encoding="utf-8")
+        found.sort(key=lambda baseline: baseline.name != before)
+    write_text(mark, found[0].name)
+    return found
+
+
+def _numbers(plan: Plan, raced: _Raced) -> dict[str, dict[str, Any]]:
+    """Per method, what results.json says of one bench at one temperature."""
+    bench, target = raced.bench, plan.target
+    asked = sum(len(question.turns or ("",)) for question in bench.questions)
+    graded = grade(bench.questions, raced.questions, _text(target), run_code=plan.run_code)
+    pick = sampler(plan.at(raced.temperature))
+    found = {}
+    for method in plan.methods:
+        summary = summarise(raced.questions, method.name)
+        found[method.name] = {
+            "bench": bench.name,
+            "temperature": raced.temperature,
+            "seed": plan.recipe.seed,
+            "baseline": raced.baselines[0].name,
+            "plain_decoders": {baseline.name: baseline.tokens_per_s for baseline in raced.baselines},
+            **summary,
+            "turns_too_long": asked - summary["turns"],
+            "rows_read": rows_read(method.engine, raced.probes[0]),
+            "answers": graded and graded.of(method.name),
+            "distribution": check_distribution(method.engine, pick, raced.probes) if raced.temperature > 0 else None,
+        }
+    return found
+
+
+def _text(target: Target) -> Callable[[list[int]], str]:
+    return lambda ids: str(target.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _for_charts(plan: Plan, raced: _Raced) -> dict[str, Any]:
+    names = [method.name for method in plan.methods]
+    return {
+        "speedups": {name: question_speedups(raced.questions, name) for name in names},
+        "samples": samples(plan.target, raced.bench, raced.questions, names[0]),
+    }
+
+
+def _results(plan: Plan, sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The first method stands at the top; others, each in the same form, in `others`."""
+    target = plan.target
+    first, *others = ({**method.facts, "benches": sections[method.name]} for method in plan.methods)
+    return {
+        "schema": SCHEMA,
+        "target": {
+            "model": plan.recipe.target.model,
+            "fingerprint": target.fingerprint,
+            "vocabulary": target.lent.head_VD.shape[0],
+        },
+        "device": device_name(target.device),
+        "dtype": _dtype(target),
+        "threads": torch.get_num_threads(),
+        "max_new_tokens": plan.recipe.decode.max_new_tokens,
+        "command": shlex.join(["coral", *sys.argv[1:]]),
+        "versions": versions(),
+        **first,
+        "others": others,
+    }
+
+
+def _publish(
+    plan: Plan, run: Path, work: Path, results: dict[str, Any], charts: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    write_text(work / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(work / "results.md", markdown(results))
+    write_text(work / "results.tex", latex(results))
+    write_text(work / "report.html", page(plan.recipe.name, results, charts, run / "log.jsonl"))
+    for mark in work.glob("*.baseline"):
+        mark.unlink()
+    Manifest(
+        kind="eval",
+        fingerprint=fingerprint(settings),
+        inputs={"target": plan.target.fingerprint, "drafter": plan.methods[0].facts["drafter"]["fingerprint"]},
+        recipe=to_mapping(plan.recipe),
+        facts={"benches": [bench.name for bench in plan.benches], "methods": [method.name for method in plan.methods]},
+    ).write(work)
+
+
+def _dtype(target: Target) -> str:
+    return str(target.dtype).removeprefix("torch.")
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -112,24 +249,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _turn(row: dict[str, Any]) -> Turn:
-    lanes = {name: Lane(**row[name]) if row[name] else None for name in ("plain", "speculative", "baseline")}
-    return Turn(**{**row, **lanes})
-
-
-def _header(recipe: Recipe, assembled: Assembled) -> dict[str, Any]:
-    target = assembled.engine.target
-    return {
-        "schema": SCHEMA,
-        "target": {"model": recipe.target.model, "fingerprint": target.fingerprint},
-        "drafter": {"preset": recipe.train.preset, "fingerprint": assembled.drafter_fingerprint},
-        "head": {"kind": recipe.head.kind, "groups": recipe.head.groups, "active": recipe.head.active},
-        "tree": dataclasses.asdict(assembled.engine.shape),
-        "device": device_name(target.device),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "command": shlex.join(["coral", *sys.argv[1:]]),
-        "versions": versions(),
-    }
+    return Turn(**{**row, "lanes": {name: Lane(**lane) for name, lane in row["lanes"].items()}})
 
 
 def device_name(device: torch.device) -> str:

@@ -1,50 +1,64 @@
 """The numbers of a bench, with their definitions.
 
 tokens_per_round (tau) counts the bonus token; the prefill's own token belongs to no round. Speeds leave the prefill
-out and are new tokens after the first, over seconds; the speedup is a ratio of totals.
+out and are new tokens after the first, over seconds.
 """
 
 import random
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from coral_core.bench.race import Lane, Turn
+from coral_core.bench.race import PLAIN, Lane, Turn
 
-DEFINITIONS = (
-    "tau: tokens per round, bonus token included; micro = all tokens / all rounds, macro = mean over questions.",
-    "tokens/s: tokens after the first / seconds after the prefill. speedup: ratio of the two tokens/s over the whole "
-    "bench, with a bootstrap 95 % interval over questions.",
-    "lossless: answers whose speculative ids equal plain decoding's, token for token.",
-)
 DRAWS = 2000
 """Bootstrap resamples."""
 
+Sample = TypeVar("Sample")
 
-def summarise(questions: Sequence[Sequence[Turn]]) -> dict[str, Any]:
-    """One bench's numbers, as results.json holds them. `questions` are lists of turns; empty ones count as nothing."""
+
+def summarise(questions: Sequence[Sequence[Turn]], method: str, draws: int = DRAWS) -> dict[str, Any]:
+    """One method's numbers on one bench, as results.json holds them.
+
+    `questions` are lists of turns; an empty one did not fit the context and counts as nothing. `draws` resamples make
+    the intervals.
+    """
     questions = [turns for turns in questions if turns]
     turns = [turn for question in questions for turn in question]
-    emitted = [n for turn in turns for n in turn.speculative.emitted]
-    baselines = [turn.baseline or turn.plain for turn in turns]
-    speeds = _speed([turn.speculative for turn in turns]), _speed(baselines)
+    drafted, baselines = [turn.lanes[method] for turn in turns], [turn.baseline for turn in turns]
+    emitted = [n for lane in drafted for n in lane.emitted]
+    speeds = _speed(drafted), _speed(baselines)
+    ratios = list(question_speedups(questions, method).values())
     return {
         "questions": len(questions),
         "turns": len(turns),
-        "new_tokens": sum(len(turn.speculative.ids) for turn in turns),
+        "new_tokens": sum(len(lane.ids) for lane in drafted),
         "rounds": len(emitted),
         "tokens_per_round_micro": statistics.fmean(emitted) if emitted else None,
-        "tokens_per_round_macro": _macro(questions),
-        "accepted_by_depth": accepted_by_depth([n for turn in turns for n in turn.speculative.accepted_drafts]),
+        "tokens_per_round_macro": _macro(questions, method),
+        "accepted_by_depth": accepted_by_depth([n for lane in drafted for n in lane.accepted_drafts]),
         "tokens_per_s": speeds[0],
         "baseline_tokens_per_s": speeds[1],
-        "plain_tokens_per_s": _speed([turn.plain for turn in turns]),
+        "plain_tokens_per_s": _speed([turn.lanes[PLAIN] for turn in turns]),
         "speedup": speeds[0] / speeds[1] if speeds[0] and speeds[1] else None,
-        "speedup_ci95": _interval(questions),
-        "lossless": _lossless(turns),
-        "prefill_s": sum(turn.speculative.prefill_s for turn in turns),
-        "seconds_by_phase": _phases([turn.speculative for turn in turns]),
+        "speedup_ci95": _interval([_totals(question, method) for question in questions], _ratio_of_totals, draws),
+        "speedup_mean": statistics.fmean(ratios) if ratios else None,
+        "speedup_mean_ci95": _interval(ratios, statistics.fmean, draws),
+        "lossless": _lossless(turns, method),
+        "prefill_s": sum(lane.prefill_s for lane in drafted),
+        "baseline_prefill_s": sum(lane.prefill_s for lane in baselines),
+        "seconds_by_phase": _phases(drafted),
     }
+
+
+def question_speedups(questions: Sequence[Sequence[Turn]], method: str) -> dict[str, float]:
+    """Each question's own ratio of tokens/s; questions whose answers have one token only are left out."""
+    found = {}
+    for question in filter(None, questions):
+        fast, plain = _speed([turn.lanes[method] for turn in question]), _speed([turn.baseline for turn in question])
+        if fast and plain:
+            found[question[0].question] = fast / plain
+    return found
 
 
 def accepted_by_depth(accepted: Sequence[int]) -> list[float]:
@@ -57,46 +71,50 @@ def _speed(lanes: Sequence[Lane]) -> float | None:
     return tokens / seconds if tokens > 0 else None
 
 
-def _macro(questions: Sequence[Sequence[Turn]]) -> float | None:
+def _macro(questions: Sequence[Sequence[Turn]], method: str) -> float | None:
     means = []
     for question in questions:
-        emitted = [n for turn in question for n in turn.speculative.emitted]
+        emitted = [n for turn in question for n in turn.lanes[method].emitted]
         if emitted:
             means.append(statistics.fmean(emitted))
     return statistics.fmean(means) if means else None
 
 
-def _interval(questions: Sequence[Sequence[Turn]]) -> list[float] | None:
-    """Bootstrap over questions of the ratio of totals; None with fewer than two questions."""
-    sums = []
-    for question in questions:
-        plain = [turn.baseline or turn.plain for turn in question]
-        fast = [turn.speculative for turn in question]
-        sums.append(
-            tuple(
-                value
-                for lanes in (fast, plain)
-                for value in (sum(len(lane.ids) - 1 for lane in lanes), sum(lane.decode_s for lane in lanes))
-            )
-        )
-    if len(sums) < 2:
+def _totals(question: Sequence[Turn], method: str) -> tuple[float, ...]:
+    """Tokens and seconds drafted, tokens and seconds plain."""
+
+    def both(lanes: list[Lane]) -> Iterator[float]:
+        yield sum(len(lane.ids) - 1 for lane in lanes)
+        yield sum(lane.decode_s for lane in lanes)
+
+    return (*both([turn.lanes[method] for turn in question]), *both([turn.baseline for turn in question]))
+
+
+def _ratio_of_totals(totals: Sequence[tuple[float, ...]]) -> float | None:
+    fast_n, fast_s, plain_n, plain_s = (sum(part) for part in zip(*totals, strict=True))
+    return (fast_n / fast_s) / (plain_n / plain_s) if fast_n and plain_n else None
+
+
+def _interval(
+    samples: Sequence[Sample], statistic: Callable[[list[Sample]], float | None], draws: int
+) -> list[float] | None:
+    """The middle 95 % of a statistic over resampled questions; None with fewer than two questions."""
+    if len(samples) < 2:
         return None
-    draw, ratios = random.Random(0), []
-    for _ in range(DRAWS):
-        fast_n, fast_s, plain_n, plain_s = (sum(part) for part in zip(*draw.choices(sums, k=len(sums)), strict=True))
-        if fast_n and plain_n:
-            ratios.append((fast_n / fast_s) / (plain_n / plain_s))
-    ratios.sort()
-    return [ratios[int(0.025 * len(ratios))], ratios[int(0.975 * len(ratios))]] if ratios else None
+    draw = random.Random(0)
+    drawn = (statistic(draw.choices(samples, k=len(samples))) for _ in range(draws))
+    found = sorted(value for value in drawn if value is not None)
+    return [found[int(0.025 * len(found))], found[int(0.975 * len(found))]] if found else None
 
 
-def _lossless(turns: Sequence[Turn]) -> dict[str, Any]:
-    first = next((turn for turn in turns if turn.divergence), None)
-    where = None if first is None else {"question": first.question, "turn": first.turn, **(first.divergence or {})}
+def _lossless(turns: Sequence[Turn], method: str) -> dict[str, Any]:
+    parted = [(turn, where) for turn in turns if (where := turn.divergence[method])]
+    first = next(({"question": turn.question, "turn": turn.turn, **where} for turn, where in parted), None)
     return {
         "checked": len(turns),
-        "equal": sum(turn.divergence is None for turn in turns),
-        "first_divergence": where,
+        "equal": len(turns) - len(parted),
+        "ties": sum(where["tie"] for _, where in parted),
+        "first_divergence": first,
     }
 
 

@@ -1,4 +1,4 @@
-"""Question sets: the three of the papers, a run's held-out prompts, or any JSONL file."""
+"""Question sets: a run's held-out prompts, the benches of the papers, any JSONL file."""
 
 import dataclasses
 import difflib
@@ -27,15 +27,63 @@ class Question:
     turns: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()
     """A prompt that is already tokens, in place of turns."""
+    reference: str = ""
+    """The written solution that GSM8K gives; its last number is the right answer."""
+    tests: str = ""
+    """HumanEval's `check(candidate)`, as Python source."""
+    entry_point: str = ""
+    """The name of the function that `tests` checks."""
 
 
-def check_bench(name: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A named list of questions."""
+
+    name: str
+    questions: list[Question]
+
+
+def check_bench(name: str, known: tuple[str, ...] = BENCHES) -> str:
     """The name itself. Raises DataError naming the nearest bench for an unknown one."""
-    if name in BENCHES:
+    if name in known:
         return name
-    near = difflib.get_close_matches(name, BENCHES, n=1)
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    raise DataError(f"unknown bench '{name}'; {hint}The benches are {', '.join(BENCHES)}")
+    raise DataError(f"unknown bench '{name}'; {hint}The benches are {', '.join(known)}")
+
+
+def check_names(names: list[str], questions: Path | None) -> list[str]:
+    """The benches that the names and the questions file or folder mean; nothing is read yet.
+
+    A folder holds BENCH.jsonl for each bench. Raises DataError for an unknown or repeated bench, for several benches
+    with one file, and for a file or folder that is not there, saying what to download.
+    """
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"bench '{repeated[0]}' is given twice; give each --bench once")
+    if questions is None:
+        return [check_bench(name) for name in names] or [HELD_OUT]
+    if questions.is_dir():
+        found = tuple(sorted(path.stem for path in questions.glob("*.jsonl")))
+        for name in names:
+            if name in HUB and name not in found:
+                raise DataError(f"the questions of {name} are missing; {_where_to_get(name, questions)}")
+        return [check_bench(name, found) for name in names] or list(found)
+    if len(names) > 1:
+        raise DataError(
+            f"{questions} is one file and {len(names)} benches are asked; give a folder with BENCH.jsonl each"
+        )
+    name = names[0] if names else questions.stem
+    if not questions.exists():
+        hint = f"; {_where_to_get(name, questions.parent)}" if name in HUB else ". Pass a JSONL file to --questions"
+        raise DataError(f"the questions file {questions} is missing{hint}")
+    return [name]
+
+
+def load_bench(name: str, questions: Path | None, run: Path, model: str) -> Bench:
+    """The questions of a bench: from the file, or the folder's file, or the run, or the Hub."""
+    if questions is not None:
+        return Bench(name, from_file(questions / f"{name}.jsonl" if questions.is_dir() else questions))
+    return Bench(name, held_out(run, model) if name == HELD_OUT else from_hub(name))
 
 
 def from_hub(bench: str) -> list[Question]:
@@ -48,9 +96,18 @@ def from_hub(bench: str) -> list[Question]:
     except Exception as error:  # the Hub client raises many kinds; the reason is passed on
         raise DataError(
             f"cannot fetch {bench} from the Hub dataset {dataset} ({type(error).__name__}); "
-            f"download its questions as JSONL elsewhere and pass the file: coral eval --bench {bench} --questions FILE"
+            f"{_where_to_get(bench, Path('questions'))} --questions questions"
         ) from error
     return [_question(row, f"{bench}-{index}") for index, row in enumerate(rows)]
+
+
+def _where_to_get(bench: str, folder: Path) -> str:
+    """What to download, where to put it, and the command."""
+    dataset, _, split = HUB[bench]
+    return (
+        f"download the {split} split of https://huggingface.co/datasets/{dataset} elsewhere, one JSON object per line, "
+        f"to {folder / bench}.jsonl, and run: coral eval --bench {bench}"
+    )
 
 
 def from_file(path: Path) -> list[Question]:
@@ -81,7 +138,20 @@ def _question(row: dict[str, Any], name: str) -> Question:
     turns = (turns,) if isinstance(turns, str) else tuple(turns)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError("a turn is empty or not text")
-    return Question(str(row.get("question_id", row.get("task_id", name))), turns)
+    tests, entry_point = row.get("test"), row.get("entry_point")
+    return Question(
+        str(row.get("question_id", row.get("task_id", name))),
+        turns,
+        reference=_reference(row.get("answer") or row.get("reference")),
+        tests=str(tests) if tests and entry_point else "",
+        entry_point=str(entry_point) if tests and entry_point else "",
+    )
+
+
+def _reference(given: Any) -> str:
+    """GSM8K's solution, which marks its number with ####; other references are no number to compare with."""
+    text = given[0] if isinstance(given, list) and given else given
+    return text if isinstance(text, str) and "####" in text else ""
 
 
 def held_out(run: Path, model: str) -> list[Question]:

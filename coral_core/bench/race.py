@@ -1,23 +1,28 @@
 """Plain and speculative decoding of the same questions, in one process, taking turns.
 
-Which of the two goes first alternates from question to question, so that a machine that slows down or speeds up
-favours neither. The history of a later turn holds the plain answer in both lanes.
+Which decoder goes first changes from question to question, so that a machine that slows down or speeds up favours
+none. The history of a later turn holds the plain answer for all.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
-
+from coral_core.bench.divergence import diverges
 from coral_core.bench.questions import Question
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.errors import DataError
 from coral_core.target.load import Target
 from coral_core.target.template import prompt_ids
+
+PLAIN = "plain"
+"""The lane of our own plain loop."""
+BASELINE = "baseline"
+"""The lane of a plain decoder that is faster than our own loop, where there is one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +34,9 @@ class Lane:
     decode_s: float
     """Everything after the first token."""
     accepted_drafts: list[int]
-    """Per draft round."""
+    """Per round after the prefill."""
     emitted: list[int]
-    """Tokens per draft round; fewer than accepted_drafts + 1 where the answer ended."""
+    """Tokens per round; fewer than accepted_drafts + 1 where the answer ended."""
     seconds: dict[str, float]
     """By phase, prefill apart."""
 
@@ -42,17 +47,19 @@ Decode = Callable[[list[int]], Lane]
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn of one question, decoded by every lane."""
+    """One turn of one question, decoded by every lane: PLAIN, one per method, and perhaps BASELINE."""
 
     question: str
     turn: int
     prompt_tokens: int
-    plain: Lane
-    speculative: Lane
-    baseline: Lane | None
-    """Where something else decodes plainly faster than our own loop."""
-    divergence: dict[str, Any] | None
-    """Where speculative ids leave the plain ones: position, both tokens, and the gap of the target's two logits."""
+    lanes: dict[str, Lane]
+    divergence: dict[str, dict[str, Any] | None]
+    """Per method, where its ids leave the plain ones (`diverges`)."""
+
+    @property
+    def baseline(self) -> Lane:
+        """The fastest plain decoding."""
+        return self.lanes.get(BASELINE, self.lanes[PLAIN])
 
 
 def run_lane(rounds: Iterable[Round]) -> Lane:
@@ -68,7 +75,6 @@ def run_lane(rounds: Iterable[Round]) -> Lane:
         else:
             for phase, value in event.seconds.items():
                 seconds[phase] = seconds.get(phase, 0.0) + value
-        if event.kind == "draft":
             accepted.append(event.accepted_drafts)
             emitted.append(len(event.new_ids))
         ids += event.new_ids
@@ -79,42 +85,74 @@ def run_lane(rounds: Iterable[Round]) -> Lane:
 class Racers:
     """Who decodes."""
 
-    engine: Engine
+    target: Target
+    engines: dict[str, Engine]
+    """Per method."""
     sampler: Sampler
     max_new_tokens: int
     baseline: Decode | None = None
     """A faster plain decoder than our own loop, if one was found."""
 
-    def decode_plain(self, prompt: list[int]) -> Lane:
-        """Our own loop."""
-        return run_lane(plain(self.engine.target, prompt, self.sampler, self.max_new_tokens))
+    def lanes(self) -> dict[str, Decode]:
+        """Every decoder by its lane's name."""
+        found: dict[str, Decode] = {PLAIN: self._plain}
+        for name, engine in self.engines.items():
+            found[name] = lambda prompt, engine=engine: run_lane(  # type: ignore[misc]
+                engine.decode(prompt, self.sampler, self.max_new_tokens)
+            )
+        return found if self.baseline is None else {**found, BASELINE: self.baseline}
 
-    def decode_speculative(self, prompt: list[int]) -> Lane:
-        """The engine."""
-        return run_lane(self.engine.decode(prompt, self.sampler, self.max_new_tokens))
-
-
-def race(racers: Racers, questions: list[Question]) -> Iterator[list[Turn]]:
-    """Yield each question's turns as they are done. A first decoding of the first question warms up, uncounted."""
-    target = racers.engine.target
-    for lane in _lanes(racers).values():
-        lane(first_prompt(target, questions[0]))
-    for number, question in enumerate(questions):
-        yield list(_race_question(racers, question, backwards=bool(number % 2)))
+    def _plain(self, prompt: list[int]) -> Lane:
+        return run_lane(plain(self.target, prompt, self.sampler, self.max_new_tokens))
 
 
-def _race_question(racers: Racers, question: Question, *, backwards: bool) -> Iterator[Turn]:
-    target = racers.engine.target
+def race(racers: Racers, questions: Sequence[Question], done: int = 0) -> Iterator[list[Turn]]:
+    """Yield each question's turns as they are done, behind the `done` first ones. Every lane warms up, uncounted.
+
+    A question that does not fit the target's context yields the turns that did, perhaps none.
+    """
+    if done == len(questions):
+        return
+    warm = fitting(racers.target, questions)[0]
+    for lane in racers.lanes().values():
+        lane(warm)
+    for number in range(done, len(questions)):
+        yield list(_race_question(racers, questions[number], number))
+
+
+def fitting(target: Target, questions: Sequence[Question]) -> list[list[int]]:
+    """The first turns' prompts that fit the target's context. Raises DataError when none does."""
+    prompts = [first_prompt(target, question) for question in questions]
+    found = [prompt for prompt in prompts if len(prompt) < target.max_positions]
+    if not found:
+        shortest = min(map(len, prompts), default=0)
+        raise DataError(
+            f"no question fits the target's context of {target.max_positions} tokens (the shortest has {shortest}); "
+            "use shorter ones"
+        )
+    return found
+
+
+def _race_question(racers: Racers, question: Question, number: int) -> Iterator[Turn]:
+    target = racers.target
     messages: list[dict[str, str]] = []
     for index, words in enumerate(question.turns or ("",)):
         messages.append({"role": "user", "content": words})
         prompt = prompt_ids(target.tokenizer, messages) if question.turns else list(question.ids)
         if len(prompt) >= target.max_positions:
             return  # the dialogue outgrew the context; what came before still counts
-        turn = _race_turn(racers, prompt, backwards=backwards)
-        yield dataclasses.replace(turn, question=question.name, turn=index)
-        answer = target.tokenizer.decode(turn.plain.ids, skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": answer})
+        lanes = _take_turns(racers.lanes(), prompt, number)
+        said = lanes[PLAIN].ids
+        divergence = {name: diverges(target, racers.sampler, prompt, said, lanes[name].ids) for name in racers.engines}
+        yield Turn(question.name, index, len(prompt), lanes, divergence)
+        messages.append({"role": "assistant", "content": target.tokenizer.decode(said, skip_special_tokens=True)})
+
+
+def _take_turns(lanes: dict[str, Decode], prompt: list[int], number: int) -> dict[str, Lane]:
+    names = list(lanes)
+    first = number % len(names)
+    done = {name: lanes[name](prompt) for name in names[first:] + names[:first]}
+    return {name: done[name] for name in names}
 
 
 def first_prompt(target: Target, question: Question) -> list[int]:
@@ -122,43 +160,3 @@ def first_prompt(target: Target, question: Question) -> list[int]:
     if question.ids:
         return list(question.ids)
     return prompt_ids(target.tokenizer, [{"role": "user", "content": question.turns[0]}])
-
-
-def _lanes(racers: Racers) -> dict[str, Decode]:
-    lanes: dict[str, Decode] = {"plain": racers.decode_plain, "speculative": racers.decode_speculative}
-    if racers.baseline is not None:
-        lanes["baseline"] = racers.baseline
-    return lanes
-
-
-def _race_turn(racers: Racers, prompt: list[int], *, backwards: bool) -> Turn:
-    lanes = _lanes(racers)
-    order = list(lanes)[:: -1 if backwards else 1]
-    done = {name: lanes[name](prompt) for name in order}
-    plain_lane, speculative = done["plain"], done["speculative"]
-    return Turn(
-        question="",
-        turn=0,
-        prompt_tokens=len(prompt),
-        plain=plain_lane,
-        speculative=speculative,
-        baseline=done.get("baseline"),
-        divergence=diverges(racers.engine.target, prompt, plain_lane.ids, speculative.ids),
-    )
-
-
-@torch.no_grad()
-def diverges(target: Target, prompt: list[int], plain_ids: list[int], ids: list[int]) -> dict[str, Any] | None:
-    """None when the ids are equal; else where they part, and how far apart the target's two logits are there.
-
-    A gap near the dtype's rounding is a tie that batch size decided; a wide one is a bug.
-    """
-    if plain_ids == ids:
-        return None
-    at = next((i for i, pair in enumerate(zip(plain_ids, ids, strict=False)) if pair[0] != pair[1]), None)
-    if at is None:
-        return {"position": min(len(plain_ids), len(ids)), "reason": "one answer is longer"}
-    context = torch.tensor([prompt + plain_ids[:at]], device=target.device)
-    logits_V = target.lent.logits(target.forward(context)[0, -1]).float()
-    gap = float((logits_V[plain_ids[at]] - logits_V[ids[at]]).abs())
-    return {"position": at, "plain": plain_ids[at], "speculative": ids[at], "logit_gap": gap}
