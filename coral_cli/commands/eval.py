@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run, read_recipe
 
 
 def evaluate(  # noqa: PLR0913  # one parameter per option
@@ -45,18 +45,22 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
 ) -> None:
     """Measure tokens per round and speed against plain decoding, and check that not a word differs."""
     from coral_cli.console import err, out, print_json, progress_bars
-    from coral_core.bench.evaluate import Plan
-    from coral_core.bench.evaluate import evaluate as run_evaluation
-    from coral_core.bench.methods import contenders, load_method
+    from coral_core.bench.contenders import contenders
     from coral_core.bench.questions import Bench, check_names, load_bench
+
+    recipe = read_recipe(arguments)
+    recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+    names = check_names(bench or [], questions)
+    compared = contenders(recipe, runs / recipe.name, drafter or [], head or [])
+    found = [load_bench(name, questions, runs / recipe.name, recipe.target.model) for name in names]
+
+    from coral_core.bench.evaluate import Plan  # torch, seconds: a slip above is answered before
+    from coral_core.bench.evaluate import evaluate as run_evaluation
+    from coral_core.bench.methods import load_method
     from coral_core.report.tables import markdown
     from coral_core.target.load import load_target
 
-    names = check_names(bench or [], questions)
     run = open_run(arguments, runs)
-    recipe = run.recipe if seed is None else dataclasses.replace(run.recipe, seed=seed)
-    compared = contenders(recipe, run.folder, drafter or [], head or [])
-    found = [load_bench(name, questions, run.folder, recipe.target.model) for name in names]
     target = load_target(recipe.target)
     methods = [load_method(contender, target) for contender in compared]
     for folder in dict.fromkeys(method.folder for method in methods):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coral_core.errors import ArtifactError, DataError
-from coral_core.target.load import PICO
+from coral_core.recipe.loader import PICO_RECIPE
 
 HUB: dict[str, tuple[str, str | None, str]] = {
     "mt-bench": ("HuggingFaceH4/mt_bench_prompts", None, "train"),
@@ -161,7 +161,7 @@ def held_out(run: Path, model: str) -> list[Question]:
     """
     path = run / "data" / "holdout.json"
     if not path.exists() and model == "pico":
-        path = PICO / "holdout.json"
+        path = PICO_RECIPE.parent / "holdout.json"
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

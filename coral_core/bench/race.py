@@ -145,7 +145,9 @@ def _race_question(racers: Racers, question: Question, number: int) -> Iterator[
         said = lanes[PLAIN].ids
         divergence = {name: diverges(target, racers.sampler, prompt, said, lanes[name].ids) for name in racers.engines}
         yield Turn(question.name, index, len(prompt), lanes, divergence)
-        messages.append({"role": "assistant", "content": target.tokenizer.decode(said, skip_special_tokens=True)})
+        if index + 1 < len(question.turns):
+            answer = target.tokenizer.decode(said, skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": answer})
 
 
 def _take_turns(lanes: dict[str, Decode], prompt: list[int], number: int) -> dict[str, Lane]:

@@ -17,7 +17,6 @@ from coral_core.report.tables import (
     comparison,
     details,
     inside,
-    interval,
     methods,
     notes,
     number,
@@ -37,12 +36,13 @@ def page(name: str, results: dict[str, Any], charts: dict[str, Any], log: Path) 
     `results` is results.json's object; `charts` holds per bench {speedups{method: {question: ratio}}, samples[]};
     `log` is the run's log.jsonl, which may be absent.
     """
+    width = "half" if len(results["benches"]) == 1 else "whole"  # a single chart does not fill a line
     sections = [
         _section("results", "Results", _results(results)),
-        _section("depth", "How deep drafts are accepted", _acceptance(results)),
-        _section("time", "Where a round's time goes", _phases(results)),
-        _section("questions", "Speedup of every question", _questions(results, charts)),
-        _section("rows", "Tokens per round against rows read", _rows_read(results)),
+        _section("depth", "How deep drafts are accepted", _acceptance(results), width),
+        _section("time", "Where a round's time goes", _phases(results), width),
+        _section("questions", "Speedup of every question", _questions(results, charts), width),
+        _section("rows", "Tokens per round against rows read", _rows_read(results), width),
         _section("training", "Training", _training(log)),
         _section("answers", "Answers, token by token", _answers(results, charts)),
     ]
@@ -57,9 +57,9 @@ def page(name: str, results: dict[str, Any], charts: dict[str, Any], log: Path) 
     )
 
 
-def _section(anchor: str, title: str, body: str) -> str:
-    head = f'<section id="{anchor}" aria-labelledby="{anchor}-title">\n<h2 id="{anchor}-title">{title}</h2>\n'
-    return f"{head}{body}\n</section>"
+def _section(anchor: str, title: str, body: str, width: str = "whole") -> str:
+    head = f'<section id="{anchor}" class="{width}" aria-labelledby="{anchor}-title">'
+    return f'{head}\n<h2 id="{anchor}-title">{title}</h2>\n{body}\n</section>'
 
 
 def _header(name: str, results: dict[str, Any]) -> str:
@@ -69,16 +69,12 @@ def _header(name: str, results: dict[str, Any]) -> str:
     over = (
         f"mean of {len(first)} benches" if len(first) > 1 else f"{first[0]['bench']}, T = {first[0]['temperature']:g}"
     )
-    spread = (
-        f", 95 % {interval(None, first[0]['speedup_ci95']).removeprefix('- ')}"
-        if len(first) == 1 and first[0]["speedup_ci95"]
-        else ""
-    )
-    rate = f"{_mean(first, 'tokens_per_s', 0)} tokens/s; plain {_mean(first, 'baseline_tokens_per_s', 0)}"
+    ends = first[0]["speedup_ci95"] if len(first) == 1 else None
+    spread = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
     tiles = [
         ("Speedup", f"{_mean(first, 'speedup')}×", over + spread),
         ("Tokens per round", _mean(first, "tokens_per_round_micro"), "tau, bonus token included"),
-        ("Speed", rate.split(";")[0], rate.split("; ")[1] + " tokens/s"),
+        ("Tokens per second", _mean(first, "tokens_per_s", 0), f"plain {_mean(first, 'baseline_tokens_per_s', 0)}"),
         ("Equal to plain", f"{equal}/{checked}", "answers, token for token"),
     ]
     drawn = "".join(
@@ -112,9 +108,11 @@ def _results(results: dict[str, Any]) -> str:
 
 def _table(caption: str, content: tuple[list[str], list[list[str]]]) -> str:
     header, body = content
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    head = "".join(_cell(name, name, "th", ' scope="col"') for name in header)
     lines = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(_cell(name, cell) for name, cell in zip(header[1:], row[1:], strict=True))
+        + "</tr>"
         for row in body
     )
     caption = escape(caption)
@@ -122,6 +120,11 @@ def _table(caption: str, content: tuple[list[str], list[list[str]]]) -> str:
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
+
+
+def _cell(column: str, text: str, tag: str = "td", more: str = "") -> str:
+    words = ' class="words"' if column in ("bench", "method") else ""
+    return f"<{tag}{words}{more}>{escape(text)}</{tag}>"
 
 
 def _legend(names: Sequence[str], kind: str) -> str:
@@ -168,16 +171,19 @@ def _phases(results: dict[str, Any]) -> str:
             if numbers["rounds"]:
                 parts = {phase: 1e3 * spent / numbers["rounds"] for phase, spent in numbers["seconds_by_phase"].items()}
                 phases += [phase for phase in parts if phase not in phases]
-                bars.append((method["method"], parts, 1e3 / numbers["baseline_tokens_per_s"]))
+                same = 1e3 * numbers["tokens_per_round_micro"] / numbers["baseline_tokens_per_s"]
+                bars.append((method["method"], parts, same))
         bars = [(name, {phase: parts.get(phase, 0.0) for phase in phases}, mark) for name, parts, mark in bars]
         told = "; ".join(
             f"{name}: "
             + ", ".join(f"{phase} {spent:.1f} ms" for phase, spent in parts.items())
-            + f"; a plain step {mark:.1f} ms"
+            + f"; plain decoding {mark:.1f} ms for as many tokens"
             for name, parts, mark in bars
         )
         drawn.append((bench, svg.stacked(bars, f"{bench}, one round: {told}")))
-    hint = '<p class="hint">The upright mark is one plain step: a round pays when it is shorter than tau of them.</p>'
+    hint = (
+        '<p class="hint">The upright mark: what plain decoding takes for as many tokens. Left of it, drafting pays.</p>'
+    )
     return _legend(phases, "p") + _figures(drawn) + hint
 
 
@@ -197,56 +203,63 @@ def _questions(results: dict[str, Any], charts: dict[str, Any]) -> str:
 
 
 def _rows_read(results: dict[str, Any]) -> str:
+    vocabulary = results["target"]["vocabulary"]
     drawn = []
     for bench in results["benches"]:
         series = {
-            method["method"]: [(method["benches"][bench]["rows_read"], tau, method["method"])]
+            method["method"]: (float(method["benches"][bench]["rows_read"]), float(tau))
             for method in methods(results)
             if (tau := method["benches"][bench]["tokens_per_round_micro"])
         }
-        told = "; ".join(f"{name}: tau {group[0][1]:.2f} at {group[0][0]:,.0f} rows" for name, group in series.items())
-        drawn.append((bench, svg.points(series, ("rows of the LM head read per level", "tau"), f"{bench}. {told}")))
-    vocabulary = results["target"]["vocabulary"]
-    hint = (
-        f'<p class="hint">The whole LM head has {vocabulary:,} rows. To see several heads in one picture: '
-        "<code>coral eval --head full --head grouped</code>.</p>"
-    )
-    return _legend(_names(results), "s") + _figures(drawn) + hint
+        told = "; ".join(f"{name}: tau {tau:.2f} at {read:,.0f} rows" for name, (read, tau) in series.items())
+        whole = (float(vocabulary), f"the whole head, {vocabulary:,}")
+        labels = ("rows of the LM head read per level", "tau")
+        drawn.append((bench, svg.points(series, labels, f"{bench}. {told}", limit=whole)))
+    hint = '<p class="hint">Several heads in one picture: <code>coral eval --head full --head grouped</code>.</p>'
+    return _legend(_names(results), "s") + _figures(drawn) + ("" if results["others"] else hint)
 
 
 def _training(log: Path) -> str:
     lines = _read_log(log)
-    if not lines:
+    steps = [line for line in lines if line["stage"] == "train"]
+    if not steps:
         return '<p class="hint">This run holds no training log: its drafter came ready-made.</p>'
-    lines = lines[:: max(1, len(lines) // LOG_POINTS)]
-    accuracies = sorted({key for line in lines for key in line if key.startswith("accuracy_")})
-    groups = {
-        "Loss": ("loss", ["loss"]),
-        "Top-1 accuracy of each unroll step": ("accuracy", accuracies),
-    }
-    drawn = []
-    for title, (label, keys) in groups.items():
-        series = {
-            key.replace("accuracy_", "step "): [
-                (float(line["step"]), float(line[key])) for line in lines if key in line
-            ]
-            for key in keys
-        }
-        told = "; ".join(f"{key} ends at {line[-1][1]:.3g}" for key, line in series.items() if line)
-        chart = svg.lines(series, ("optimizer step", label), f"{title}: {told}", percent=label == "accuracy")
-        drawn.append((title, chart))
-    return _legend([key.replace("accuracy_", "unroll step ") for key in accuracies], "s") + _figures(drawn)
+    accuracies = sorted({key for line in steps for key in line if key.startswith("accuracy_")})
+    names = [key.replace("accuracy_", "unroll step ") for key in accuracies]
+    measured = _curve(lines, "tokens_per_round")
+    drawn = [
+        _trained("Loss", "weighted sum", {"loss": _curve(steps, "loss")}),
+        _trained(
+            "Top-1 accuracy of each unroll step",
+            "accuracy",
+            {name: _curve(steps, key) for name, key in zip(names, accuracies, strict=True)},
+        ),
+        *([_trained("Tokens per round, held-out prompts", "tau", {"tau": measured})] if measured else []),
+    ]
+    return _legend(names, "s") + _figures(drawn)
+
+
+def _trained(title: str, label: str, series: dict[str, list[svg.Point]]) -> tuple[str, str]:
+    told = "; ".join(f"{name} ends at {curve[-1][1]:.3g}" for name, curve in series.items())
+    chart = svg.lines(series, ("optimizer step", label), f"{title}: {told}", percent=label == "accuracy")
+    return title, chart
+
+
+def _curve(lines: Sequence[dict[str, Any]], key: str) -> list[svg.Point]:
+    """(step, value) of the lines that hold the key, thinned evenly; the last one stays."""
+    found = [(float(line["step"]), float(line[key])) for line in lines if key in line]
+    return found[:: -max(1, len(found) // LOG_POINTS)][::-1]
 
 
 def _read_log(log: Path) -> list[dict[str, Any]]:
-    """The lines of the drafter's training; a line cut by an interruption is left out."""
+    """The log's lines; one that an interruption cut is left out."""
     found = []
     for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and line.get("stage") == "train" and "loss" in line:
+        if isinstance(line, dict) and {"stage", "step"} <= line.keys():
             found.append(line)
     return found
 

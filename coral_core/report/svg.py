@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 360.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 42.0, 14.0, 12.0, 38.0
+WIDTH, HEIGHT = 360.0, 230.0
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 14.0, 26.0, 38.0
 BAR, GAP = 20.0, 30.0
 """Height of a horizontal bar, and of the label above it with its margin."""
 
@@ -44,15 +44,17 @@ def lines(series: Mapping[str, Sequence[Point]], labels: tuple[str, str], told: 
     return frame.drawn(marks)
 
 
-def points(series: Mapping[str, Sequence[tuple[float, float, str]]], labels: tuple[str, str], told: str) -> str:
-    """(x, y, name) points, one colour per series."""
-    everything = [(x, y) for group in series.values() for x, y, _ in group]
-    frame = _Frame([*everything, (0.0, 1.0)], told, labels, floor=0.0)
+def points(series: Mapping[str, Point], labels: tuple[str, str], told: str, *, limit: tuple[float, str]) -> str:
+    """One point per series, and an upright line at the largest x there can be."""
+    most, name = limit
+    frame = _Frame([*series.values(), (0.0, 1.0), (most, 1.0)], told, labels, floor=0.0)
     marks = [
-        _dot(frame.x(x), frame.y(y), f"s{number % 6}", f"{name}: {frame.said(y)} at {x:,.0f}", radius=5.5)
-        for number, group in enumerate(series.values())
-        for x, y, name in group
+        _rule(frame.x(most), TOP, frame.x(most), HEIGHT - BOTTOM, "one"),
+        _tick(frame.x(most) - 5, HEIGHT - BOTTOM - 6, name, "end"),
     ]
+    for number, (method, (x, y)) in enumerate(series.items()):
+        said = f"{method}: {frame.said(y)} at {x:,.0f}"
+        marks.append(_dot(frame.x(x), frame.y(y), f"s{number % 6}", said, radius=5.5))
     return frame.drawn(marks)
 
 
@@ -63,8 +65,8 @@ def per_question(series: Mapping[str, Mapping[str, float]], told: str) -> str:
     everything += [(1.0, value) for values in series.values() for value in values.values()]
     frame = _Frame(everything, told, ("questions, slowest first", "speedup"), floor=0.0)
     marks = [
-        f'<line class="one" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{frame.y(1):.1f}" y2="{frame.y(1):.1f}"/>',
-        f'<text class="tick" x="{WIDTH - RIGHT}" y="{frame.y(1) - 5:.1f}" text-anchor="end">plain = 1×</text>',
+        _rule(LEFT, frame.y(1), WIDTH - RIGHT, frame.y(1), "one"),
+        _tick(WIDTH - RIGHT, frame.y(1) + 15, "plain = 1×", "end"),
     ]
     for number, (method, values) in enumerate(series.items()):
         for place, (question, value) in enumerate(sorted(values.items(), key=lambda pair: pair[1]), start=1):
@@ -74,19 +76,19 @@ def per_question(series: Mapping[str, Mapping[str, float]], told: str) -> str:
 
 
 def stacked(bars: Sequence[tuple[str, dict[str, float], float]], told: str) -> str:
-    """Horizontal bars of (label, milliseconds by phase, milliseconds of one plain step, a mark across the bar)."""
+    """Horizontal bars of (label, milliseconds by phase, a mark: plain decoding's milliseconds for the same tokens)."""
     longest = max((max(sum(parts.values()), mark) for _, parts, mark in bars), default=1.0)
     axis = ticks(0.0, longest)
-    height = TOP + len(bars) * (BAR + GAP) + BOTTOM
+    height = 8 + len(bars) * (BAR + GAP) + BOTTOM
     inner = WIDTH - RIGHT - 8
 
     def x(value: float) -> float:
         return 8 + inner * max(0.0, value) / axis[-1]
 
     base = height - BOTTOM
-    found = [_rule(x(value), TOP, x(value), base, "grid") + _tick(x(value), base + 15, f"{value:g}") for value in axis]
+    found = [_rule(x(value), 8, x(value), base, "grid") + _tick(x(value), base + 15, f"{value:g}") for value in axis]
     for number, (label, parts, mark) in enumerate(bars):
-        top = TOP + number * (BAR + GAP) + 18
+        top = 8 + number * (BAR + GAP) + 18
         found.append(f'<text class="label" x="8" y="{top - 5:.1f}">{escape(label)}</text>')
         begun = 0.0
         for place, (phase, spent) in enumerate(parts.items()):
@@ -97,9 +99,9 @@ def stacked(bars: Sequence[tuple[str, dict[str, float], float]], told: str) -> s
                 )
                 begun += spent
         if mark:
+            said = escape(f"{label}: plain decoding takes {mark:.2f} ms for as many tokens")
             found.append(
-                f'<g class="mark"><title>{escape(f"one plain step: {mark:.2f} ms")}</title>'
-                f"{_rule(x(mark), top - 4, x(mark), top + BAR + 4, 'plainstep')}</g>"
+                f'<g class="mark"><title>{said}</title>{_rule(x(mark), top - 4, x(mark), top + BAR + 4, "same")}</g>'
             )
     found.append(f'<text class="axis" x="{WIDTH / 2}" y="{height - 5}" text-anchor="middle">ms of one round</text>')
     return _svg(height, told, found)
@@ -145,12 +147,10 @@ class _Frame:
         grid = [_rule(LEFT, self.y(value), WIDTH - RIGHT, self.y(value), "grid") for value in self.y_ticks]
         names = [_tick(LEFT - 6, self.y(value) + 4, self.said(value), "end") for value in self.y_ticks]
         names += [_tick(self.x(value), base + 15, f"{value:,g}") for value in self.x_ticks]
-        middle = (TOP + base) / 2
         titles = [
             f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">'
             f"{escape(self.labels[0])}</text>",
-            f'<text class="axis" transform="translate(11 {middle}) rotate(-90)" text-anchor="middle">'
-            f"{escape(self.labels[1])}</text>",
+            f'<text class="axis" x="0" y="11">{escape(self.labels[1])}</text>',
         ]
         return _svg(HEIGHT, self.told, [*grid, *names, *titles, *marks])
 

@@ -28,14 +28,15 @@ def rows(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *body)) for column in range(len(header))]
+    """A Markdown table: the first column and methods to the left, the others to the right."""
+    widths = [max(3, *(len(row[column]) for row in (header, *body))) for column in range(len(header))]
+    words = [not n or name == "method" for n, name in enumerate(header)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        return f"| {' | '.join([cells[0].ljust(widths[0]), *padded[1:]])} |"
+        columns = zip(cells, widths, words, strict=True)
+        return f"| {' | '.join(cell.ljust(width) if left else cell.rjust(width) for cell, width, left in columns)} |"
 
-    rule = [("-" * (width - 1) + ":") if n else "-" * width for n, width in enumerate(widths)]
+    rule = ["-" * width if left else "-" * (width - 1) + ":" for width, left in zip(widths, words, strict=True)]
     return "\n".join([line(header), line(rule), *map(line, body)])
 
 

@@ -81,14 +81,19 @@ def charts(of: dict[str, Any]) -> dict[str, Any]:
     draw = random.Random(0)
     names = [of["method"], *(method["method"] for method in of["others"])]
     words = ANSWER.split(" ")
-    pieces = [(word + " ", 0 if place % 4 == 0 else place % 4 + (3 if place % 8 > 4 else 0)) for place, word in enumerate(words)]
+    pieces = [
+        (word + " ", 0 if place % 4 == 0 else place % 4 + (3 if place % 8 > 4 else 0))
+        for place, word in enumerate(words)
+    ]
     return {
         bench: {
             "speedups": {
                 name: {f"{number}": draw.gauss(1.35 - 0.1 * place, 0.22) for number in range(24)}
                 for place, name in enumerate(names)
             },
-            "samples": [{"question": "17", "prompt": "Janet’s ducks lay 16 eggs per day. <How> much?", "pieces": pieces}],
+            "samples": [
+                {"question": "17", "prompt": "Janet’s ducks lay 16 eggs per day. <How> much?", "pieces": pieces}
+            ],
         }
         for bench in of["benches"]
     }
