@@ -41,7 +41,7 @@ def main() -> None:
                 where += ["--questions", str(options.questions / f"{bench}.jsonl")]
             results = evaluate(where)
             (numbers,) = results["benches"].values()
-            tree, plain = results["tree"], results["plain_decoders"]
+            tree, plain = results["tree"], numbers["plain_decoders"]
             rows.append({"bench": bench, **{key: numbers[key] for key in SHOWN}, "tree": tree, "plain_decoders": plain})
     greedy = [row for row in rows if row["temperature"] == 0]
     figures = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coral_core.bench.questions import check_bench, from_file, from_hub, held_out
+from coral_core.bench.questions import check_bench, check_names, from_file, from_hub, held_out, load_bench
 from coral_core.errors import ArtifactError, DataError
 
 
@@ -61,3 +61,45 @@ def test_held_out_prompts_are_the_runs_own(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "holdout.json", [[3, 4, 5], [6]])
     assert [question.ids for question in held_out(tmp_path, "some/model")] == [(3, 4, 5), (6,)]
+
+
+def test_a_folder_holds_a_file_per_bench(tmp_path: Path) -> None:
+    for name in ("mt-bench", "mine"):
+        write(tmp_path / f"{name}.jsonl", {"prompt": name})
+    assert check_names([], tmp_path) == ["mine", "mt-bench"]
+    assert check_names(["mine"], tmp_path) == ["mine"]
+    assert load_bench("mine", tmp_path, tmp_path, "pico").questions[0].turns == ("mine",)
+    with pytest.raises(DataError, match="unknown bench 'mint'; did you mean 'mine'?"):
+        check_names(["mint"], tmp_path)
+    with pytest.raises(DataError, match=r"gsm8k are missing; download .*openai/gsm8k.* to .*gsm8k\.jsonl, and run"):
+        check_names(["gsm8k"], tmp_path)
+
+
+def test_a_missing_file_says_what_to_download_and_where_to_put_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"humaneval\.jsonl is missing; download .*openai_humaneval.* to .*humaneval"):
+        check_names([], tmp_path / "humaneval.jsonl")
+    with pytest.raises(DataError, match=r"absent\.jsonl is missing\. Pass a JSONL file"):
+        check_names([], tmp_path / "absent.jsonl")
+
+
+def test_wrong_combinations_of_benches(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", {"prompt": "x"})
+    assert check_names([], None) == ["held-out"]
+    assert check_names([], path) == ["q"]
+    with pytest.raises(DataError, match="is one file and 2 benches are asked; give a folder"):
+        check_names(["a", "b"], path)
+    with pytest.raises(DataError, match="bench 'gsm8k' is given twice"):
+        check_names(["gsm8k", "gsm8k"], None)
+
+
+def test_what_answers_are_graded_by(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "q.jsonl",
+        {"question": "1 + 1?", "answer": "It is 2.\n#### 2"},
+        {"turns": ["1 + 1?"], "reference": ["#### 2"]},
+        {"turns": ["Say hello."], "reference": ["hello"]},
+        {"prompt": "def f():", "test": "def check(candidate): pass", "entry_point": "f"},
+    )
+    questions = from_file(path)
+    assert [question.reference for question in questions] == ["It is 2.\n#### 2", "#### 2", "", ""]
+    assert [question.entry_point for question in questions] == ["", "", "", "f"]

@@ -68,12 +68,49 @@ def test_a_finished_stage_is_not_done_again(finished: Path, command: str) -> Non
     assert "is finished already" in done.stderr or "finished" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["grouped", "full", "static"])
-def test_eval_is_lossless_with_every_head(finished: Path, kind: str) -> None:
-    done = coral(finished, "eval", *SMALL.split(), f"head.kind={kind}", "--json")
+def test_eval_compares_every_head_and_each_is_lossless(finished: Path) -> None:
+    heads = ("grouped", "full", "static")
+    done = coral(finished, "eval", *SMALL.split(), "--json", *(f"--head={kind}" for kind in heads))
     assert done.returncode == 0, done.stderr
-    numbers = json.loads(done.stdout)["benches"]["held-out"]
-    assert numbers["lossless"] == {"checked": 2, "equal": 2, "first_divergence": None}
+    results = json.loads(done.stdout)
+    found = [results, *results["others"]]
+    assert [one["method"] for one in found] == [f"tiny {kind}" for kind in heads]
+    for one in found:
+        numbers = one["benches"]["held-out"]
+        assert numbers["lossless"] == {"checked": 2, "equal": 2, "ties": 0, "first_divergence": None}
+        assert (numbers["rows_read"] == results["target"]["vocabulary"]) == (one["head"]["kind"] == "full")
+
+
+def test_eval_at_two_temperatures_from_a_file(finished: Path) -> None:
+    questions = finished / "sums.jsonl"
+    questions.write_text(json.dumps({"question": "1 + 1?", "answer": "It is 2. #### 2"}) + "\n")
+    more = ["--questions", str(questions), "--temperature", "0", "--temperature", "1", "--seed", "5"]
+    done = coral(finished, "eval", *SMALL.split(), "decode.max_new_tokens=4", *more)
+    assert done.returncode == 0, done.stderr
+    assert "| tiny grouped |   1 |" in done.stdout
+    assert "right answers" in done.stdout
+    assert "fall as the target's distribution wants" in done.stdout
+    assert "report.html" in done.stderr
+    results = json.loads((finished / "runs" / "tiny" / "eval" / "results.json").read_text())
+    for numbers in results["benches"].values():
+        assert numbers["seed"] == 5
+        assert numbers["answers"]["plain"] == numbers["answers"]["speculative"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--bench mtbench", "unknown bench 'mtbench'; did you mean 'mt-bench'?"),
+        ("--questions absent/gsm8k.jsonl", "gsm8k.jsonl is missing; download the test split of https://hugging"),
+        ("--drafter tinny", "no drafter in 'tinny' or 'runs/tinny'; did you mean 'tiny'?"),
+        ("--head ful", "unknown head 'ful'; did you mean 'full'?"),
+        ("--resume", "no interrupted evaluation in runs/tiny. Run the same command without --resume"),
+    ],
+)
+def test_eval_answers_a_slip_in_one_line(finished: Path, options: str, message: str) -> None:
+    done = coral(finished, "eval", *SMALL.split(), *options.split())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr.strip().splitlines()[-1]
 
 
 def test_chat_in_a_pipe_says_the_same_drafted_and_plain(finished: Path) -> None:

@@ -1,0 +1,156 @@
+"""A whole evaluation on a tiny target: several methods and temperatures, interruption, resumption."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coral_core.bench.evaluate import Plan, evaluate
+from coral_core.bench.methods import Method
+from coral_core.bench.questions import Bench, Question
+from coral_core.bench.race import PLAIN, Racers, fitting, race
+from coral_core.bench.samples import depths
+from coral_core.decoding.sampling import Sampler
+from coral_core.errors import ArtifactError, DataError
+from coral_core.progress import silent
+from coral_core.recipe.loader import load_recipe
+from tests.tiny import tiny_engine, tiny_target
+
+
+class Letters:
+    """A tokenizer of one letter per id."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(32 + token) for token in ids)
+
+
+TARGET = dataclasses.replace(tiny_target(), tokenizer=Letters())
+QUESTIONS = [Question(f"q{n}", ids=(5 + n, 6, 7)) for n in range(3)]
+
+
+def method(name: str, depth: int) -> Method:
+    engine = tiny_engine(TARGET, depth=depth, nodes=4, topk=2)
+    facts = {
+        "method": name,
+        "drafter": {"run": name, "preset": None, "fingerprint": name},
+        "head": {"kind": "full"},
+        "tree": dataclasses.asdict(engine.shape),
+    }
+    return Method(name, engine, Path(name), facts)
+
+
+def plan(temperatures: tuple[float, ...] = (0.0,), seed: int = 0) -> Plan:
+    recipe = load_recipe(None, ["name=tiny", "decode.max_new_tokens=10", f"seed={seed}"])
+    return Plan(
+        recipe=recipe,
+        target=TARGET,
+        methods=[method("shallow full", 2), method("deep full", 4)],
+        benches=[Bench("mine", QUESTIONS)],
+        temperatures=temperatures,
+    )
+
+
+class StopHereError(Exception):
+    pass
+
+
+def interrupt(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+    if done == 2:
+        raise StopHereError
+
+
+@pytest.fixture(autouse=True)
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coral_core.bench.distribution.SEEDS", 8)
+
+
+def numbers_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [numbers for one in (results, *results["others"]) for numbers in one["benches"].values()]
+
+
+def test_methods_and_temperatures_in_one_run(tmp_path: Path) -> None:
+    results = evaluate(plan((0.0, 1.0)), tmp_path, silent)
+    assert list(results["benches"]) == ["mine T=0", "mine T=1"]
+    assert [other["method"] for other in results["others"]] == ["deep full"]
+    found = numbers_of(results)
+    assert [numbers["temperature"] for numbers in found] == [0.0, 1.0, 0.0, 1.0]
+    for numbers in found:
+        assert numbers["lossless"] == {"checked": 3, "equal": 3, "ties": 0, "first_divergence": None}
+        assert numbers["rows_read"] == 96
+        assert (numbers["distribution"] is None) == (numbers["temperature"] == 0)
+    assert json.loads((tmp_path / "eval" / "results.json").read_text()) == results
+    for name in ("results.md", "results.tex", "report.html", "mine-t0.jsonl", "mine-t1.jsonl", "manifest.json"):
+        assert (tmp_path / "eval" / name).stat().st_size > 100
+    assert "deep full" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_two_runs_have_the_same_tau_and_another_seed_other_answers(tmp_path: Path) -> None:
+    answers = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        evaluate(plan((1.0,), seed), tmp_path / name, silent)
+        rows = (tmp_path / name / "eval" / "mine-t1.jsonl").read_text().splitlines()
+        lanes = [json.loads(row)[0]["lanes"]["deep full"] for row in rows]
+        answers.append([(lane["ids"], lane["emitted"]) for lane in lanes])
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(StopHereError):
+        evaluate(plan(), tmp_path, interrupt)
+    rows = tmp_path / ".eval.partial" / "mine-t0.jsonl"
+    kept = rows.read_text()
+    assert len(kept.splitlines()) == 2
+    rows.write_text(kept + '[{"question": "q2", "tu')  # killed in the middle of a line
+    seen: list[int] = []
+    results = evaluate(plan(), tmp_path, lambda stage, done, total, numbers: seen.append(done), resume=True)
+    assert seen == [2, 3], "the two finished questions are not raced again"
+    assert (tmp_path / "eval" / "mine-t0.jsonl").read_text().startswith(kept)
+    assert [numbers["questions"] for numbers in numbers_of(results)] == [3, 3]
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no interrupted evaluation in .* without --resume"):
+        evaluate(plan(), tmp_path, silent, resume=True)
+    with pytest.raises(StopHereError):
+        evaluate(plan(), tmp_path, interrupt)
+    with pytest.raises(ArtifactError, match="had other seed: 0. Give the command the same options"):
+        evaluate(plan(seed=5), tmp_path, silent, resume=True)
+    assert (tmp_path / ".eval.partial" / "mine-t0.jsonl").exists(), "a refusal drops nothing"
+
+
+def test_lanes_take_turns_in_going_first() -> None:
+    """Three lanes, three questions: each is first once; every lane warmed up before."""
+    order: list[str] = []
+    racers = Racers(TARGET, {one.name: one.engine for one in plan().methods}, Sampler(), 4)
+    lanes = racers.lanes()
+
+    class Spied(Racers):
+        def lanes(self):  # type: ignore[no-untyped-def]
+            return {name: lambda prompt, name=name: (order.append(name), lanes[name](prompt))[1] for name in lanes}
+
+    spied = Spied(TARGET, racers.engines, racers.sampler, racers.max_new_tokens)
+    raced = list(race(spied, QUESTIONS))
+    a, b, c = PLAIN, "shallow full", "deep full"
+    assert order == [a, b, c, *(a, b, c), *(b, c, a), *(c, a, b)]
+    assert [list(turns[0].lanes) for turns in raced] == [[a, b, c]] * 3
+
+
+def test_a_question_beyond_the_context_is_counted(tmp_path: Path) -> None:
+    long = Question("long", ids=(5,) * TARGET.max_positions)
+    results = evaluate(dataclasses.replace(plan(), benches=[Bench("mine", [long, *QUESTIONS])]), tmp_path, silent)
+    (numbers, _) = numbers_of(results)
+    assert (numbers["questions"], numbers["turns_too_long"]) == (3, 1)
+    assert "1 turns do not fit the target's context" in (tmp_path / "eval" / "results.md").read_text()
+    with pytest.raises(DataError, match="no question fits the target's context of 160 tokens .the shortest has 160"):
+        fitting(TARGET, [long])
+
+
+def test_where_every_token_came_from() -> None:
+    """The prefill's own; a round of two accepted and the bonus; one of none; one that the answer's end cut."""
+    from coral_core.bench.race import Lane
+
+    lane = Lane([1, 2, 3, 4, 5, 6, 7], 0, 0, [2, 0, 2], [3, 1, 2], {})
+    assert depths(lane) == [0, 1, 2, 0, 0, 1, 2]
