@@ -21,8 +21,8 @@ def diverges(
 ) -> dict[str, Any] | None:
     """None when the ids are equal; else the place, both tokens, and how far apart their two logits are there.
 
-    `logit_gap` is the larger minus the smaller of what the sampler compares (at temperature 0 the logits; above, warped
-    logits plus noise), and `rounding` how much that difference moves when the same logits are computed in passes of 1
+    `logit_gap` is the distance of what the sampler compares: at temperature 0 the logits after any penalty, above it
+    the warped logits plus noise. `rounding` is how much that distance moves when the same logits come from passes of 1
     to 16 rows. `tie` is a gap within that rounding: either token was right. A gap well beyond it is a bug.
     """
     if plain_ids == ids:
@@ -44,8 +44,8 @@ def _difference(target: Target, sampler: Sampler, context: list[int], pair: tupl
     cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, len(context))
     if len(context) > rows:
         prefill(target, ids_T[:-rows], cache)
-    logits_1V = target.lent.logits(prefill(target, ids_T, cache)[-1:]).float()
+    score_1V = sampler.warp(target.lent.logits(prefill(target, ids_T, cache)[-1:]), ids_T[None])
     if sampler.temperature > 0:
         position_1 = torch.tensor([len(context)], device=target.device)
-        logits_1V = sampler.warp(logits_1V) + sampler.noise(position_1, logits_1V.shape[-1])
-    return float(logits_1V[0, pair[0]] - logits_1V[0, pair[1]])
+        score_1V = score_1V + sampler.noise(position_1, score_1V.shape[-1])
+    return float(score_1V[0, pair[0]] - score_1V[0, pair[1]])

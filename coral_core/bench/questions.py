@@ -96,7 +96,7 @@ def from_hub(bench: str) -> list[Question]:
     except Exception as error:  # the Hub client raises many kinds; the reason is passed on
         raise DataError(
             f"cannot fetch {bench} from the Hub dataset {dataset} ({type(error).__name__}); "
-            f"{_where_to_get(bench, Path('questions'))} --questions questions"
+            f"{_where_to_get(bench, Path('questions'))}"
         ) from error
     return [_question(row, f"{bench}-{index}") for index, row in enumerate(rows)]
 
@@ -106,7 +106,7 @@ def _where_to_get(bench: str, folder: Path) -> str:
     dataset, _, split = HUB[bench]
     return (
         f"download the {split} split of https://huggingface.co/datasets/{dataset} elsewhere, one JSON object per line, "
-        f"to {folder / bench}.jsonl, and run: coral eval --bench {bench}"
+        f"to {folder / bench}.jsonl, and run: coral eval --bench {bench} --questions {folder}"
     )
 
 

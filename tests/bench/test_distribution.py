@@ -30,7 +30,11 @@ class Cold:
         return self.engine.decode(prompt, dataclasses.replace(sampler, temperature=self.temperature), max_new_tokens)
 
 
-@pytest.mark.parametrize("sampler", [Sampler(temperature=1.0), Sampler(temperature=0.8, top_p=0.9, seed=7)], ids=str)
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler(temperature=1.0), Sampler(temperature=0.8, top_p=0.9, repetition_penalty=1.5, seed=7)],
+    ids=["plain", "warped"],
+)
 def test_speculative_samples_follow_the_target(sampler: Sampler) -> None:
     found = check_distribution(tiny_engine(tiny_target(), depth=2, nodes=3, topk=2), sampler, PROMPTS)
     assert found["ok"]

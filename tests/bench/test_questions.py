@@ -51,7 +51,7 @@ def test_an_unreachable_hub_says_what_to_download(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
-    with pytest.raises(DataError, match=r"HuggingFaceH4/mt_bench_prompts \(ConnectionError\).*--questions FILE"):
+    with pytest.raises(DataError, match=r"HuggingFaceH4/mt_bench_prompts \(ConnectionError\).*--questions questions"):
         from_hub("mt-bench")
 
 
