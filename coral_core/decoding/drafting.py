@@ -13,8 +13,9 @@ import torch
 from coral_core.decoding import tree
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.rounds import PREFILL_ROWS, Clock
+from coral_core.decoding.sampling import Picker
 from coral_core.drafter.model import Drafter
-from coral_core.head.candidates import Head
+from coral_core.head.candidates import Candidates, Head
 from coral_core.lent import Lent
 
 
@@ -59,10 +60,10 @@ class Drafting:
             hidden_TD = self._forward(tokens_T, features_TD, position_T, sees_TK)
         return hidden_TD[-1:]
 
-    def grow(self, root: int, hidden_1D: torch.Tensor, clock: Clock) -> tree.Draft:
+    def grow(self, root: int, hidden_1D: torch.Tensor, picker: Picker, clock: Clock) -> tree.Draft:
         """Draft a tree below `root`, from the drafted feature that follows it. Leaves the cache as it was fed."""
         committed = self.slots.length
-        logprob_1C, token_1C = self.head.candidates(hidden_1D).best(self.shape.topk)
+        logprob_1C, token_1C = self.propose(hidden_1D, picker, committed + 1)
         clock.lap("head")
         floor = self.shape.floor
         beam = tree.narrow(tree.plant(logprob_1C[0], token_1C[0], self.shape.topk), floor)
@@ -74,13 +75,19 @@ class Drafting:
             position_N = torch.full_like(beam.token_N, committed - 1 + level)
             hidden_ND = self._forward(beam.token_N, hidden_ND[beam.row_N], position_N, sees_NK)
             clock.lap("draft")
-            logprob_NC, token_NC = self.head.candidates(hidden_ND).best(self.shape.topk)
+            logprob_NC, token_NC = self.propose(hidden_ND, picker, committed + 1 + level)
             clock.lap("head")
             beam = tree.narrow(tree.extend(beam, logprob_NC, token_NC, self.shape.topk), floor)
         self.slots.truncate(committed)
         draft = tree.rerank(beam, root, self.shape.nodes, floor)
         clock.lap("draft")
         return draft
+
+    def propose(self, hidden_ND: torch.Tensor, picker: Picker, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each drafted feature, the tokens that the target will most likely pick at `position`: [N,R] twice."""
+        found = self.head.candidates(hidden_ND)
+        score_NC = picker.rank(found.logprob_NC, found.token_C, position, self.lent.head_VD.shape[0])
+        return Candidates(score_NC, found.token_C).best(self.shape.topk)
 
     def _forward(
         self,

@@ -63,7 +63,7 @@ class Engine:
         while not stop.done:
             hidden_1D = drafting.feed(token_T, feature_TD)
             clock.lap("draft")
-            draft = drafting.grow(new_ids[-1], hidden_1D, clock)
+            draft = drafting.grow(new_ids[-1], hidden_1D, sampler, clock)
             verdict, feature_TD = self._verify(draft, cache, sampler, history)
             token_T = verdict.new_A
             history.extend(token_T)
@@ -84,6 +84,6 @@ class Engine:
         placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
         feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
         past_ML = history.rows(draft) if sampler.looks_back else None
-        verdict = sampler.judge(draft, target.lent.logits(feature_MD), position_M + 1, past_ML)
+        verdict = sampler.judge(draft, target.lent.logits(feature_MD), past + 1, past_ML)
         cache.keep(verdict.path_A, past)
         return verdict, feature_MD[verdict.path_A]

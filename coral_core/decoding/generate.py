@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from coral_core.decoding.assemble import assemble
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.tree import Draft
 from coral_core.decoding.verify import Verdict, walk
 from coral_core.errors import DataError, TargetError
@@ -66,14 +67,18 @@ class Stepper:
         return picked_1.to(position_1.device)
 
     def judge(
-        self, draft: Draft, logits_MV: torch.Tensor, position_M: torch.Tensor, past_ML: torch.Tensor | None = None
+        self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
     ) -> Verdict:
         """The accepted path; it ends where a stopping criterion says so."""
 
         def step(row: int) -> tuple[int, bool]:
-            return int(self.pick(logits_MV[row : row + 1], position_M)), not self.done
+            return int(self.pick(logits_MV[row : row + 1], draft.depth_M[:1])), not self.done
 
         return walk(draft, step)
+
+    def rank(self, logprob_NC: torch.Tensor, token_C: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
+        """As a greedy sampler ranks them; torch's own draws cannot be known beforehand."""
+        return logprob_NC if self.sampled else Sampler().rank(logprob_NC, token_C, position, vocab)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,33 +3,63 @@
 Plain and speculative decoding meet the same noise at the same position, whatever was drafted, so that they pick the
 same token: a drafter-invariant coupling (Daliri, Musco and Suresh 2024). A counter-based hash rather than a generator:
 no state to carry, any subset of positions or tokens at will, the same bits on every device.
-Axes: N row, V vocabulary.
+Axes: N row, V vocabulary, P position.
 """
 
 import torch
 
-_32_BITS = 0xFFFFFFFF
+MEMO_ROWS = 64
+"""Positions whose noise is kept: drafting, verification and the next round meet the same ones."""
 
 
-def mix(x: torch.Tensor) -> torch.Tensor:
-    """The 32-bit finaliser `lowbias32` (Wellons, public domain) on int64 holding unsigned 32-bit values."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _32_BITS
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _32_BITS
-    return x ^ (x >> 16)
+def _signed(x: int) -> int:
+    """The int32 with the bits of an unsigned 32-bit number."""
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >> 31 else x
 
 
-def gumbel(seed: int, position_N: torch.Tensor, token_XV: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise [N,V] in float32 for absolute positions [N] and token ids [V] or [N,V].
+def mix_(x: torch.Tensor) -> torch.Tensor:
+    """The 32-bit finaliser `lowbias32` (Wellons, public domain), in place, on int32 that wraps like unsigned."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        high = (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # an unsigned shift
+        x.bitwise_xor_(high)
+        if factor != 1:
+            x.mul_(_signed(factor))
+    return x
+
+
+def gumbel(seed: int, position_N: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise [N,V] in float32 for absolute positions [N] and token ids [V].
 
     Two rounds of hashing with independent keys per position. -log1p(-u) keeps full precision where it decides: at
     the large end, which small u give.
     """
-    low = torch.tensor(seed & _32_BITS, device=position_N.device)
-    high = torch.tensor((seed >> 32) & _32_BITS, device=position_N.device)
-    key_N1 = mix(mix(position_N ^ low) ^ high)[:, None]
-    other_N1 = mix(key_N1 ^ 0x9E3779B9)
-    bits_NV = mix((mix(token_XV ^ key_N1) + other_N1) & _32_BITS)
-    uniform_NV = ((bits_NV.double() + 0.5) * 2.0**-32).float().clamp_max(1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform_NV))
+    key_N1 = mix_(mix_(position_N.int() ^ _signed(seed)).bitwise_xor_(_signed(seed >> 32)))[:, None]
+    other_N1 = mix_(key_N1 ^ _signed(0x9E3779B9))
+    bits_NV = mix_(mix_(token_V.int() ^ key_N1).add_(other_N1))
+    uniform_NV = bits_NV.double().add_((bits_NV < 0) * 2.0**32).add_(0.5).mul_(2.0**-32)
+    uniform_NV = uniform_NV.float().clamp_max_(1 - 2.0**-24)
+    return uniform_NV.neg_().log1p_().neg_().log_().neg_()
+
+
+class NoiseRows:
+    """The noise of recent positions over a whole vocabulary: each position is hashed once, whoever asks first."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._row: dict[int, torch.Tensor] = {}
+        self._token_V = torch.empty(0)
+
+    def at(self, first: int, count: int, vocab: int, device: torch.device) -> torch.Tensor:
+        """[P,V] for the positions from `first` on."""
+        if self._token_V.numel() != vocab or self._token_V.device != device:
+            self._token_V, self._row = torch.arange(vocab, device=device), {}
+        wanted = range(first, first + count)
+        missing = [position for position in wanted if position not in self._row]
+        if missing:
+            noise_PV = gumbel(self.seed, torch.tensor(missing, device=device), self._token_V)
+            self._row |= zip(missing, noise_PV, strict=True)
+        rows = [self._row[position] for position in wanted]
+        while len(self._row) > max(MEMO_ROWS, count):
+            self._row.pop(next(iter(self._row)))
+        return rows[0][None] if count == 1 else torch.stack(rows)

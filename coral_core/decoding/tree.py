@@ -21,6 +21,8 @@ class Draft:
     """Levels below the root."""
     sees_MM: torch.Tensor
     """True where a row's node is the column's node or descends from it."""
+    levels: int
+    """No row is deeper."""
 
 
 @dataclasses.dataclass
@@ -109,6 +111,7 @@ def rerank(beam: Beam, root: int, nodes: int, floor: float = -torch.inf) -> Draf
         parent_M=parent_M,
         depth_M=torch.cat((first_1, level_C[chosen_N])),
         sees_MM=ancestry(parent_M, len(beam.pool)),
+        levels=len(beam.pool),
     )
 
 

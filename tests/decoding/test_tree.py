@@ -21,6 +21,7 @@ def a_draft() -> tree.Draft:
         parent_M=parent_M,
         depth_M=torch.tensor([0, 1, 1, 2, 2, 2, 3]),
         sees_MM=tree.ancestry(parent_M, 3),
+        levels=3,
     )
 
 
