@@ -139,6 +139,7 @@ def pad(drafts: list[Draft]) -> Draft:
         parent_M=first.parent_M.new_zeros(len(drafts), rows),
         depth_M=first.depth_M.new_zeros(len(drafts), rows),
         sees_MM=torch.eye(rows, dtype=torch.bool, device=first.sees_MM.device).repeat(len(drafts), 1, 1),
+        levels=max(draft.levels for draft in drafts),
     )
     for number, draft in enumerate(drafts):
         own = draft.token_M.numel()

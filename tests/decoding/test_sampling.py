@@ -1,8 +1,9 @@
 """The noise is fair: draws follow p, positions and seeds are independent."""
 
+import pytest
 import torch
 
-from coral_core.decoding.noise import gumbel
+from coral_core.decoding.noise import MEMO_ROWS, NoiseRows, gumbel
 from coral_core.decoding.sampling import Sampler
 
 DRAWS = 100_000
@@ -64,3 +65,31 @@ def test_noise_is_finite_for_a_real_vocabulary() -> None:
 
 def test_greedy_takes_the_first_of_equals() -> None:
     assert Sampler().pick(torch.tensor([[0.0, 2.0, 2.0]]), torch.tensor([9])).tolist() == [1]
+
+
+def test_the_noise_of_a_position_is_the_same_whoever_asks_and_when() -> None:
+    rows, cpu = NoiseRows(seed=9), torch.device("cpu")
+    for first, count in ((4, 3), (5, 4), (4, 1), (90, MEMO_ROWS + 5), (6, 2)):
+        expected = gumbel(9, torch.arange(first, first + count), torch.arange(50))
+        assert torch.equal(rows.at(first, count, 50, cpu), expected)
+    assert rows.at(4, 1, 20, cpu).shape == (1, 20)
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(temperature=0.3, seed=1), Sampler(temperature=1.0, top_p=0.8)])
+def test_a_drafter_that_knows_the_target_ranks_its_pick_first(sampler: Sampler) -> None:
+    """The coupling: the noise that will decide is in the rank: with q = p, what will be drawn is drafted."""
+    logits_NV = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    for position, logits_V in enumerate(logits_NV):
+        ranked_1V = sampler.rank(logits_V.log_softmax(-1)[None], torch.arange(30), position, 30)
+        assert ranked_1V.argmax() == sampler.pick(logits_V[None], torch.tensor([position]))
+        assert abs(float(ranked_1V.exp().sum()) - 1) < 1e-5
+
+
+def test_ranks_tell_how_often_a_draft_will_be_picked() -> None:
+    """At temperature 1, when target and drafter differ by Gumbel noise, a rank is the frequency of being picked."""
+    seed, position, draws = 3, 7, 20_000
+    logq_V = LOGITS_V.log_softmax(0)
+    ranked_V = Sampler(temperature=1.0, seed=seed).rank(logq_V[None], torch.arange(6), position, 6)[0]
+    apart_NV = -torch.log(-torch.log(torch.rand(draws, 6, generator=torch.Generator().manual_seed(1))))
+    noise_1V = gumbel(seed, torch.tensor([position]), torch.arange(6))
+    assert_follows((logq_V + apart_NV + noise_1V).argmax(-1), ranked_V.exp())

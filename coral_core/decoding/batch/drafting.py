@@ -9,8 +9,9 @@ import torch
 from coral_core.decoding import tree
 from coral_core.decoding.batch.cache import SeatSlots
 from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.sampling import Picker
 from coral_core.drafter.model import Drafter
-from coral_core.head.candidates import Head
+from coral_core.head.candidates import Candidates, Head
 from coral_core.lent import Lent
 
 
@@ -34,10 +35,11 @@ class BatchDrafting:
         sees_BTK = torch.arange(end, device=token_BT.device) <= column_BT[:, :, None]
         return self._forward(token_BT, feature_BTD, column_BT, column_BT, sees_BTK)
 
-    def grow(self, roots: list[int], hidden_BD: torch.Tensor, past: list[int]) -> list[tree.Draft]:
+    def grow(self, roots: list[int], hidden_BD: torch.Tensor, past: list[int], picker: Picker) -> list[tree.Draft]:
         """Draft a tree below each root, from the drafted feature that follows it."""
         topk, floor = self.shape.topk, self.shape.floor
-        logprob_BC, token_BC = self.head.candidates(hidden_BD).best(topk)
+        position = [rows + 1 for rows in past]
+        logprob_BC, token_BC = self._propose(hidden_BD, picker, [1] * len(past), position)
         beams = [tree.narrow(tree.plant(*row, topk), floor) for row in zip(logprob_BC, token_BC, strict=True)]
         used, starts, hidden_ND = [0] * len(beams), list(range(len(beams))), hidden_BD
         for level in range(1, self.shape.depth):
@@ -46,7 +48,8 @@ class BatchDrafting:
                 break
             feature_ND = torch.cat([hidden_ND[start + beam.row_N] for start, beam in zip(starts, beams, strict=True)])
             hidden_ND = self._level(beams, feature_ND, past, used, level)
-            logprob_NC, token_NC = self.head.candidates(hidden_ND).best(topk)
+            position = [rows + 1 for rows in position]
+            logprob_NC, token_NC = self._propose(hidden_ND, picker, widths, position)
             proposals = zip(beams, logprob_NC.split(widths), token_NC.split(widths), strict=True)
             starts = [sum(widths[:seat]) for seat in range(len(widths))]
             beams = [
@@ -55,6 +58,16 @@ class BatchDrafting:
             ]
             used = [rows + width for rows, width in zip(used, widths, strict=True)]
         return [tree.rerank(beam, root, self.shape.nodes, floor) for beam, root in zip(beams, roots, strict=True)]
+
+    def _propose(
+        self, hidden_ND: torch.Tensor, picker: Picker, widths: list[int], position: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Drafting.propose` for several seats, each with its number of rows and the position that is proposed for."""
+        found, vocab = self.head.candidates(hidden_ND), self.lent.head_VD.shape[0]
+        token_NC = found.token_C if found.token_C.dim() == 2 else found.token_C.expand_as(found.logprob_NC)
+        parts = zip(found.logprob_NC.split(widths), token_NC.split(widths), position, strict=True)
+        score_NC = torch.cat([picker.rank(logprob, token, place, vocab) for logprob, token, place in parts])
+        return Candidates(score_NC, found.token_C).best(self.shape.topk)
 
     def _level(
         self, beams: list[tree.Beam], feature_ND: torch.Tensor, past: list[int], used: list[int], level: int

@@ -99,7 +99,7 @@ class _Batch:
         """One draft, verification and acceptance for every seat."""
         seats, past = self.seats, [seat.rows for seat in self.seats]
         hidden_BD = torch.cat([seat.hidden_1D for seat in seats])
-        drafts = self.drafting.grow([seat.root for seat in seats], hidden_BD, past)
+        drafts = self.drafting.grow([seat.root for seat in seats], hidden_BD, past, self.sampler)
         self.clock.lap("draft")
         forest = tree.pad(drafts)
         feature_BMD = self._forward(forest, past)
