@@ -103,7 +103,7 @@ def stage(final: Path, stage_fingerprint: str) -> Iterator[Path]:
     A partial folder left by an interrupted run is handed back when its fingerprint is the same, and cleared when not.
     An older `final` is replaced only at the end. Raises ArtifactError when the disk is full.
     """
-    work = final.with_name(f".{final.name}.partial")
+    work = partial(final)
     mark = work / "fingerprint"
     if work.exists() and (not mark.exists() or mark.read_text(encoding="utf-8") != stage_fingerprint):
         shutil.rmtree(work)
@@ -121,6 +121,11 @@ def stage(final: Path, stage_fingerprint: str) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise CoralError(f"cannot write {final}: {error.strerror}. Choose another folder with --runs") from error
         raise
+
+
+def partial(final: Path) -> Path:
+    """The folder that `stage` works in."""
+    return final.with_name(f".{final.name}.partial")
 
 
 def _disk_full(error: Exception) -> bool:

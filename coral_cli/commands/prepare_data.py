@@ -27,16 +27,21 @@ def prepare_data(
     """Let the target answer the prompts, and tap its features."""
     from coral_cli.console import progress_bars
     from coral_core.data.estimate import estimate
-    from coral_core.data.job import Job, check_recipe, standing
-    from coral_core.data.prepare import prepare
+    from coral_core.data.job import Job, check_recipe
+    from coral_core.data.prepare import agreed_standing, prepare, processes
     from coral_core.target.load import load_target
 
     recipe = read_recipe(arguments)
-    run = Run(recipe, runs / recipe.name) if dry_run else open_run(arguments, runs)
-    check_recipe(run.recipe)
+    check_recipe(recipe)
+    main = processes().is_main_process
+    run = open_run(arguments, runs) if main and not dry_run else Run(recipe, runs / recipe.name)
     key = os.environ.get("CORAL_ENDPOINT_KEY", "")
     job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data", key)
-    found = standing(job)
+    found = agreed_standing(job)
+    if not main:
+        if not dry_run and found.store is None:
+            prepare(job)
+        return
     _say(_standing_text(job, found))
     if dry_run:
         with progress_bars() as progress:

@@ -4,18 +4,24 @@ What is finished is kept by shard; each shard's words depend on the seed and its
 interrupted and goes on publishes the same shards as one that was not.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
-from coral_core.artifacts import Manifest, stage, write_text
+import accelerate
+import torch
+
+from coral_core.artifacts import Manifest, partial, stage, write_text
 from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
 from coral_core.data.endpoint import Endpoint
-from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name
+from coral_core.data.job import COMMAND, Job, Standing, check_recipe, dtype_name, standing
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
 from coral_core.data.shards import answer, tap_all
@@ -31,25 +37,56 @@ from coral_core.target.template import Encoded, prompt_ids
 def prepare(job: Job, progress: Progress = silent) -> Store:
     """Make the store, going on from what an interrupted run had finished, and publish it whole.
 
-    Raises DataError for prompts that cannot be used, and ArtifactError when the disk lacks room.
+    Under several processes each calls this and makes its own shards; the main one plans and publishes. Raises DataError
+    for prompts that cannot be used, and ArtifactError when the disk lacks room.
     """
     check_job(job)
-    spec = job.recipe.data
+    state = processes()
     inputs = job.inputs
     name = job.fingerprint(inputs)
-    with stage(job.folder, name) as work:
-        for source in (work, job.folder):
-            _salvage(source, work, name)
+    with stage(job.folder, name) if state.is_main_process else contextlib.nullcontext(partial(job.folder)) as work:
+        if state.is_main_process:
+            _plan(job, name, work, progress)
+        state.wait_for_everyone()
         plan = Plan.load(work)
-        if plan is None:
-            if spec.prompts == SELF:
-                check_room(job, tokens_at_most(job, spec.max_samples))
-            plan = make_plan(job.target, spec, seed=job.recipe.seed, work=work, progress=progress)
-            plan.save(work)
-        shards = _make_shards(job, plan, work, progress)
-        manifest = Manifest(kind="data", fingerprint=name, inputs=inputs, recipe=job.sections, facts={})
-        _seal(job, plan, shards, work, manifest)
+        assert plan is not None, "the main process has saved it"
+        mine = range(state.process_index, len(plan.shards), state.num_processes)
+        _make_shards(job, plan, mine, work, progress if state.is_main_process else silent)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            shards = [_noted(work, number) for number in range(len(plan.shards))]
+            manifest = Manifest(kind="data", fingerprint=name, inputs=inputs, recipe=job.sections, facts={})
+            _seal(job, plan, shards, work, manifest)
+    state.wait_for_everyone()
     return Store.open(job.folder, COMMAND)
+
+
+def processes() -> accelerate.PartialState:
+    """What accelerate knows of the processes of this run; made before the target is loaded, it gives each its GPU.
+
+    They wait for each other twice, for as long as the slowest takes: accelerate's own limit is half an hour.
+    """
+    cpu = not torch.accelerator.is_available()  # said, since accelerate takes its absence for a single process
+    return accelerate.PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))
+
+
+def agreed_standing(job: Job) -> Standing:
+    """What stands in the folder already: the main process looks, and tells the others."""
+    found: list[Any] = [standing(job) if processes().is_main_process else None]
+    accelerate.utils.broadcast_object_list(found)
+    return cast(Standing, found[0])
+
+
+def _plan(job: Job, name: str, work: Path, progress: Progress) -> None:
+    """Have the plan in the work folder, and beside it what was finished before."""
+    for source in (work, job.folder):
+        _salvage(source, work, name)
+    if (work / PLAN).exists():
+        return
+    spec = job.recipe.data
+    if spec.prompts == SELF:
+        check_room(job, tokens_at_most(job, spec.max_samples))
+    make_plan(job.target, spec, seed=job.recipe.seed, work=work, progress=progress).save(work)
 
 
 def check_job(job: Job) -> None:
@@ -94,26 +131,23 @@ def tokens_at_most(job: Job, dialogues: int) -> int:
     return dialogues * min(spec.max_length, frame + 2 * spec.max_new_tokens)
 
 
-def _make_shards(job: Job, plan: Plan, work: Path, progress: Progress) -> list[ShardFacts]:
-    """Every shard of the plan; those finished before are kept when their bytes are still those written."""
-    made = {number: facts for number in range(len(plan.shards)) if (facts := _finished(work, number))}
-    check_room(job, sum(plan.shard_tokens(number) for number in range(len(plan.shards)) if number not in made))
-    done = sum(len(plan.shards[number]) for number in made)
-    answers = Meter(progress, "answers", len(plan.dialogues), done)
-    features = Meter(progress, "features", len(plan.dialogues), done)
+def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progress) -> None:
+    """Every shard whose number is in `mine`; those finished before stay when their bytes are still those written."""
+    missing = [number for number in mine if not _finished(work, number)]
+    check_room(job, mine.step * sum(plan.shard_tokens(number) for number in missing))
+    total = sum(len(plan.shards[number]) for number in mine)
+    done = total - sum(len(plan.shards[number]) for number in missing)
+    answers, features = (Meter(progress, stage, total, done) for stage in ("answers", "features"))
     held_from = len(plan.dialogues) - job.recipe.data.holdout
-    missing = [number for number in range(len(plan.shards)) if number not in made]
     for number, pieces in _answered(job, plan, missing, answers):
         rows = plan.shards[number]
         flat = [piece for several in pieces for piece in several]
         samples = tap_all(job.target, flat, job.recipe.data.batch_size, job.dtype, features)
         held = sum(len(several) for row, several in zip(rows, pieces, strict=True) if row >= held_from)
-        made[number] = write_shard(work, number, samples, job.dtype, holdout_samples=held)
-        _finish(work, made[number])
+        _finish(work, write_shard(work, number, samples, job.dtype, holdout_samples=held))
         features.advance(len(rows), 0)
     answers.finish()
     features.finish()
-    return [made[number] for number in range(len(plan.shards))]
 
 
 def _answered(job: Job, plan: Plan, numbers: list[int], meter: Meter) -> Iterator[tuple[int, list[list[Encoded]]]]:
@@ -135,14 +169,18 @@ def _finish(folder: Path, facts: ShardFacts) -> None:
     write_text(folder / f"{facts.file}.json", json.dumps(dataclasses.asdict(facts)) + "\n")
 
 
-def _finished(folder: Path, number: int) -> ShardFacts | None:
-    """What `_finish` said of a shard, when the shard is still so."""
-    path = folder / shard_name(number)
+def _noted(folder: Path, number: int) -> ShardFacts:
+    """What `_finish` said of a shard."""
+    path = folder / f"{shard_name(number)}.json"
+    return ShardFacts(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _finished(folder: Path, number: int) -> bool:
+    """Whether a shard is as `_finish` said."""
     try:
-        facts = ShardFacts(**json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8")))
-        return facts if file_sha256(path) == facts.sha256 else None
+        return file_sha256(folder / shard_name(number)) == _noted(folder, number).sha256
     except FileNotFoundError:
-        return None
+        return False
 
 
 def _salvage(source: Path, work: Path, name: str) -> None:

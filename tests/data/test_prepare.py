@@ -2,10 +2,12 @@
 
 import collections
 import json
+import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +185,44 @@ def progress(stage, done, total, numbers):
     sys.stdout.flush()
 prepare(make_job(Path(sys.argv[1])), progress)
 """
+
+
+def start_ranks(folder: Path, processes: int) -> list[subprocess.Popen]:
+    """As many processes as `accelerate launch` would start, each told its rank in the environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    return [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(processes)
+    ]
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_several_processes_make_one_store_the_same_as_one(
+    tmp_path: Path, whole: dict[str, bytes], killed: bool
+) -> None:
+    """Each makes shards of its own, when two others were killed on the way too."""
+    if killed:
+        others = start_ranks(tmp_path, 2)
+        out = others[0].stdout
+        assert out is not None
+        while b"features" not in out.readline():
+            pass
+        for process in others:
+            process.kill()
+            process.communicate()
+        assert (tmp_path / ".data.partial").exists()
+    running = start_ranks(tmp_path, 2)
+    told = [process.communicate(timeout=120)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert ("answers" in told[0], told[1]) == (True, ""), "only the main process says how far it is"
+    assert contents(tmp_path / "data") == whole
 
 
 def kill_while_running(folder: Path, lines: int) -> bool:
