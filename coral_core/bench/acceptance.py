@@ -25,15 +25,20 @@ def acceptance(
     def measure(drafter: Drafter) -> float:
         drafter = drafter.to(target.device, target.dtype)
         engine = Engine(target, drafter, FullHead(target.lent), tree_shape(recipe.decode))
-        rounds: list[int] = []
-        decoded = emitted_by_prompt(engine, prompts, sampler(recipe), recipe.decode.max_new_tokens)
-        for number, emitted in enumerate(decoded, start=1):
-            rounds += emitted
-            numbers = {"tokens_per_round": statistics.fmean(rounds)} if rounds else {}
-            progress("acceptance", number, len(prompts), numbers)
-        return statistics.fmean(rounds) if rounds else 1.0
+        return tokens_per_round(recipe, engine, prompts, progress)
 
     return measure
+
+
+def tokens_per_round(recipe: Recipe, engine: Engine, prompts: list[list[int]], progress: Progress) -> float:
+    """What an engine reaches on the prompts, with the recipe's sampler and length."""
+    rounds: list[int] = []
+    decoded = emitted_by_prompt(engine, prompts, sampler(recipe), recipe.decode.max_new_tokens)
+    for number, emitted in enumerate(decoded, start=1):
+        rounds += emitted
+        numbers = {"tokens_per_round": statistics.fmean(rounds)} if rounds else {}
+        progress("acceptance", number, len(prompts), numbers)
+    return statistics.fmean(rounds) if rounds else 1.0
 
 
 def emitted_by_prompt(

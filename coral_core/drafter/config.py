@@ -21,6 +21,8 @@ class DrafterConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     rope_parameters: dict[str, Any]
+    fc_bias: bool = False
+    """Whether `fc` has a bias: never in what coral trains, often in EAGLE's own checkpoints."""
 
     def save(self, folder: Path) -> None:
         """Write config.json; `model_type` lets Hugging Face tools recognise the layout."""
@@ -35,8 +37,8 @@ class DrafterConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ArtifactError(f"no drafter in {folder}: {error}. Run: coral train") from error
-        names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in values]
+        fields = dataclasses.fields(cls)
+        missing = [field.name for field in fields if field.name not in values and field.default is dataclasses.MISSING]
         if missing:
             raise ArtifactError(f"{path} is not a drafter's config: key '{missing[0]}' is missing. Run: coral train")
-        return cls(**{name: values[name] for name in names})
+        return cls(**{field.name: values[field.name] for field in fields if field.name in values})

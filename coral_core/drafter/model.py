@@ -5,20 +5,30 @@ head room turns the outputs into logits. Axes: B batch, T position, D hidden.
 """
 
 import dataclasses
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from coral_core.artifacts import MANIFEST, Manifest
 from coral_core.drafter.blocks import Attend, DraftLayer, Rope
 from coral_core.drafter.config import DrafterConfig
+from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
 
 
 class Drafter(nn.Module):
     """Row t reads token t+1 and feature t, and predicts feature t+1."""
+
+    manifest: Manifest | None = None
+    """Where it came from, once `from_pretrained` has read it: the target that it was trained for, above all."""
+    folder: Path | None = None
+    """The folder that `from_pretrained` read; a grouped head may lie beside it, in head/."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -27,7 +37,7 @@ class Drafter(nn.Module):
         self.config = config
         hidden = config.hidden_size
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
+        self.fc = nn.Linear(2 * hidden, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList([DraftLayer(hidden, heads, config.intermediate_size, config.rms_norm_eps)])
         self.rope = Rope(LlamaConfig(**dataclasses.asdict(config)))
         self._start_as_identity()
@@ -65,20 +75,70 @@ class Drafter(nn.Module):
         Raises ArtifactError when a file is missing or damaged, or a tensor is absent, unknown or of another shape:
         never a partly random drafter.
         """
-        drafter = cls(DrafterConfig.load(folder))
         path = folder / "model.safetensors"
+        config = DrafterConfig.load(folder)
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"cannot read the drafter {path}: {error}. Run: coral train") from error
+        return cls.build(config, weights, source=str(path), remedy="Run: coral train")
+
+    @classmethod
+    def build(
+        cls, config: DrafterConfig, weights: Mapping[str, torch.Tensor], *, source: str, remedy: str
+    ) -> "Drafter":
+        """A frozen drafter of exactly these weights, in their own dtype.
+
+        Raises ArtifactError, naming `source`, the first tensor that does not fit, and the `remedy`.
+        """
+        drafter = cls(config)
         expected = drafter.state_dict()
         for name in sorted(expected.keys() | weights.keys()):
             if name not in weights:
-                raise ArtifactError(f"{path} lacks tensor '{name}'. Run: coral train")
+                raise ArtifactError(f"{source} lacks tensor '{name}'. {remedy}")
             if name not in expected:
-                raise ArtifactError(f"{path} holds an unknown tensor '{name}'. Run: coral train")
+                raise ArtifactError(f"{source} holds an unknown tensor '{name}'. {remedy}")
             if weights[name].shape != expected[name].shape:
                 shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-                raise ArtifactError(f"{path}: tensor '{name}' has shape {shapes}. Run: coral train")
+                raise ArtifactError(f"{source}: tensor '{name}' has shape {shapes}. {remedy}")
         drafter.load_state_dict(weights, assign=True)
         return drafter.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Drafter":
+        """The drafter of a folder or a Hub repository: coral's own, or a checkpoint of EAGLE-1, EAGLE-2 or HASS.
+
+        Raises ArtifactError when there is none, or one that does not fit its own config in every tensor.
+        """
+        from coral_core.drafter.checkpoint import is_coral, read_checkpoint
+
+        folder = fetch(str(name), revision)
+        if not is_coral(folder):
+            return read_checkpoint(folder).drafter
+        drafter = cls.load(folder)
+        drafter.folder = folder
+        if (folder / MANIFEST).exists():
+            drafter.manifest = Manifest.read(folder, "drafter", "coral train")
+        return drafter
+
+    def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
+        """Write config.json, model.safetensors and, when its origin is known, manifest.json; then push, if asked.
+
+        `repo_id` is by default the folder's name, under the user's own account.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder)
+        if self.manifest is not None:
+            self.manifest.write(folder)
+        if push_to_hub:
+            upload(folder, repo_id or folder.name)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes; the commit's address.
+
+        `options` are upload's: private, message. Raises CoralError with the Hub's reason, such as no login.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, **options)

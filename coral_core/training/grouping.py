@@ -39,10 +39,7 @@ def group_head(recipe: Recipe, run: Path, progress: Progress = silent) -> tuple[
     """
     store = open_data(recipe, run)
     trained = Manifest.read(run / "drafter", "drafter", "coral train")
-    if trained.inputs["data"] != store.manifest.fingerprint:
-        raise ArtifactError(
-            f"the drafter in {run / 'drafter'} was trained on other data than {store.folder}. Run: coral train"
-        )
+    _refuse_stranger(trained, store, run / "drafter")
     final = run / "head"
     inputs = {"target": trained.inputs["target"], "data": store.manifest.fingerprint, "drafter": trained.fingerprint}
     fingerprint = section_fingerprint(recipe, *SECTIONS, **inputs)
@@ -57,6 +54,17 @@ def group_head(recipe: Recipe, run: Path, progress: Progress = silent) -> tuple[
         manifest = Manifest(kind="head", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
         manifest.write(work)
     return manifest, True
+
+
+def _refuse_stranger(trained: Manifest, store: Store, folder: Path) -> None:
+    """An imported drafter knows no data, only its target."""
+    if (made_for := trained.inputs["target"]) != (tapped := store.manifest.inputs["target"]):
+        raise ArtifactError(
+            f"the drafter in {folder} is for target {made_for}, and the data in {store.folder} are of target {tapped}. "
+            "Run: coral prepare-data, with the drafter's own target"
+        )
+    if trained.inputs.get("data", store.manifest.fingerprint) != store.manifest.fingerprint:
+        raise ArtifactError(f"the drafter in {folder} was trained on other data than {store.folder}. Run: coral train")
 
 
 def _build(recipe: Recipe, store: Store, drafter: Drafter, work: Path, progress: Progress) -> dict[str, object]:

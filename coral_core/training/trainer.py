@@ -23,7 +23,7 @@ from coral_core.recipe.schema import TrainSpec
 from coral_core.store.batches import Batch, batches
 from coral_core.store.store import Store
 from coral_core.training.alignment import Alignment
-from coral_core.training.checkpoint import Checkpoint, first_difference
+from coral_core.training.checkpoint import Checkpoint
 from coral_core.training.objective import Objective
 from coral_core.training.unroll import Unroll, feature_noise, loss_rows
 
@@ -40,7 +40,9 @@ class Trainer:
     def __init__(self, spec: TrainSpec, store: Store, seed: int, accelerator: accelerate.Accelerator) -> None:
         self.spec, self.store, self.seed, self.accelerator = spec, store, seed, accelerator
         self.config = DrafterConfig(**store.manifest.facts["drafter_config"])
-        unroll = Unroll(initial_drafter(self.config, seed, spec.init_from), spec.unroll_steps)
+        drafter = initial_drafter(self.config, seed, spec.init_from)
+        self.config = drafter.config
+        unroll = Unroll(drafter, spec.unroll_steps)
         optimizer = torch.optim.AdamW(unroll.parameters(), lr=spec.learning_rate, betas=BETAS)
         self.model, self.optimizer = accelerator.prepare(unroll, optimizer)
         self.lent = store.lent().to(accelerator.device, DTYPES[spec.precision])
@@ -139,15 +141,16 @@ class MicroBatch:
 def initial_drafter(config: DrafterConfig, seed: int, folder: str = "") -> Drafter:
     """The drafter in `folder`, or one whose weights depend on the seed alone.
 
-    Raises ArtifactError when the folder holds none, or one of another shape.
+    A drafter that was imported keeps its own shape; only the features and the words that it reads must be the target's.
+    Raises ArtifactError when the folder holds none, or one for other features or another vocabulary.
     """
     if folder:
         drafter = Drafter.load(Path(folder)).float().requires_grad_(True).train()
-        if difference := first_difference(dataclasses.asdict(drafter.config), dataclasses.asdict(config)):
-            key, was, now = difference
-            raise ArtifactError(
-                f"train.init_from={folder} has {key} {was}, this target's drafter has {now}. Set another"
-            )
+        for key in ("hidden_size", "vocab_size"):
+            if (was := getattr(drafter.config, key)) != (now := getattr(config, key)):
+                raise ArtifactError(
+                    f"train.init_from={folder} has {key} {was}, this target's drafter has {now}. Set another"
+                )
         return drafter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

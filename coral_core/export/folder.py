@@ -1,0 +1,84 @@
+"""Writing an engine's folder, and reading it back before it gets its name.
+
+Axes: V vocabulary, D hidden.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from coral_core.drafter.checkpoint import EMBED, FC_BIAS, read_checkpoint
+from coral_core.drafter.config import DrafterConfig
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
+from coral_core.export.layouts import Layout, config_values, tensor_shapes
+from coral_core.lent import Lent
+
+WEIGHTS = "model.safetensors"
+
+
+def write_folder(layout: Layout, drafter: Drafter, lent: Lent, folder: Path) -> None:
+    """config.json and model.safetensors as the engine reads them: the drafter's own bits, none rounded.
+
+    The embedding goes along: vLLM shares the target's when the two are equal, and with pipeline parallelism the
+    drafter's stays random without it. Raises ArtifactError when what was written is not what the engine expects.
+    """
+    weights = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
+    dtype = weights["fc.weight"].dtype
+    shapes = tensor_shapes(layout, drafter.config)
+    if FC_BIAS in shapes and FC_BIAS not in weights:
+        weights[FC_BIAS] = torch.zeros(shapes[FC_BIAS], dtype=dtype)
+    if FC_BIAS not in shapes:
+        weights.pop(FC_BIAS, None)
+    weights[EMBED] = narrow(lent.embed_VD)
+    scale, name = lent.logit_scale, str(dtype).removeprefix("torch.")
+    config = config_values(layout, drafter.config, dtype=name, logit_scale=scale)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    check_folder(layout, drafter.config, folder)
+    _check_bits(drafter, lent, folder)
+
+
+def narrow(embed_VD: torch.Tensor) -> torch.Tensor:
+    """The embedding on the CPU in the narrowest dtype that holds it exactly; float32 is mostly how it was read."""
+    embed_VD = embed_VD.detach().cpu().contiguous()
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(embed_VD.to(dtype).to(embed_VD.dtype), embed_VD):
+            return embed_VD.to(dtype)
+    return embed_VD
+
+
+def check_folder(layout: Layout, config: DrafterConfig, folder: Path) -> None:
+    """Raises ArtifactError naming the first tensor or config key that the engine's loader would refuse or miss."""
+    expected = tensor_shapes(layout, config)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ArtifactError(
+                f"{folder / WEIGHTS}: tensor '{name}' is {found.get(name, 'missing')}, and {layout.engine} expects "
+                f"{expected.get(name, 'none of that name')}. Run: coral export"
+            )
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wanted = {"architectures": [layout.architecture], "num_hidden_layers": 1, "attention_bias": False}
+    wanted |= {"tie_word_embeddings": False, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    for key, value in wanted.items():
+        if values.get(key) != value:
+            raise ArtifactError(
+                f"{folder / 'config.json'}: {key} is {values.get(key)}, and {layout.engine} expects {value}. "
+                "Run: coral export"
+            )
+
+
+def _check_bits(drafter: Drafter, lent: Lent, folder: Path) -> None:
+    """What is read back is the drafter, bit for bit, in a config that transformers reads as the drafter's own."""
+    back = read_checkpoint(folder)
+    own = drafter.state_dict()
+    same = all(torch.equal(value, own[name].cpu()) for name, value in back.drafter.state_dict().items())
+    embed_VD = back.embed_VD
+    assert embed_VD is not None and torch.equal(embed_VD.to(lent.embed_VD.dtype), lent.embed_VD.cpu()), "embedding"
+    assert same and back.drafter.rope.scaling == drafter.rope.scaling, "weights"
+    assert torch.equal(back.drafter.rope.inv_freq_E, drafter.rope.inv_freq_E.cpu()), "RoPE"

@@ -1,0 +1,155 @@
+"""What each engine's loader accepts of a drafter: read in vLLM 0.33.0, SGLang 0.5.23 and EAGLE's cnets1.py.
+
+Tensor names and shapes, config keys, the RoPE variants that it computes as the drafter was trained with them, and the
+targets that its classes can lend an embedding and a head from. Nothing here was run on an engine.
+Axes: V vocabulary, D hidden.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from coral_core.drafter.config import DrafterConfig
+
+_YARN = {
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+}
+_LLAMA3 = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+NO_LENDER = "{engine} runs it by a class that has no {what} to share with a drafter"
+UNREAD = "its class in {engine} is not among those whose sharing of embedding and head was checked"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One engine's folder."""
+
+    engine: str
+    architecture: str
+    fc_bias: Literal["never", "always", "as is"]
+    """never: its `fc` has none; always: zeros must stand where there is none, or it stays random."""
+    rope: dict[str, set[str]]
+    """RoPE type -> its keys, besides type and theta, which the engine reads as transformers does."""
+    targets: frozenset[str]
+    """model_type of the targets that it can serve with this drafter."""
+    refused: dict[str, str]
+    """model_type -> why not."""
+    serve: str
+    """The command, with {target}, {folder} and {depth}, {topk}, {nodes} of the recipe's tree."""
+    free_head_dim: bool = True
+    """Whether heads may be of another size than hidden / heads."""
+    scales_logits: bool = False
+    """Whether the drafter's class applies a factor on the logits."""
+
+    def why_not(self, model_type: str) -> str:
+        """Why a target of this type cannot be served, or ''."""
+        if model_type in self.targets:
+            return ""
+        return self.refused.get(model_type, UNREAD.format(engine=self.engine))
+
+
+def _lacks(engine: str, what: str, *types: str) -> dict[str, str]:
+    return {name: NO_LENDER.format(engine=engine, what=what) for name in types}
+
+
+_SPECULATIVE = '{{"method": "eagle", "model": "{folder}", "num_speculative_tokens": {depth}}}'
+
+_LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "exaone4", "gpt_oss", "gemma3_text"}
+"""Types whose classes in both engines have `embed_tokens` (or `embedding`) and `lm_head`, and lend both."""
+_NO_GETTER = ("mixtral", "gemma", "gemma2", "phi", "gpt2", "stablelm", "olmo", "olmo2", "cohere", "cohere2", "granite")
+
+LAYOUTS = {
+    "vllm": Layout(
+        engine="vLLM",
+        architecture="LlamaForCausalLM",  # vLLM puts Eagle before it
+        fc_bias="never",
+        rope={"default": set(), "linear": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN | {"attention_factor"}},
+        targets=frozenset(_LLAMA_LIKE | {"mixtral", "gemma", "stablelm", "granite"}),
+        refused={
+            **_lacks("vLLM", "lm_head", "gemma2", "cohere", "cohere2"),
+            **_lacks("vLLM", "embed_tokens", "gpt2", "opt"),
+        },
+        serve=f"vllm serve {{target}} --speculative-config '{_SPECULATIVE}'",
+        scales_logits=True,
+    ),
+    "sglang": Layout(
+        engine="SGLang",
+        architecture="LlamaForCausalLMEagle",
+        fc_bias="always",
+        rope={"default": set(), "linear": {"factor"}, "llama3": _LLAMA3, "yarn": _YARN},
+        targets=frozenset(_LLAMA_LIKE),
+        refused=_lacks("SGLang", "get_embed_and_head", *_NO_GETTER),
+        serve=(
+            "python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE "
+            "--speculative-draft-model-path {folder} --speculative-num-steps {depth} --speculative-eagle-topk {topk} "
+            "--speculative-num-draft-tokens {nodes}"
+        ),
+    ),
+    "eagle": Layout(
+        engine="EAGLE's code",
+        architecture="LlamaForCausalLM",
+        fc_bias="as is",
+        rope={"default": set()},
+        targets=frozenset({"llama", "qwen2", "mixtral"}),
+        refused={},
+        serve=(
+            "EaModel.from_pretrained(use_eagle3=False, base_model_path='{target}', ea_model_path='{folder}', "
+            "depth={depth}, top_k={topk}, total_token={nodes})"
+        ),
+        free_head_dim=False,
+    ),
+}
+
+
+def tensor_shapes(layout: Layout, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the folder, by name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocab_size, hidden),
+        "fc.weight": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_proj.weight": (query, hidden),
+        "layers.0.self_attn.k_proj.weight": (key, hidden),
+        "layers.0.self_attn.v_proj.weight": (key, hidden),
+        "layers.0.self_attn.o_proj.weight": (hidden, query),
+        "layers.0.mlp.gate_proj.weight": (inner, hidden),
+        "layers.0.mlp.up_proj.weight": (inner, hidden),
+        "layers.0.mlp.down_proj.weight": (hidden, inner),
+        "layers.0.post_attention_layernorm.weight": (hidden,),
+    }
+    if layout.fc_bias == "always" or (layout.fc_bias == "as is" and config.fc_bias):
+        shapes["fc.bias"] = (hidden,)
+    return shapes
+
+
+def config_values(layout: Layout, config: DrafterConfig, *, dtype: str, logit_scale: float) -> dict[str, Any]:
+    """config.json of the folder.
+
+    `bias` is EAGLE's word for a bias of `fc`, and the engines' for one of attention: true only for EAGLE's own code.
+    `tie_word_embeddings` is false even where the target's are tied: SGLang replaces both matrices one after the other.
+    """
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}
+    values: dict[str, Any] = {
+        "architectures": [layout.architecture],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        **dataclasses.asdict(config),
+        "rope_theta": rope["rope_theta"],
+        "attention_bias": False,
+    }
+    del values["fc_bias"], values["rope_parameters"]
+    if layout.architecture == LAYOUTS["eagle"].architecture:
+        values["bias"] = layout.fc_bias == "as is" and config.fc_bias
+    if layout is not LAYOUTS["eagle"]:  # its config class is older than this key
+        values["rope_parameters"] = {key: float(v) if key == "factor" else v for key, v in rope.items()}
+    if layout.scales_logits and logit_scale != 1.0:
+        values["logit_scale"] = logit_scale
+    return values

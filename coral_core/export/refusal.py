@@ -1,0 +1,48 @@
+"""Whether an engine can serve this drafter for this target; if not, the reason in one line."""
+
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError, TargetError
+from coral_core.export.layouts import Layout
+from coral_core.target.load import Target
+
+OURS = "Serve it with coral, or run: coral export --to hf"
+
+
+def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:
+    """Raises TargetError or ArtifactError with the first reason why the engine would not load it, or load it wrong."""
+    config = target.model.config.get_text_config()
+    refuse_target(layout, config.model_type, target)
+    refuse_drafter(layout, drafter)
+    if target.lent.embed_VD.shape != (wanted := (drafter.config.vocab_size, drafter.config.hidden_size)):
+        shapes = f"{tuple(target.lent.embed_VD.shape)}, and the drafter's are {wanted}"
+        raise ArtifactError(f"the target's embedding is {shapes}. Export it with its own target")
+
+
+def refuse_target(layout: Layout, model_type: str, target: Target) -> None:
+    """Raises TargetError when the engine cannot lend this target's embedding and head as coral does."""
+    if reason := layout.why_not(model_type):
+        raise TargetError(f"{layout.engine} cannot draft for a target of type '{model_type}': {reason}. {OURS}")
+    lent = target.lent
+    if lent.head_bias_V is not None:
+        raise TargetError(f"the target's LM head has a bias, which {layout.engine}'s drafter leaves out. {OURS}")
+    if lent.logit_scale != 1.0 and not layout.scales_logits:
+        raise TargetError(f"the target scales its logits by {lent.logit_scale:g}; {layout.engine} would not. {OURS}")
+    if lent.logit_softcap:
+        raise TargetError(f"the target caps its logits at {lent.logit_softcap:g}; {layout.engine} would not. {OURS}")
+
+
+def refuse_drafter(layout: Layout, drafter: Drafter) -> None:
+    """Raises ArtifactError when the engine would compute something else with these weights."""
+    config = drafter.config
+    if layout.fc_bias == "never" and config.fc_bias and drafter.fc.bias.count_nonzero():
+        raise ArtifactError(f"the drafter's fc has a bias that is not zero, and {layout.engine}'s has none. {OURS}")
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in layout.rope:
+        raise ArtifactError(f"{layout.engine} computes RoPE of type '{kind}' otherwise than coral did. {OURS}")
+    strange = sorted(set(rope) - layout.rope[kind] - {"rope_type", "type", "rope_theta"})
+    if strange:
+        raise ArtifactError(f"{layout.engine} does not read '{strange[0]}' of the drafter's RoPE ({kind}). {OURS}")
+    if not layout.free_head_dim and config.head_dim * config.num_attention_heads != config.hidden_size:
+        shape = f"{config.num_attention_heads} heads of {config.head_dim} for {config.hidden_size} hidden"
+        raise ArtifactError(f"{layout.engine} needs heads of hidden / heads; the drafter has {shape}. {OURS}")

@@ -1,0 +1,90 @@
+"""The export stage: from a run's drafter to runs/NAME/export/FORMAT."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from coral_core.artifacts import MANIFEST, Manifest, fingerprint, stage
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
+from coral_core.export.folder import write_folder
+from coral_core.export.layouts import LAYOUTS
+from coral_core.export.refusal import refuse
+from coral_core.recipe.schema import Recipe
+from coral_core.target.load import PICO, Target
+
+HF = "hf"
+"""Coral's own format: the drafter, and its grouped head whole, as Drafter.from_pretrained reads them."""
+FORMATS = (*LAYOUTS, HF)
+TOKEN_MAP = "token_map.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A published drafter and where it lies."""
+
+    folder: Path
+    """The run, or the package's own pico."""
+    manifest: Manifest
+    drafter: Drafter
+    head: Path | None
+    """The folder of the head that was made for this drafter, if there is one."""
+
+
+def open_source(recipe: Recipe, run: Path, target_fingerprint: str | None) -> Source:
+    """The run's drafter; what coral ships where the target is pico and the run has none.
+
+    Raises ArtifactError when it is missing, damaged, or trained for another target than `target_fingerprint`.
+    """
+    folder = PICO if recipe.target.model == "pico" and not (run / "drafter").exists() else run
+    manifest = Manifest.read(folder / "drafter", "drafter", "coral train")
+    made_for = manifest.inputs.get("target")
+    if target_fingerprint is not None and made_for != target_fingerprint:
+        raise ArtifactError(
+            f"the drafter in {folder / 'drafter'} was trained for target {made_for}, and target "
+            f"'{recipe.target.model}' is {target_fingerprint}. Set target.model to its own"
+        )
+    return Source(folder, manifest, Drafter.load(folder / "drafter"), _head_of(folder / "head", manifest))
+
+
+def _head_of(folder: Path, drafter: Manifest) -> Path | None:
+    if not (folder / MANIFEST).exists():
+        return None
+    made_for = Manifest.read(folder, "head", "coral group-head").inputs.get("drafter")
+    return folder if made_for == drafter.fingerprint else None
+
+
+def export_engine(to: str, source: Source, target: Target, run: Path, token_map: torch.Tensor | None = None) -> Path:
+    """Publish RUN/export/TO, a folder that the engine loads as it is. `token_map` [K] is SGLang's: ids it drafts from.
+
+    Raises TargetError or ArtifactError with the reason when the engine could not serve it; nothing is written then.
+    """
+    layout = LAYOUTS[to]
+    refuse(layout, source.drafter, target)
+    final = run / "export" / to
+    inputs = {"target": target.fingerprint, "drafter": source.manifest.fingerprint}
+    ids = None if token_map is None else sorted(token_map.tolist())
+    name = fingerprint({"format": to, **inputs, "token_map": ids})
+    with stage(final, name) as work:
+        write_folder(layout, source.drafter, target.lent, work)
+        if ids is not None:
+            # SGLang reads nothing else: a pickled list of plain integers, loaded there with weights_only.
+            torch.save(ids, work / TOKEN_MAP)
+        facts = {"format": to, "token_map": len(ids) if ids else None}
+        Manifest(kind="export", fingerprint=name, inputs=inputs, recipe={}, facts=facts).write(work)
+    return final
+
+
+def export_hf(source: Source, run: Path) -> Path:
+    """Publish RUN/export/hf: what `Drafter.from_pretrained`, `coral import` and the Hub take."""
+    final = run / "export" / HF
+    head = Manifest.read(source.head, "head", "coral group-head").fingerprint if source.head else None
+    with stage(final, fingerprint({"format": HF, "drafter": source.manifest.fingerprint, "head": head})) as work:
+        source.drafter.save(work)
+        source.manifest.write(work)
+        if source.head is not None:
+            shutil.rmtree(work / "head", ignore_errors=True)
+            shutil.copytree(source.head, work / "head")
+    return final
