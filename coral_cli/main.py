@@ -12,9 +12,12 @@ import typer.core
 
 from coral_cli.commands.chat import chat
 from coral_cli.commands.eval import evaluate
+from coral_cli.commands.export import export
 from coral_cli.commands.group_head import group_head
+from coral_cli.commands.import_drafter import import_drafter
 from coral_cli.commands.inspect import inspect
 from coral_cli.commands.prepare_data import prepare_data
+from coral_cli.commands.publish import publish
 from coral_cli.commands.train import train
 from coral_core import __version__
 from coral_core.errors import CoralError
@@ -62,7 +65,8 @@ def coral(
     """Make a language model decode faster without changing a word of what it says.
 
     Every command takes one recipe: `coral COMMAND [recipe.yaml] [section.key=value ...]`. With no recipe it works on
-    the small embedded model pico. In order: prepare-data, train, group-head, eval, chat.
+    the small embedded model pico. In order: prepare-data, train, group-head, eval, chat; then
+    export and publish for other engines, import for other people's drafters.
     """
 
 
@@ -72,6 +76,9 @@ app.command("group-head")(group_head)
 app.command("eval")(evaluate)
 app.command("chat")(chat)
 app.command("inspect")(inspect)
+app.command("export")(export)
+app.command("import")(import_drafter)
+app.command("publish")(publish)
 
 
 def main() -> None:

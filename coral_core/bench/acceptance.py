@@ -3,12 +3,15 @@
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
+
 from coral_core.bench.race import run_lane
 from coral_core.decoding.assemble import sampler, tree_shape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.head.full import FullHead
+from coral_core.head.static import StaticHead
 from coral_core.progress import Progress
 from coral_core.recipe.schema import Recipe
 from coral_core.target.load import Target
@@ -47,3 +50,20 @@ def emitted_by_prompt(
     """Tokens of each draft round, prompt after prompt, by real decoding."""
     for prompt in prompts:
         yield run_lane(engine.decode(prompt, picks, max_new_tokens)).emitted
+
+
+def static_head_cost(
+    recipe: Recipe,
+    target: Target,
+    drafter: Drafter,
+    token_K: torch.Tensor,
+    prompts: list[list[int]],
+    progress: Progress,
+) -> tuple[float, float]:
+    """tokens_per_round when drafting from the whole vocabulary, and from the tokens of a static head alone."""
+    drafter, shape = drafter.to(target.device, target.dtype), tree_shape(recipe.decode)
+    heads = (FullHead(target.lent), StaticHead(target.lent, token_K))
+    whole, static = (
+        tokens_per_round(recipe, Engine(target, drafter, head, shape), prompts, progress) for head in heads
+    )
+    return whole, static

@@ -57,7 +57,9 @@ def _lacks(engine: str, what: str, *types: str) -> dict[str, str]:
     return {name: NO_LENDER.format(engine=engine, what=what) for name in types}
 
 
-_SPECULATIVE = '{{"method": "eagle", "model": "{folder}", "num_speculative_tokens": {depth}}}'
+_SPECULATIVE = (
+    '{{"method": "eagle", "model": "{folder}", "num_speculative_tokens": {depth}, "draft_tensor_parallel_size": 1}}'
+)
 
 _LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "exaone4", "gpt_oss", "gemma3_text"}
 """Types whose classes in both engines have `embed_tokens` (or `embedding`) and `lm_head`, and lend both."""

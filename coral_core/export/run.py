@@ -8,11 +8,13 @@ import torch
 
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint, stage
 from coral_core.drafter.model import Drafter
-from coral_core.errors import ArtifactError
+from coral_core.errors import ArtifactError, CoralError
 from coral_core.export.folder import write_folder
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.refusal import refuse
-from coral_core.recipe.schema import Recipe
+from coral_core.head.load import load_head
+from coral_core.head.static import StaticHead
+from coral_core.recipe.schema import HeadSpec, Recipe
 from coral_core.target.load import PICO, Target
 
 HF = "hf"
@@ -75,6 +77,28 @@ def export_engine(to: str, source: Source, target: Target, run: Path, token_map:
         facts = {"format": to, "token_map": len(ids) if ids else None}
         Manifest(kind="export", fingerprint=name, inputs=inputs, recipe={}, facts=facts).write(work)
     return final
+
+
+def frequent_tokens(source: Source, recipe: Recipe, target: Target, size: int | None) -> torch.Tensor:
+    """Ids [K] of the most frequent tokens of the target's answers; no size said, as many as the grouped head reads.
+
+    Measured on pico at a quarter of the vocabulary: this list reaches tau 3.56, the union of the groups that the router
+    likes best 2.81, the full head 3.48. A group holds what is alike, not what is frequent. Raises ArtifactError.
+    """
+    assert source.head is not None
+    vocabulary = target.lent.head_VD.shape[0]
+    if size is not None and size > vocabulary:
+        raise CoralError(f"--map-size {size} is more than the vocabulary's {vocabulary} tokens; give less")
+    share = recipe.head if size is None else HeadSpec(groups=vocabulary, active=size)
+    head = load_head(
+        source.head,
+        dataclasses.replace(share, kind="static"),
+        target.lent,
+        target_fingerprint=target.fingerprint,
+        drafter_fingerprint=source.manifest.fingerprint,
+    )
+    assert isinstance(head, StaticHead)
+    return head.token_K.cpu()
 
 
 def export_hf(source: Source, run: Path) -> Path:

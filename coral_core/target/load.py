@@ -39,6 +39,14 @@ class Target:
     window: int
     """Positions that a sliding layer sees, itself included; 0 when no layer slides."""
 
+    @classmethod
+    def from_pretrained(cls, model: str, **options: Any) -> "Target":
+        """`pico`, a Hub id or a folder. `options` are a recipe's: revision, dtype, device, trust_remote_code.
+
+        Raises TargetError for what is not there or cannot be sped up.
+        """
+        return load_target(TargetSpec(model=model, **options))
+
     @property
     def device(self) -> torch.device:
         """Where the first weights are."""

@@ -15,6 +15,9 @@ OPTIONS = {
     ],
     "chat": ["--help", "--no-speculative", "--runs", "--speculative"],
     "inspect": ["--help", "--json"],
+    "export": ["--help", "--map-size", "--runs", "--to"],
+    "import": ["--help", "--runs"],
+    "publish": ["--help", "--licence", "--push", "--repo", "--runs"],
 }
 """At most six of a command's own, --help not counted; eval's name what one run compares, which a recipe cannot."""
 
@@ -37,5 +40,6 @@ def test_each_command_takes_recipe_and_overrides():
     group = typer.main.get_command(app)
     for name, command in group.commands.items():
         positional = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-        expected = ("path", 1) if name == "inspect" else ("arguments", -1)
-        assert [(argument.name, argument.nargs) for argument in positional] == [expected]
+        folder, recipe = ("path", 1), ("arguments", -1)
+        expected = {"inspect": [folder], "import": [folder, recipe]}.get(name, [recipe])
+        assert [(argument.name, argument.nargs) for argument in positional] == expected

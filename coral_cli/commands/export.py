@@ -1,0 +1,83 @@
+"""`coral export`: the drafter as a folder that another engine loads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from coral_core.export.run import Source
+    from coral_core.target.load import Target
+
+MEASURED_PROMPTS = 16
+"""Held-out prompts on which the token map is compared with the full vocabulary."""
+
+
+def export(
+    to: Annotated[
+        str, typer.Option("--to", help="vllm, sglang, eagle (its authors' code) or hf (coral's own, whole).")
+    ],
+    arguments: Arguments = None,
+    map_size: Annotated[
+        int | None,
+        typer.Option("--map-size", min=1, help="Tokens of SGLang's token map; by default as many as the head reads."),
+    ] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Write RUNS/NAME/export/FORMAT, a folder that an engine loads as it is, or say why it could not."""
+    from coral_cli.console import err
+    from coral_core.errors import CoralError
+    from coral_core.export.run import FORMATS, HF, export_engine, export_hf, open_source
+    from coral_core.export.serve import serve_command
+    from coral_core.target.load import load_target
+
+    if to not in FORMATS:
+        raise typer.BadParameter(f"--to is '{to}'; it must be one of {', '.join(FORMATS)}")
+    if map_size and to != "sglang":
+        raise CoralError(f"--map-size {map_size}: only SGLang reads a token map. Leave it out, or export --to sglang")
+    run = open_run(arguments, runs)
+    target = load_target(run.recipe.target)
+    source = open_source(run.recipe, run.folder, target.fingerprint)
+    if to == HF:
+        folder = export_hf(source, run.folder)
+        err.print(f"written to {folder}. Next: coral publish --repo ORG/NAME", markup=False, soft_wrap=True)
+        return
+    token_map = _token_map(run, source, target, map_size) if to == "sglang" else None
+    folder = export_engine(to, source, target, run.folder, token_map)
+    err.print(f"written to {folder}, and read back. Serve it with:", markup=False, soft_wrap=True)
+    typer.echo(serve_command(to, run.recipe, str(folder), with_map=token_map is not None))
+
+
+def _token_map(run: Run, source: Source, target: Target, size: int | None) -> torch.Tensor | None:
+    """The most frequent tokens, where a head knows them; prints what drafting from them alone costs in tau."""
+    from coral_cli.console import err, progress_bars
+    from coral_core.bench.acceptance import static_head_cost
+    from coral_core.bench.questions import held_out
+    from coral_core.errors import ArtifactError, CoralError
+    from coral_core.export.run import frequent_tokens
+
+    if source.head is None:
+        if size:
+            raise CoralError(f"--map-size {size}: no head in {source.folder} counts the tokens. Run: coral group-head")
+        return None
+    token_map = frequent_tokens(source, run.recipe, target, size)
+    try:
+        questions = held_out(run.folder, run.recipe.target.model)[:MEASURED_PROMPTS]
+    except ArtifactError as error:
+        err.print(f"token map of {len(token_map):,} tokens, its cost not measured: {error}", markup=False)
+        return token_map
+    prompts = [list(question.ids) for question in questions]
+    with progress_bars() as progress:
+        whole, mapped = static_head_cost(run.recipe, target, source.drafter, token_map, prompts, progress)
+    err.print(
+        f"token map: {len(token_map):,} of {target.lent.head_VD.shape[0]:,} tokens; expected tau {mapped:.2f} instead "
+        f"of {whole:.2f} ({mapped / whole - 1:+.1%}), on {len(prompts)} held-out prompts",
+        markup=False,
+        soft_wrap=True,
+    )
+    return token_map

@@ -1,0 +1,32 @@
+"""`coral import`: a drafter from elsewhere into a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+
+
+def import_drafter(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub id: EAGLE-1, EAGLE-2, HASS, or coral's.")],
+    arguments: Arguments = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Take a drafter into RUNS/NAME/drafter, for the recipe's target, after checking that it is whole and fits."""
+    from coral_cli.console import err
+    from coral_core.drafter.hub import fetch
+    from coral_core.export.bring_in import bring_in
+    from coral_core.target.load import load_target
+
+    fetch(path)  # a slip in the path is answered before the target loads
+    run = open_run(arguments, runs)
+    manifest, with_head = bring_in(path, run.folder, load_target(run.recipe.target))
+    next_step = "coral eval" if with_head else "coral eval head.kind=full, or coral prepare-data and coral group-head"
+    facts = manifest.facts
+    err.print(
+        f"{facts['parameters']:,} parameters written to {run.folder / 'drafter'}. Next: {next_step}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,108 @@
+"""Generation from Python, in one object: a target, its drafter, and text that streams.
+
+target = Target.from_pretrained("my-org/my-model")
+generator = Generator(target, Drafter.from_pretrained("my-org/my-drafter"))
+for text in generator.stream("Hello!"): ...
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from coral_core.artifacts import MANIFEST, Manifest
+from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.rounds import Round
+from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.stream import TextStream
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
+from coral_core.head.candidates import Head
+from coral_core.head.full import FullHead
+from coral_core.head.load import load_head
+from coral_core.recipe.schema import HeadSpec
+from coral_core.target.load import Target
+from coral_core.target.template import prompt_ids
+
+Prompt = str | Sequence[dict[str, str]] | Sequence[int]
+"""What a user says, a dialogue as `messages`, or token ids that are taken as they are."""
+TREE = TreeShape(depth=5, nodes=16, topk=4)
+
+
+class Generator:
+    """Answers that equal the target's own, token for token, only sooner."""
+
+    def __init__(self, target: Target, drafter: Drafter, tree: TreeShape = TREE) -> None:
+        """With the grouped head where the drafter's folder has one, else with the full head.
+
+        Raises ArtifactError when drafter or head were made for another target.
+        """
+        _refuse_stranger(target, drafter)
+        drafter = drafter.to(target.device, target.dtype)
+        self.engine = Engine(target, drafter, _head(target, drafter), tree)
+
+    def rounds(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Iterator[Round]:
+        """The answer as the engine yields it: new ids, how many were drafted, seconds by phase.
+
+        Raises DataError for a prompt that is empty, does not fit the context, or that the chat template refuses.
+        """
+        sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        return self.engine.decode(self._ids(prompt), sampler, max_new_tokens)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """The answer's text, piece by piece; `options` are those of `rounds`."""
+        text = TextStream(self.engine.target.tokenizer)
+        for event in self.rounds(prompt, **options):
+            if piece := text.feed(event.new_ids):
+                yield piece
+        if piece := text.rest():
+            yield piece
+
+    def generate(self, prompt: Prompt, **options: Any) -> str:
+        """The whole answer's text; `options` are those of `rounds`."""
+        return "".join(self.stream(prompt, **options))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if prompt and isinstance(prompt[0], dict):
+            return prompt_ids(self.engine.target.tokenizer, prompt)  # type: ignore[arg-type]  # a dialogue, as its first
+        return list(prompt)  # type: ignore[arg-type]  # ids, as the first is no message
+
+
+def _refuse_stranger(target: Target, drafter: Drafter) -> None:
+    made_for = drafter.manifest.inputs.get("target") if drafter.manifest else None
+    if made_for not in (None, target.fingerprint):
+        raise ArtifactError(
+            f"the drafter was trained for target {made_for}, and this target is {target.fingerprint}. Load its own"
+        )
+    config, (vocabulary, hidden) = drafter.config, target.lent.embed_VD.shape
+    if (config.vocab_size, config.hidden_size) != (vocabulary, hidden):
+        raise ArtifactError(
+            f"the drafter is for a vocabulary of {config.vocab_size} and {config.hidden_size} hidden; "
+            f"the target has {vocabulary} and {hidden}. Load its own"
+        )
+
+
+def _head(target: Target, drafter: Drafter) -> Head:
+    if drafter.folder is None or drafter.manifest is None:
+        return FullHead(target.lent)
+    folder = drafter.folder / "head"
+    if not (folder / MANIFEST).exists():
+        return FullHead(target.lent)
+    made_by = Manifest.read(folder, "head", "coral group-head").recipe["head"]
+    return load_head(
+        folder,
+        HeadSpec(**made_by),
+        target.lent,
+        target_fingerprint=target.fingerprint,
+        drafter_fingerprint=drafter.manifest.fingerprint,
+    )
