@@ -258,8 +258,9 @@ def test_a_second_stage_starts_from_another_drafter(tmp_path):
     slow = tiny_spec(steps=1, learning_rate=1e-12, init_from=str(tmp_path))
     second = train(slow, store, seed=9, work=tmp_path / "b", reports=Reports(lambda _: None))
     torch.testing.assert_close(second.fc.weight, first.fc.weight)
-    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("128", "64"))
-    with pytest.raises(ArtifactError, match=r"max_position_embeddings 64, this target's drafter has 128"):
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+    with pytest.raises(ArtifactError, match=r"vocab_size 7, this target's drafter has \d+. Set another"):
         train(slow, store, seed=9, work=tmp_path / "c", reports=Reports(lambda _: None))
 
 
