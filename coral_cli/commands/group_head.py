@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
+    from coral_core.progress import Progress
+    from coral_core.training.grouping import Probe
 
 
 def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     """Group the LM head's rows and train the router."""
     from coral_cli.console import err, progress_bars
     from coral_core.training.grouping import group_head as build_head
+    from coral_core.training.grouping import is_finished
 
     run = open_run(arguments, runs)
+    spec = run.recipe.head
     with progress_bars() as progress:
-        manifest, built = build_head(run.recipe, run.folder, progress)
+        is_open = not (spec.groups and spec.active) and not is_finished(run.recipe, run.folder)
+        probe = _probe(run, progress) if is_open else None
+        manifest, built = build_head(run.recipe, run.folder, progress, probe)
     folder = run.folder / "head"
     if not built:
         err.print(f"{folder} is finished already, with this recipe and drafter", markup=False, soft_wrap=True)
@@ -25,18 +31,53 @@ def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     err.print(f"written to {folder}. Next: coral eval, coral chat", markup=False, soft_wrap=True)
 
 
+def _probe(run: Run, progress: Progress) -> Probe:
+    """Rounds of the target, to choose by. Raises CoralError when the data has no held-out prompt of this target."""
+    from coral_core.bench.probe import Probe as DecodingProbe
+    from coral_core.errors import ArtifactError
+    from coral_core.target.load import load_target
+    from coral_core.training.publish import open_data
+
+    fix = "or set head.groups and head.active"
+    store = open_data(run.recipe, run.folder)
+    if not store.holdout_prompts:
+        raise ArtifactError(
+            f"{store.folder} holds no held-out prompt. Set data.holdout and run: coral prepare-data; {fix}"
+        )
+    target = load_target(run.recipe.target)
+    made_for = store.manifest.inputs["target"]
+    if made_for != target.fingerprint:
+        raise ArtifactError(
+            f"the data in {store.folder} is of target {made_for}, and target '{run.recipe.target.model}' is "
+            f"{target.fingerprint}. Run: coral prepare-data; {fix}"
+        )
+    return DecodingProbe(run.recipe, target, store.holdout_prompts, progress)
+
+
 def _print_summary(manifest: Manifest) -> None:
-    from coral_cli.console import print_table
+    from coral_cli.console import err, print_table
 
     facts = manifest.facts
-    found = facts["recall"]
-    rows = [
-        ("groups (active)", f"{facts['groups']} ({facts['active']}), by {facts['clustering']}"),
-        ("head rows read", f"{facts['rows_read']:,} of {facts['vocabulary']:,}"),
-        ("recall of the target's argmax", f"{found['argmax']:.1%}"),
-        ("recall of its ten best tokens", f"{found['top10']:.1%}"),
-        ("probability mass read", f"{found['mass']:.1%}"),
-        (f"full head, {facts['timed_rows']} rows", f"{facts['full_head_ms']:.2f} ms"),
-        ("grouped head, router included", f"{facts['grouped_head_ms']:.2f} ms"),
-    ]
-    print_table(("head", f"on {facts['recall_rows']:,} held-out rows"), rows)
+    settings = facts.get("settings") or [facts]
+    read = ("groups, active", "rows read", "argmax", "top 10", "kept", "router ms", "head ms", "full ms")
+    header = (*read, "tau", "round ms", "tokens/s", "vs full head")
+    print_table(header, [_row(setting, facts) for setting in settings])
+    for line in (
+        f"by {facts['clustering']}; recall of the target's argmax and of its ten best tokens on "
+        f"{facts['recall_rows']:,} held-out rows, and of the argmax where the full head drafts it (kept)",
+        "* is what was built; tau to tokens/s are predicted from rounds with the full head, "
+        "a head's ms from single calls with a cold cache, the router included",
+    ):
+        err.print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _row(setting: dict[str, Any], chosen: dict[str, Any]) -> tuple[str, ...]:
+    found = setting["recall"]
+    mark = " *" if all(setting[key] == chosen[key] for key in ("groups", "active")) else ""
+    shown = [f"{found[key]:.1%}" if key in found else "-" for key in ("argmax", "top10", "kept")]
+    shown += [f"{setting[key]:.2f}" if key in setting else "-" for key in ("router_ms", "head_ms", "full_head_ms")]
+    predicted = ["-"] * 4
+    if "speedup" in setting:
+        predicted = [f"{setting['tokens_per_round']:.2f}", f"{setting['round_s'] * 1e3:.1f}"]
+        predicted += [f"{setting['tokens_per_s']:.1f}", f"{setting['speedup']:.2f}x"]
+    return (f"{setting['groups']}, {setting['active']}{mark}", f"{setting['rows_read']:,}", *shown, *predicted)

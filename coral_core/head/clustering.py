@@ -6,6 +6,8 @@ Not for choosing groups while decoding: that is the router's.
 Axes: V vocabulary, D hidden, G group.
 """
 
+import dataclasses
+
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
@@ -18,6 +20,9 @@ _STEPS = 60
 """k-means steps; on pico and on 128k x 4,096 rows the centres stand still well before."""
 _ROUNDS = 8
 """Balanced assignments, each followed by new centres."""
+_DOUBT = 3.0
+"""Probability mass, in tokens, at which what was seen of a token counts as much as its head row; on pico 0.3, 1, 3 and
+10 kept 98.9, 99.3, 99.5 and 98.6 % of what the drafter gets right, at 8 of 64 groups."""
 
 
 def by_id(vocabulary: int, groups: int) -> Groups:
@@ -57,6 +62,48 @@ def by_kmeans(
         centre_GD = torch.nn.functional.normalize(sum_GD, dim=1)
     progress("balance groups", _ROUNDS, _ROUNDS, {})
     return _sorted_groups(group_V, count_V, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """Where each token stands among the target's most likely ones: what `token_contexts` sums over features."""
+
+    feature_VD: torch.Tensor
+    """Σ p · (feature - mean feature), over the features whose top-k holds the token."""
+    mass_V: torch.Tensor
+    """Σ p over the same."""
+
+
+def token_contexts(
+    vocabulary: int, feature_MD: torch.Tensor, prob_MK: torch.Tensor, token_MK: torch.Tensor
+) -> Contexts:
+    """Contexts from features, and the target's top-k probabilities and tokens after each."""
+    centred_MD = feature_MD.float() - feature_MD.float().mean(0)
+    sum_VD = centred_MD.new_zeros(vocabulary, feature_MD.shape[1])
+    for prob_M, token_M in zip(prob_MK.unbind(1), token_MK.unbind(1), strict=True):
+        sum_VD.index_add_(0, token_M, prob_M[:, None] * centred_MD)
+    return Contexts(sum_VD, prob_MK.new_zeros(vocabulary).index_add_(0, token_MK.flatten(), prob_MK.flatten()))
+
+
+def by_cooccurrence(
+    rows_VD: torch.Tensor,
+    groups: int,
+    *,
+    contexts: Contexts,
+    count_V: torch.Tensor,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Groups:
+    """Balanced k-means on the features after which the target thinks of a token: those of one top-k come together.
+
+    A token that the data shows little falls back on its head row, which points the way its features would.
+    """
+    normalize = torch.nn.functional.normalize
+    rows_VD = rows_VD.detach().to("cpu", torch.float32)
+    seen_V1 = (contexts.mass_V / (contexts.mass_V + _DOUBT)).cpu()[:, None]
+    own_VD = normalize(rows_VD - rows_VD.mean(0), dim=1)
+    mixed_VD = torch.lerp(own_VD, normalize(contexts.feature_VD.cpu(), dim=1), seen_V1)
+    return by_kmeans(mixed_VD, groups, count_V=count_V, seed=seed, progress=progress)
 
 
 def _centres(unit_VD: torch.Tensor, groups: int, seed: int, progress: Progress) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 The rows are permuted once so that a group is one contiguous block, and an active group a slice. All rows of one tree
 level share their groups: a union with a fixed budget reads each weight once, whatever the number of rows.
-Axes: N row, D hidden, V vocabulary in permuted order, G group, C row of the active groups.
+Axes: N row, D hidden, V vocabulary in permuted order, G group, A active group, C row of the active groups.
 """
 
 import torch
 
+from coral_core.head import kernel
 from coral_core.head.candidates import Candidates
 from coral_core.head.groups import Groups, runs
-from coral_core.head.products import products
+from coral_core.head.products import Blocks
 from coral_core.head.router import Router
 from coral_core.lent import Lent
 
@@ -18,12 +19,15 @@ class GroupedHead:
     """`active` groups per call. Keeps a permuted copy of the head's rows."""
 
     def __init__(self, lent: Lent, groups: Groups, router: Router, active: int) -> None:
-        device, dtype = lent.head_VD.device, lent.head_VD.dtype
+        device, self.dtype = lent.head_VD.device, lent.head_VD.dtype
         self.lent, self.active, self.start_G = lent, active, groups.start_G
-        self.router = router.to(device, dtype).requires_grad_(False).eval()
+        self.router = router.to(device, self.dtype).requires_grad_(False).eval()
         self.token_V = groups.order_V.to(device)
-        self.rows_VD = lent.head_VD[self.token_V].contiguous()
         self.bias_V = None if lent.head_bias_V is None else lent.head_bias_V[self.token_V]
+        rows_VD = lent.head_VD[self.token_V]
+        self.fused = kernel.fits(lent, rows_VD)
+        self.start_device_G = torch.tensor(self.start_G, dtype=torch.int32, device=device)
+        self.blocks = Blocks(rows_VD, self.start_G)
 
     def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
         """log q over the active groups' tokens.
@@ -31,17 +35,21 @@ class GroupedHead:
         q(v) = P(active) · softmax over the active rows: the router says how much mass lies in what was read, so that
         branches stay comparable when one row's groups were crowded out of the union.
         """
-        hidden_ND = hidden_ND.to(self.rows_VD.dtype)
+        hidden_ND = hidden_ND.to(self.dtype)
         routed_NG = self.router(hidden_ND).float().softmax(-1)
-        chosen = routed_NG.sum(0).topk(self.active).indices
-        spans = runs(chosen.tolist(), self.start_G)
-        raw_NC = products(hidden_ND, [self.rows_VD[first:end] for first, end in spans])
+        chosen_A = routed_NG.sum(0).topk(self.active).indices
+        log_mass_N1 = routed_NG[:, chosen_A].sum(-1, keepdim=True).clamp_max(1).log()
+        if self.fused and self.blocks.rows_VD is not None:
+            start_G = self.start_device_G
+            best = kernel.grouped_best(hidden_ND, self.blocks.rows_VD, start_G, chosen_A[None], self.bias_V)
+            return Candidates(best.logprob_NC + log_mass_N1, self.token_V[best.row_NC])
+        active = sorted(chosen_A.tolist())
+        spans = runs(active, self.start_G)
+        raw_NC = self.blocks.products(hidden_ND, active)
         if self.bias_V is not None:
             raw_NC = raw_NC + _gather(self.bias_V, spans)
-        mass_N1 = routed_NG[:, chosen].sum(-1, keepdim=True).clamp_max(1)
-        return Candidates(
-            self.lent.transform(raw_NC).float().log_softmax(-1) + mass_N1.log(), _gather(self.token_V, spans)
-        )
+        logprob_NC = self.lent.transform(raw_NC).float().log_softmax(-1) + log_mass_N1
+        return Candidates(logprob_NC, _gather(self.token_V, spans))
 
 
 def _gather(by_row_V: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:

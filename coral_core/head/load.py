@@ -47,19 +47,21 @@ def load_head(folder: Path, spec: HeadSpec, lent: Lent, *, target_fingerprint: s
                 f"Run: {COMMAND}"
             )
     tensors = _read(folder / FILE)
-    vocabulary = lent.head_VD.shape[0]
+    vocabulary, hidden = lent.head_VD.shape
+    total = spec.groups or int(manifest.facts["groups"])
+    active = spec.active or int(manifest.facts["active"])
     if spec.kind == "static":
-        return StaticHead(lent, tensors["frequent_V"][: max(1, vocabulary * spec.active // spec.groups)])
-    for key in ("groups", "clustering"):
-        if manifest.facts[key] != getattr(spec, key):
+        return StaticHead(lent, tensors["frequent_V"][: max(1, vocabulary * active // total)])
+    for key, asked in {"groups": total, "clustering": spec.clustering}.items():
+        if manifest.facts[key] != asked:
             raise ArtifactError(
-                f"the head in {folder} has head.{key}={manifest.facts[key]}; this recipe says {getattr(spec, key)}. "
+                f"the head in {folder} has head.{key}={manifest.facts[key]}; this recipe says {asked}. "
                 f"Run: {COMMAND}, or give head.{key} its old value"
             )
     groups = Groups(tensors["token_GR"])
     if not groups.is_whole(vocabulary):
         raise ArtifactError(f"{folder / FILE} does not hold each of {vocabulary} tokens once. Run: {COMMAND}")
-    return GroupedHead(lent, groups, _router(tensors, folder / FILE), spec.active)
+    return GroupedHead(lent, groups, _router(tensors, folder / FILE, (groups.count, hidden)), active)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -67,14 +69,21 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot read the head {path}: {error}. Run: {COMMAND}") from error
-    for name in ("token_GR", "frequent_V", "router.w1.weight", "router.w2.weight"):
+    for name in ("token_GR", "frequent_V", "router.w2.weight"):
         if name not in tensors:
             raise ArtifactError(f"{path} lacks tensor '{name}'. Run: {COMMAND}")
     return tensors
 
 
-def _router(tensors: dict[str, torch.Tensor], path: Path) -> Router:
-    router = Router(tensors["router.w1.weight"].shape[1], tensors["router.w2.weight"].shape[0])
+def _router(tensors: dict[str, torch.Tensor], path: Path, shape: tuple[int, int]) -> Router:
+    """The router, which must rank these groups from this width: `shape` is (groups, hidden)."""
+    found = tuple(tensors["router.w2.weight"].shape)
+    if found != shape:
+        raise ArtifactError(
+            f"{path} holds a router from {found[-1]} to {found[0]} groups; {shape[0]} groups of a head {shape[1]} wide "
+            f"need another. Run: {COMMAND}"
+        )
+    router = Router(shape[1], shape[0], inner="router.w1.weight" in tensors)
     own = {name.removeprefix("router."): value for name, value in tensors.items() if name.startswith("router.")}
     try:
         router.load_state_dict(own)

@@ -1,43 +1,68 @@
-"""Hidden rows times blocks of head rows: one small matrix product per block, the weights never copied.
+"""Hidden rows times blocks of head rows: one small matrix product per block, the weights never copied in a call.
 
-Copying small blocks together first looked faster alone (sixteen blocks of 128 x 256, four rows: 0.23 ms against 0.28)
-and was slower in a decoding round, whose verification has emptied the cache: 1.3 ms per level against 0.9.
+On a CPU, large blocks are kept in oneDNN's own layout, which reads them at the speed of memory for a handful of rows.
+12 blocks of 2,004 x 4,096 on an AMD EPYC (Zen 4, 2 cores, 54 GB/s at most), GB/s of weights:
 
-Which kernel is fastest for a handful of rows was measured on an AMD EPYC (Zen 3, AVX2, 2 cores), float32, ms:
+| rows              |    1 |    2 |    4 |    6 |   10 |   16 |
+|-------------------|-----:|-----:|-----:|-----:|-----:|-----:|
+| float32, packed   | 26.8 | 24.6 | 32.3 | 31.2 | 26.2 | 21.2 |
+| bfloat16, packed  | 26.9 | 24.9 | 30.6 | 32.9 | 26.7 | 21.0 |
 
-| weight        | rows | F.linear | weight @ hidden.T | oneDNN |
-|---------------|-----:|---------:|------------------:|-------:|
-| 4,000 x 4,096 |    1 |      3.6 |               3.0 |    2.0 |
-| 4,000 x 4,096 |    4 |     10.4 |               3.2 |    4.2 |
-| 4,000 x 4,096 |   10 |     13.4 |              11.0 |    6.4 |
-| 2,048 x 256   |    4 |     0.16 |              0.28 |        |
-
-oneDNN is reached by an activation in its own format; it costs about 0.1 ms per call, so it is for large blocks.
-Axes: N row, D hidden, R head row of one block, C head row of all blocks.
+With one core, F.linear on the plain blocks read 22 (float32) and 17 (bfloat16) at one row, 11 and 12 at four, where
+packed ones read 17, 17 and 24, 24. So fewer than four rows are filled up to four: the kernel is faster with rows that
+nobody wants. A call costs 0.015 ms, three times F.linear's, so that small blocks stay plain slices, neighbours joined.
+Axes: N row, D hidden, R head row of one block, V head row of all blocks, C head row of the active blocks.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-_LARGE = 1 << 20
-"""Elements of a block from which oneDNN's fixed cost is repaid."""
+from coral_core.head.groups import runs
+
+_LARGE = 1 << 18
+"""Elements of a block from which the packed layout repays its cost per call."""
+_FULL = 4
+"""Rows from which the packed kernel is at its best."""
 
 
-def products(hidden_ND: torch.Tensor, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[N,C]: the products of each row with all rows of all blocks, in the blocks' order.
+class Blocks:
+    """Head rows [V,D], cut at `start_G` into blocks; multiplied a few blocks at a time."""
 
-    Each block [R,D] should be a contiguous slice. Equal to `hidden_ND @ torch.cat(blocks).T` but for rounding.
-    """
-    parts = [_product(hidden_ND, block_RD) for block_RD in blocks]
+    def __init__(self, rows_VD: torch.Tensor, start_G: Sequence[int]) -> None:
+        self.start_G = list(start_G)
+        self.packed: list[torch.Tensor] = []
+        self.rows_VD: torch.Tensor | None = None
+        largest = max(end - first for first, end in zip(self.start_G, self.start_G[1:], strict=False))
+        if largest * rows_VD.shape[1] >= _LARGE and _packs(rows_VD):
+            for first, end in zip(self.start_G, self.start_G[1:], strict=False):
+                block_RD = rows_VD[first:end].contiguous()
+                self.packed.append(torch.ops.mkldnn._reorder_linear_weight(block_RD, _FULL))
+        else:
+            self.rows_VD = rows_VD.contiguous()
+
+    def products(self, hidden_ND: torch.Tensor, active: Sequence[int]) -> torch.Tensor:
+        """[N,C]: the products of each row with all rows of the active blocks, in the vocabulary's permuted order.
+
+        Equal to `hidden_ND @ torch.cat(blocks).T` but for rounding.
+        """
+        if self.rows_VD is not None:
+            spans = runs(active, self.start_G)
+            return _joined([torch.nn.functional.linear(hidden_ND, self.rows_VD[first:end]) for first, end in spans])
+        rows = hidden_ND.shape[0]
+        if rows < _FULL:
+            hidden_ND = torch.nn.functional.pad(hidden_ND, (0, 0, 0, _FULL - rows))
+        linear = torch.ops.mkldnn._linear_pointwise
+        return _joined([linear(hidden_ND, self.packed[g], None, "none", [], "") for g in sorted(active)])[:rows]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _product(hidden_ND: torch.Tensor, block_RD: torch.Tensor) -> torch.Tensor:
-    rows = hidden_ND.shape[0]
-    on_cpu = block_RD.device.type == "cpu" and block_RD.dtype == torch.float32
-    if not on_cpu or rows > 16 or block_RD.numel() < _LARGE:
-        return torch.nn.functional.linear(hidden_ND, block_RD)
-    if (rows == 1 or rows > 4) and torch.backends.mkldnn.is_available():
-        return torch.nn.functional.linear(hidden_ND.to_mkldnn(), block_RD).to_dense()
-    return torch.mm(block_RD, hidden_ND.t()).t()
+def _packs(rows_VD: torch.Tensor) -> bool:
+    """Whether oneDNN has a packed product for these weights on this processor."""
+    if rows_VD.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    native = rows_VD.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return rows_VD.dtype == torch.float32 or bool(native)

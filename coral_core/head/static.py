@@ -6,7 +6,7 @@ Axes: N row, D hidden, K kept token.
 import torch
 
 from coral_core.head.candidates import Candidates
-from coral_core.head.products import products
+from coral_core.head.products import Blocks
 from coral_core.lent import Lent
 
 
@@ -16,12 +16,13 @@ class StaticHead:
     def __init__(self, lent: Lent, token_K: torch.Tensor) -> None:
         self.lent = lent
         self.token_K = token_K.to(lent.head_VD.device)
-        self.rows_KD = lent.head_VD[self.token_K].contiguous()
+        self.dtype = lent.head_VD.dtype
+        self.block = Blocks(lent.head_VD[self.token_K], [0, self.token_K.numel()])
         self.bias_K = None if lent.head_bias_V is None else lent.head_bias_V[self.token_K]
 
     def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
         """log q over the kept tokens, normalised among them."""
-        raw_NK = products(hidden_ND.to(self.rows_KD.dtype), [self.rows_KD])
+        raw_NK = self.block.products(hidden_ND.to(self.dtype), [0])
         if self.bias_K is not None:
             raw_NK = raw_NK + self.bias_K
         return Candidates(self.lent.transform(raw_NK).float().log_softmax(-1), self.token_K)

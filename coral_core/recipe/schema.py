@@ -152,20 +152,22 @@ class HeadSpec:
 
     kind: Literal["grouped", "full", "static"] = "grouped"
     """grouped: a router picks groups of rows; full: every row; static: the most frequent tokens (FR-Spec)."""
-    clustering: Literal["kmeans", "frequency", "id"] = "kmeans"
-    """How rows form groups: balanced k-means on the rows, frequency order, or id order (the control)."""
-    groups: int = 64
-    """Groups of equal size."""
-    active: int = 16
-    """Groups multiplied per level; for `static`, the share active / groups of the vocabulary is kept."""
+    clustering: Literal["cooccurrence", "kmeans", "frequency", "id"] = "cooccurrence"
+    """How rows form groups: balanced k-means on where the target thinks of a token, or on the rows themselves;
+    frequency order; or id order (the control)."""
+    groups: int = 0
+    """Groups of equal size; 0: the number that `coral group-head` predicts to be fastest here."""
+    active: int = 0
+    """Groups multiplied per level; 0: likewise. For `static`, the share active / groups of the vocabulary is kept."""
     router_steps: int = 400
     """Optimizer steps of the router's training."""
-    router_learning_rate: float = 1e-3
+    router_learning_rate: float = 3e-3
     """Peak rate of AdamW for the router."""
 
     def __post_init__(self) -> None:
-        _require(self.groups >= 1, "head.groups", self.groups, "at least 1")
-        _require(1 <= self.active <= self.groups, "head.active", self.active, f"from 1 to head.groups ({self.groups})")
+        _require(self.groups >= 0, "head.groups", self.groups, "at least 1, or 0 to have it chosen")
+        rule = f"from 1 to head.groups ({self.groups})" if self.groups else "0 while head.groups is"
+        _require(0 <= self.active <= self.groups, "head.active", self.active, f"{rule}, or 0 to have it chosen")
         _require(self.router_steps >= 1, "head.router_steps", self.router_steps, "at least 1")
         _require(self.router_learning_rate > 0, "head.router_learning_rate", self.router_learning_rate, "above 0")
 

@@ -1,55 +1,83 @@
 """The group-head stage: from data and drafter to the published head, runs/NAME/head.
 
-Axes: N row, D hidden, V vocabulary.
+Axes: S unroll step, M feature, N row, D hidden, V vocabulary.
 """
 
-import statistics
-import time
+import copy
+import dataclasses
 from pathlib import Path
+from typing import Any, Protocol
 
+import accelerate
 import torch
 
 from coral_core.artifacts import MANIFEST, Manifest, stage
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
-from coral_core.head.candidates import Head
-from coral_core.head.clustering import by_frequency, by_id, by_kmeans, frequency_order
+from coral_core.head.clustering import (
+    by_cooccurrence,
+    by_frequency,
+    by_id,
+    by_kmeans,
+    frequency_order,
+    token_contexts,
+)
+from coral_core.head.cost import RoundCost, predict, time_calls, time_heads
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups, check_groups
 from coral_core.head.load import COMMAND, save_head
+from coral_core.head.router import Router
 from coral_core.lent import Lent
 from coral_core.progress import Progress, silent
 from coral_core.recipe.loader import section_fingerprint, to_mapping
 from coral_core.recipe.schema import HeadSpec, Recipe
 from coral_core.store.store import Store
 from coral_core.training.publish import open_data
-from coral_core.training.router import Source, answer_counts, gather, held_out_rows, recall, train_router
+from coral_core.training.router import Rows, Source, answer_counts, drafted, gather, held_out_rows, recall, train_router
 
 SECTIONS = ("seed", "head")
 """What of a recipe decides the head, besides drafter and data."""
-TIMED_ROWS = 4
-"""Beam rows of the timing."""
+GROUPS = (32, 64, 128)
+"""Numbers of groups that are tried where the recipe leaves it open."""
+SHARES = (4, 8, 16, 32)
+"""One group in so many is active, where the recipe leaves it open."""
+CONTEXT_TOKENS = 10
+"""Of the target's most likely tokens, so many count as occurring together."""
 
 
-def group_head(recipe: Recipe, run: Path, progress: Progress = silent) -> tuple[Manifest, bool]:
+class Probe(Protocol):
+    """Measures rounds with the target: passed in, since decoding is another room."""
+
+    @property
+    def lent(self) -> Lent:
+        """The target's head, on the device and in the dtype of decoding."""
+        ...
+
+    def measure(self, drafter: Drafter) -> RoundCost:
+        """One mean round with the full head."""
+        ...
+
+
+def group_head(
+    recipe: Recipe, run: Path, progress: Progress = silent, probe: Probe | None = None
+) -> tuple[Manifest, bool]:
     """Cluster the vocabulary, train the router, publish runs/NAME/head; (its manifest, whether there was work to do).
 
-    Raises ArtifactError when data or drafter are missing, damaged, or made for something else.
+    Where the recipe leaves groups or active open (0), every setting is tried, and the one that is predicted to be
+    fastest from `probe`'s round is published. Raises ArtifactError when data or drafter are missing, damaged, or made
+    for something else.
     """
-    store = open_data(recipe, run)
-    trained = Manifest.read(run / "drafter", "drafter", "coral train")
-    _refuse_stranger(trained, store, run / "drafter")
-    final = run / "head"
-    inputs = {"target": trained.inputs["target"], "data": store.manifest.fingerprint, "drafter": trained.fingerprint}
-    fingerprint = section_fingerprint(recipe, *SECTIONS, **inputs)
-    if (final / MANIFEST).exists():
-        manifest = Manifest.read(final, "head", COMMAND)
-        if manifest.fingerprint == fingerprint:
-            return manifest, False
+    store, final = open_data(recipe, run), run / "head"
+    fingerprint, inputs = _identity(recipe, run, store)
+    if (finished := _finished(final, fingerprint)) is not None:
+        return finished, False
     drafter = Drafter.load(run / "drafter").float()
     with stage(final, fingerprint) as work:
-        facts = _build(recipe, store, drafter, work, progress)
+        trial = Trial.of(recipe, store, drafter, progress)
+        settings, best = try_settings(trial, probe)
+        save_head(work, best.groups, best.router, frequency_order(trial.count_V))
+        facts = _facts(recipe, trial, settings, best)
         sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
         manifest = Manifest(kind="head", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
         manifest.write(work)
@@ -67,48 +95,152 @@ def _refuse_stranger(trained: Manifest, store: Store, folder: Path) -> None:
         raise ArtifactError(f"the drafter in {folder} was trained on other data than {store.folder}. Run: coral train")
 
 
-def _build(recipe: Recipe, store: Store, drafter: Drafter, work: Path, progress: Progress) -> dict[str, object]:
-    spec, lent = recipe.head, store.lent().to("cpu", torch.float32)
-    vocabulary, hidden = lent.head_VD.shape
-    check_groups(spec.groups, vocabulary)
-    count_V = answer_counts(store, vocabulary)
-    groups = cluster(spec, lent, count_V, recipe.seed, progress)
-    source = Source(drafter, lent, groups, recipe.train.unroll_steps)
-    rows = gather(source, store, seed=recipe.seed, progress=progress)
-    router = train_router(rows, hidden, groups, spec, seed=recipe.seed, progress=progress)
-    save_head(work, groups, router, frequency_order(count_V))
-    unseen = held_out_rows(source, store) if store.holdout_indices else rows
-    grouped = GroupedHead(lent, groups, router, spec.active)
-    full_s, grouped_s = time_heads([FullHead(lent), grouped], rows.hidden_ND[:TIMED_ROWS])
+def is_finished(recipe: Recipe, run: Path) -> bool:
+    """Whether the head that stands is this very job's. Raises as `group_head` does."""
+    fingerprint, _ = _identity(recipe, run, open_data(recipe, run))
+    return _finished(run / "head", fingerprint) is not None
+
+
+def _identity(recipe: Recipe, run: Path, store: Store) -> tuple[str, dict[str, str]]:
+    """The head's fingerprint and inputs. Raises ArtifactError when the drafter was trained on other data."""
+    trained = Manifest.read(run / "drafter", "drafter", "coral train")
+    _refuse_stranger(trained, store, run / "drafter")
+    inputs = {"target": trained.inputs["target"], "data": store.manifest.fingerprint, "drafter": trained.fingerprint}
+    return section_fingerprint(recipe, *SECTIONS, **inputs), inputs
+
+
+def _finished(final: Path, fingerprint: str) -> Manifest | None:
+    if not (final / MANIFEST).exists():
+        return None
+    manifest = Manifest.read(final, "head", COMMAND)
+    return manifest if manifest.fingerprint == fingerprint else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What settings are tried on: the rows to learn from, and the rows to judge by."""
+
+    recipe: Recipe
+    drafter: Drafter
+    lent: Lent
+    count_V: torch.Tensor
+    rows: Rows
+    unseen: Rows
+    drafted_SM: torch.Tensor
+    """Where the full head drafts the target's token, of the unseen rows."""
+    progress: Progress
+
+    @classmethod
+    def of(cls, recipe: Recipe, store: Store, drafter: Drafter, progress: Progress) -> "Trial":
+        """Run the drafter over the store once."""
+        device = accelerate.PartialState().device
+        lent = store.lent().to(device, torch.float32)
+        vocabulary = lent.head_VD.shape[0]
+        check_groups(recipe.head.groups, vocabulary)
+        drafter = drafter.to(device)
+        source = Source(drafter, lent, recipe.train.unroll_steps)
+        count_V = answer_counts(store, vocabulary)
+        rows = gather(source, store, seed=recipe.seed, progress=progress)
+        unseen = held_out_rows(source, store) if store.holdout_indices else rows
+        found_SM = drafted(lent, unseen, min(recipe.decode.draft_topk, vocabulary))
+        return cls(recipe, drafter, lent, count_V, rows, unseen, found_SM, progress)
+
+    def cluster(self, groups: int) -> Groups:
+        """The recipe's clustering of the vocabulary."""
+        by, count_V = self.recipe.head.clustering, self.count_V
+        if by == "id":
+            return by_id(len(count_V), groups)
+        if by == "frequency":
+            return by_frequency(count_V, groups)
+        if by == "kmeans":
+            return by_kmeans(self.lent.head_VD, groups, count_V=count_V, seed=self.recipe.seed, progress=self.progress)
+        some = (tensor[:, :CONTEXT_TOKENS] for tensor in (self.rows.prob_MK, self.rows.token_MK))
+        contexts = token_contexts(len(count_V), self.rows.feature_MD, *some)
+        return by_cooccurrence(
+            self.lent.head_VD,
+            groups,
+            contexts=contexts,
+            count_V=count_V,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One number of groups and of active ones, and what was found of it."""
+
+    groups: Groups
+    router: Router
+    active: int
+    facts: dict[str, Any]
+
+
+def try_settings(trial: Trial, probe: Probe | None) -> tuple[list[Setting], Setting]:
+    """Every setting that the recipe leaves open, and the best: the fastest as predicted, else the recipe's own."""
+    spec, progress, settings = trial.recipe.head, trial.progress, []
+    cost = probe.measure(trial.drafter) if probe else None
+    for total in open_groups(spec, len(trial.count_V)):
+        groups = trial.cluster(total)
+        router = train_router(trial.rows, groups, spec, seed=trial.recipe.seed, progress=progress)
+        for active in open_active(spec, total):
+            found = recall(router, trial.unseen, groups, active, trial.drafted_SM)
+            rows_read = groups.start_G[active]
+            facts = {"groups": total, "active": active, "rows_read": rows_read, "recall": found}
+            settings.append(Setting(groups, router, active, facts))
+    _time(settings, trial, probe.lent if probe else trial.lent, cost)
+    return settings, max(settings, key=lambda setting: setting.facts.get("tokens_per_s", setting.facts["rows_read"]))
+
+
+def open_groups(spec: HeadSpec, vocabulary: int) -> list[int]:
+    """Numbers of groups to try: the recipe's, else those that leave sixteen rows in a group."""
+    return [spec.groups] if spec.groups else [count for count in GROUPS if count * 16 <= vocabulary] or [1]
+
+
+def open_active(spec: HeadSpec, groups: int) -> list[int]:
+    """Numbers of active groups to try, largest first."""
+    return [spec.active] if spec.active else sorted({max(1, groups // share) for share in SHARES}, reverse=True)
+
+
+def _time(settings: list[Setting], trial: Trial, lent: Lent, cost: RoundCost | None) -> None:
+    """Add to each setting's facts what its head takes on this device, and what the cost model makes of it."""
+    alone = cost or RoundCost(
+        goes_on=[],
+        round_s=0,
+        head_s=0,
+        layer_s=0,
+        verify_s=0,
+        head_calls=1e9,
+        level_rows=trial.recipe.decode.draft_topk,
+    )
+    hidden_ND = trial.unseen.hidden_SMD.flatten(0, 1)[: alone.level_rows].to(lent.head_VD.device, lent.head_VD.dtype)
+    full, head = FullHead(lent), None
+    for number, setting in enumerate(settings):
+        if head is None or setting.groups is not settings[number - 1].groups:
+            head = GroupedHead(lent, setting.groups, copy.deepcopy(setting.router), setting.active)
+        head.active = setting.active
+        full_s, call_s = time_heads([full, head], hidden_ND, alone)
+        (router_s,) = time_calls([lambda head=head: head.router(hidden_ND)], hidden_ND.device)  # type: ignore[misc]
+        setting.facts.update(full_head_ms=full_s * 1e3, head_ms=call_s * 1e3, router_ms=router_s * 1e3)
+        if cost:
+            kept = setting.facts["recall"]["kept"]
+            setting.facts.update(
+                dataclasses.asdict(predict(cost, full_call_s=full_s, call_s=call_s, kept=kept)),
+                round=dataclasses.asdict(cost),
+            )
+        trial.progress("time heads", number + 1, len(settings), {})
+
+
+def _facts(recipe: Recipe, trial: Trial, settings: list[Setting], best: Setting) -> dict[str, object]:
+    round_cost = best.facts.get("round")
+    for setting in settings:
+        setting.facts.pop("round", None)
     return {
-        **{key: getattr(spec, key) for key in ("groups", "active", "clustering")},
-        "vocabulary": vocabulary,
-        "rows_read": sum(groups.start_G[g + 1] - groups.start_G[g] for g in range(spec.active)),
-        "recall": recall(router, unseen, spec.active),
-        "recall_rows": len(unseen.hidden_ND),
-        "full_head_ms": full_s * 1e3,
-        "grouped_head_ms": grouped_s * 1e3,
-        "timed_rows": TIMED_ROWS,
+        **best.facts,
+        "clustering": recipe.head.clustering,
+        "vocabulary": len(trial.count_V),
+        "recall_rows": trial.unseen.hidden_SMD.shape[:2].numel(),
+        "timed_rows": recipe.decode.draft_topk,
+        "round": round_cost,
+        "settings": [setting.facts for setting in settings],
     }
-
-
-def cluster(spec: HeadSpec, lent: Lent, count_V: torch.Tensor, seed: int, progress: Progress = silent) -> Groups:
-    """The recipe's clustering of the vocabulary."""
-    if spec.clustering == "id":
-        return by_id(len(count_V), spec.groups)
-    if spec.clustering == "frequency":
-        return by_frequency(count_V, spec.groups)
-    return by_kmeans(lent.head_VD, spec.groups, count_V=count_V, seed=seed, progress=progress)
-
-
-@torch.no_grad()
-def time_heads(heads: list[Head], hidden_ND: torch.Tensor, repeats: int = 40) -> list[float]:
-    """Median seconds of one call of each head, taking turns on this machine."""
-    spent: list[list[float]] = [[] for _ in heads]
-    for turn in range(repeats + 5):
-        for head, seconds in zip(heads, spent, strict=True):
-            begun = time.perf_counter()
-            head.candidates(hidden_ND).best(4)
-            if turn >= 5:
-                seconds.append(time.perf_counter() - begun)
-    return [statistics.median(seconds) for seconds in spent]

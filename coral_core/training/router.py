@@ -2,7 +2,7 @@
 
 It learns on the drafter's own outputs of all unroll steps, which is what it reads when decoding, to predict how much
 of the target's probability lies in each group:  y_g = Σ_{v in g} p(v),  L = −Σ_g y_g log p_router(g).
-Axes: N row, D hidden, G group, V vocabulary.
+Axes: S unroll step, M feature, N = S·M row, D hidden, K one of the target's most likely tokens, G group, V vocabulary.
 """
 
 import dataclasses
@@ -24,54 +24,53 @@ from coral_core.training.unroll import loss_rows, unroll
 DIALOGUES = 8
 """Dialogues per forward pass of the drafter."""
 BUFFER_BYTES = 1 << 30
-"""Rows are computed once and kept, up to this; the vocabulary-sized labels are what costs, not the router."""
+"""Rows are computed once and kept, up to this; the vocabulary-sized probabilities are what costs, not the router."""
 ROWS = 1024
 """Rows of one router step."""
 CHUNK = 2048
 """Rows whose vocabulary-sized probabilities exist at once."""
+TOP = 64
+"""Of the target's tokens after each feature, so many are kept: the labels of any grouping come from them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the router's rows come from: a frozen drafter, its head, the groups, and the unroll steps to look at."""
+    """Where the router's rows come from: a frozen drafter, its head, and the unroll steps to look at."""
 
     drafter: Drafter
     lent: Lent
-    groups: Groups
     steps: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What the router learns from."""
+    """What groups and routers are learnt from."""
 
-    hidden_ND: torch.Tensor
+    hidden_SMD: torch.Tensor
     """The drafter's outputs."""
-    mass_NG: torch.Tensor
-    """The target's probability of each group."""
-    top_NK: torch.Tensor
-    """Groups of the target's ten most likely tokens, the most likely first."""
+    feature_MD: torch.Tensor
+    """The target's features, which they imitate."""
+    prob_MK: torch.Tensor
+    """The target's probabilities of its TOP most likely tokens, best first, summing to 1."""
+    token_MK: torch.Tensor
+    """These tokens."""
 
 
 def collect(source: Source, samples: Iterable[Batch]) -> Iterator[Rows]:
     """One `Rows` per batch: the loss rows of every unroll step."""
-    group_V, lent, steps = source.groups.group_V, source.lent, source.steps
     for batch in samples:
         wanted_BR = loss_rows(batch)
-        outputs = unroll(source.drafter, lent, batch, steps, wanted_BR=wanted_BR)
-        feature_ND = batch.feature_BTD[:, 1:][wanted_BR]
-        labels = [_label(lent, group_V, source.groups.count, part_ND) for part_ND in feature_ND.split(CHUNK)]
-        mass_NG, top_NK = (torch.cat(part) for part in zip(*labels, strict=True))
-        hidden_ND = torch.cat([out_BRD[wanted_BR] for out_BRD in outputs])
-        yield Rows(hidden_ND, mass_NG.repeat(steps, 1), top_NK.repeat(steps, 1))
+        outputs = unroll(source.drafter, source.lent, batch, source.steps, wanted_BR=wanted_BR)
+        feature_MD = batch.feature_BTD[:, 1:][wanted_BR]
+        best = [_most_likely(source.lent, part_MD) for part_MD in feature_MD.split(CHUNK)]
+        prob_MK, token_MK = (torch.cat(part) for part in zip(*best, strict=True))
+        yield Rows(torch.stack([out_BRD[wanted_BR] for out_BRD in outputs]), feature_MD, prob_MK, token_MK)
 
 
-def _label(
-    lent: Lent, group_V: torch.Tensor, groups: int, feature_ND: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    p_NV = lent.logits(feature_ND).float().softmax(-1)
-    mass_NG = p_NV.new_zeros(len(p_NV), groups).index_add_(1, group_V, p_NV)
-    return mass_NG, group_V[p_NV.topk(min(10, p_NV.shape[1])).indices]
+def _most_likely(lent: Lent, feature_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    p_MV = lent.logits(feature_MD).float().softmax(-1)
+    prob_MK, token_MK = p_MV.topk(min(TOP, p_MV.shape[1]))
+    return prob_MK / prob_MK.sum(-1, keepdim=True), token_MK
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def gather(source: Source, store: Store, *, seed: int, progress: Progress = sile
     size_bytes = 0
     for done, rows in enumerate(collect(source, samples), start=1):
         kept.append(rows)
-        size_bytes += rows.hidden_ND.nbytes + rows.mass_NG.nbytes
+        size_bytes += sum(tensor.nbytes for tensor in vars(rows).values())
         progress("router data", done, total, {})
         if size_bytes >= BUFFER_BYTES:
             progress("router data", total, total, {})
@@ -102,41 +101,67 @@ def held_out_rows(source: Source, store: Store) -> Rows:
 
 def _concat(parts: list[Rows]) -> Rows:
     return Rows(
-        *(torch.cat(tensors) for tensors in zip(*((p.hidden_ND, p.mass_NG, p.top_NK) for p in parts), strict=True))
+        torch.cat([part.hidden_SMD for part in parts], dim=1),
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("feature_MD", "prob_MK", "token_MK")),
     )
 
 
+def group_mass(rows: Rows, groups: Groups) -> torch.Tensor:
+    """The labels [M,G]: the target's probability of each group."""
+    group_MK = groups.group_V.to(rows.token_MK.device)[rows.token_MK]
+    return rows.prob_MK.new_zeros(len(group_MK), groups.count).scatter_add_(1, group_MK, rows.prob_MK)
+
+
 def train_router(
-    rows: Rows, hidden: int, groups: Groups, spec: HeadSpec, *, seed: int, progress: Progress = silent
+    rows: Rows, groups: Groups, spec: HeadSpec, *, seed: int, inner: bool = False, progress: Progress = silent
 ) -> Router:
     """A router for frozen drafter outputs. AdamW, cosine to zero, soft-label cross-entropy."""
     torch.manual_seed(seed)
-    device = rows.hidden_ND.device
-    router = Router(hidden, groups.count).to(device)
+    mass_MG, hidden_ND = group_mass(rows, groups), rows.hidden_SMD.flatten(0, 1)
+    device = hidden_ND.device
+    router = Router(hidden_ND.shape[1], groups.count, inner=inner).to(device)
     optimizer = torch.optim.AdamW(router.parameters(), lr=spec.router_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.router_steps)
     draw = torch.Generator().manual_seed(seed)
     for step in range(1, spec.router_steps + 1):
-        some_N = torch.randint(len(rows.hidden_ND), (ROWS,), generator=draw).to(device)
-        loss = -(rows.mass_NG[some_N] * router(rows.hidden_ND[some_N]).log_softmax(-1)).sum(-1).mean()
+        some_N = torch.randint(len(hidden_ND), (ROWS,), generator=draw).to(device)
+        loss = -(mass_MG[some_N % len(mass_MG)] * router(hidden_ND[some_N]).log_softmax(-1)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 20 == 0 or step == spec.router_steps:
-            progress("router", step, spec.router_steps, {"loss": loss.item()})
+            progress(f"router of {groups.count} groups", step, spec.router_steps, {"loss": loss.item()})
     return router.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def recall(router: Router, rows: Rows, active: int) -> dict[str, float]:
-    """How often the `active` best groups hold the target's argmax, its ten best tokens, and its probability mass."""
-    best_NA = router(rows.hidden_ND).topk(active).indices
-    inside_NG = torch.zeros_like(rows.mass_NG, dtype=torch.bool).scatter_(1, best_NA, True)
+def drafted(lent: Lent, rows: Rows, topk: int) -> torch.Tensor:
+    """[S,M] whether the drafter, with the full head, has the target's argmax among its `topk` best."""
+    found = []
+    for hidden_MD in rows.hidden_SMD:
+        best_MK = torch.cat([lent.logits(part_MD).topk(topk).indices for part_MD in hidden_MD.split(CHUNK)])
+        found.append((best_MK == rows.token_MK[:, :1]).any(-1))
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def recall(router: Router, rows: Rows, groups: Groups, active: int, drafted_SM: torch.Tensor) -> dict[str, float]:
+    """How often the `active` best groups hold the target's argmax, its ten best tokens, and its probability mass.
+
+    `kept` is the argmax's share among the rows where the full head drafts it: what reading fewer rows loses.
+    """
+    best_SMA = router(rows.hidden_SMD).topk(active).indices
+    inside_SMG = torch.zeros(*best_SMA.shape[:2], groups.count, dtype=torch.bool, device=best_SMA.device)
+    inside_SMG.scatter_(2, best_SMA, True)
+    group_MK = groups.group_V.to(rows.token_MK.device)[rows.token_MK]
+    inside_SMK = inside_SMG.gather(2, group_MK.expand(len(best_SMA), -1, -1)).float()
+    argmax_SM = inside_SMK[:, :, 0]
     return {
-        "argmax": float(inside_NG.gather(1, rows.top_NK[:, :1]).float().mean()),
-        "top10": float(inside_NG.gather(1, rows.top_NK).float().mean()),
-        "mass": float((rows.mass_NG * inside_NG).sum(1).mean()),
+        "argmax": float(argmax_SM.mean()),
+        "top10": float(inside_SMK[:, :, :10].mean()),
+        "mass": float((rows.prob_MK * inside_SMK).sum(-1).mean()),
+        "kept": float(argmax_SM[drafted_SM].mean()) if drafted_SM.any() else 1.0,
     }
 
 

@@ -1,0 +1,85 @@
+"""One mean round with the full head, measured by decoding: what the grouped head's cost model starts from.
+
+Axes: N row, D hidden.
+"""
+
+import copy
+import dataclasses
+
+import torch
+
+from coral_core.bench.race import run_lane
+from coral_core.decoding.assemble import sampler, tree_shape
+from coral_core.decoding.engine import Engine
+from coral_core.drafter.model import Drafter
+from coral_core.errors import DataError
+from coral_core.head.candidates import Candidates, Head
+from coral_core.head.cost import RoundCost, goes_on
+from coral_core.head.full import FullHead
+from coral_core.lent import Lent
+from coral_core.progress import Progress
+from coral_core.recipe.schema import Recipe
+from coral_core.target.load import Target
+
+PROMPTS = 12
+"""Held-out prompts decoded."""
+
+
+class Watched:
+    """A head, and how many rows each call of it had."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.rows: list[int] = []
+
+    def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
+        """The head's own."""
+        self.rows.append(hidden_ND.shape[0])
+        return self.head.candidates(hidden_ND)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """The target on its device, and prompts to decode."""
+
+    recipe: Recipe
+    target: Target
+    prompts: list[list[int]]
+    progress: Progress
+
+    @property
+    def lent(self) -> Lent:
+        """The head as it will be read: on the target's device, in its dtype."""
+        return self.target.lent
+
+    def measure(self, drafter: Drafter, head: Head | None = None) -> RoundCost:
+        """Decode with a head, the full one unless given. Raises DataError when no prompt led to a drafted round."""
+        drafter = copy.deepcopy(drafter).to(self.target.device, self.target.dtype)
+        watched = Watched(head or FullHead(self.lent))
+        engine = Engine(self.target, drafter, watched, tree_shape(self.recipe.decode))
+        limit = self.recipe.decode.max_new_tokens
+        lanes = []
+        for number, prompt in enumerate((self.prompts[0], *self.prompts[:PROMPTS])):  # the first warms up
+            lane = run_lane(engine.decode(prompt, sampler(self.recipe), limit))
+            if number == 0:
+                watched.rows.clear()
+            else:
+                lanes.append(lane)
+            self.progress("rounds with the full head", number, min(PROMPTS, len(self.prompts)), {})
+        accepted = [count for lane in lanes for count in lane.accepted_drafts]
+        if not accepted:
+            raise DataError("no held-out prompt led to a drafted round. Raise data.holdout or decode.max_new_tokens")
+        later = sorted(rows for rows in watched.rows if rows > 1) or [1]
+
+        def phase(name: str) -> float:
+            return sum(lane.seconds.get(name, 0.0) for lane in lanes) / len(accepted)
+
+        return RoundCost(
+            goes_on=goes_on(accepted),
+            round_s=sum(lane.decode_s for lane in lanes) / len(accepted),
+            head_s=phase("head"),
+            layer_s=phase("draft"),
+            verify_s=phase("verify"),
+            head_calls=len(watched.rows) / len(accepted),
+            level_rows=later[len(later) // 2],
+        )

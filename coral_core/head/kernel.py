@@ -1,0 +1,69 @@
+"""The best tokens of the active groups in one pass over their rows: Triton on a GPU, plain PyTorch as the reference.
+
+Nothing here waits for the device: which groups are active stays on it. The kernel is tested in Triton's interpreter
+against the reference; it has not been run on a GPU yet.
+Axes: N row, D hidden, V vocabulary in permuted order, G group, A active group, C candidate,
+P row of routes: 1 when all rows share their groups, N when each has its own.
+"""
+
+import dataclasses
+import importlib.util
+
+import torch
+
+from coral_core.lent import Lent
+
+BEST = 16
+"""Candidates that the kernel keeps of each tile of rows: no tree proposes more per node."""
+MAX_ROWS = 64
+"""Rows of one call that the kernel holds at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """log q over the active rows for the most likely of them; not sorted, and -inf where a tile had fewer."""
+
+    logprob_NC: torch.Tensor
+    row_NC: torch.Tensor
+
+
+def fits(lent: Lent, rows_VD: torch.Tensor) -> bool:
+    """Whether the kernel serves this head: on a GPU with Triton, and logits that are plain products."""
+    plain = lent.logit_scale == 1.0 and not lent.logit_softcap and rows_VD.shape[1] % 64 == 0
+    return plain and rows_VD.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def grouped_best(
+    hidden_ND: torch.Tensor,
+    rows_VD: torch.Tensor,
+    start_G: torch.Tensor,
+    chosen_PA: torch.Tensor,
+    bias_V: torch.Tensor | None = None,
+) -> Best:
+    """The best candidates among the rows of the chosen groups; group g is rows start_G[g] to start_G[g + 1]."""
+    from coral_core.head.triton_grouped import launch
+
+    parts = [slice(first, first + MAX_ROWS) for first in range(0, hidden_ND.shape[0], MAX_ROWS)]
+    own = chosen_PA.shape[0] > 1
+    found = [launch(hidden_ND[n], rows_VD, start_G, chosen_PA[n] if own else chosen_PA, bias_V) for n in parts]
+    value_NC, row_NC, total_N1 = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return Best(value_NC - total_N1, row_NC)
+
+
+def grouped_best_reference(
+    hidden_ND: torch.Tensor,
+    rows_VD: torch.Tensor,
+    start_G: torch.Tensor,
+    chosen_PA: torch.Tensor,
+    bias_V: torch.Tensor | None = None,
+) -> Best:
+    """The same, row by row, all candidates kept."""
+    start, logprobs, rows = start_G.tolist(), [], []
+    for n, hidden_D in enumerate(hidden_ND):
+        chosen_A = chosen_PA[n if chosen_PA.shape[0] > 1 else 0]
+        row_C = torch.cat([torch.arange(start[g], start[g + 1], device=rows_VD.device) for g in chosen_A.tolist()])
+        bias_C = 0 if bias_V is None else bias_V[row_C]
+        logprobs.append((rows_VD[row_C].float() @ hidden_D.float() + bias_C).log_softmax(0))
+        rows.append(row_C)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Best(pad(logprobs, batch_first=True, padding_value=-torch.inf), pad(rows, batch_first=True))
