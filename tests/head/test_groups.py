@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from coral_core.errors import RecipeError
-from coral_core.head.clustering import balanced_assignment, by_frequency, by_id, by_kmeans
+from coral_core.head.clustering import (
+    balanced_assignment,
+    by_cooccurrence,
+    by_frequency,
+    by_id,
+    by_kmeans,
+    token_contexts,
+)
 from coral_core.head.groups import Groups, balanced_sizes, runs
 
 
@@ -26,7 +33,13 @@ def test_neighbouring_groups_are_read_in_one_run() -> None:
 def test_every_clustering_is_balanced_and_loses_no_token(vocabulary: int, groups: int) -> None:
     rows_VD = torch.randn(vocabulary, 6, generator=torch.Generator().manual_seed(0))
     count_V = torch.arange(vocabulary) % 7
-    for made in (by_id(vocabulary, groups), by_frequency(count_V, groups), by_kmeans(rows_VD, groups, count_V=count_V)):
+    contexts = token_contexts(vocabulary, rows_VD, torch.ones(vocabulary, 1), torch.arange(vocabulary)[:, None] // 2)
+    for made in (
+        by_id(vocabulary, groups),
+        by_frequency(count_V, groups),
+        by_kmeans(rows_VD, groups, count_V=count_V),
+        by_cooccurrence(rows_VD, groups, contexts=contexts, count_V=count_V),
+    ):
         assert made.is_whole(vocabulary)
         sizes = (made.token_GR >= 0).sum(1)
         assert sizes.max() - sizes.min() <= 1
@@ -42,6 +55,30 @@ def test_kmeans_finds_the_clusters_that_are_there() -> None:
     rows_VD = direction + 0.05 * torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
     group_V = by_kmeans(rows_VD, 3, count_V=torch.ones(12)).group_V
     assert [len(set(group_V[bundle::3].tolist())) for bundle in range(3)] == [1, 1, 1]
+
+
+def test_contexts_by_hand() -> None:
+    """Two features, mean 0: token 1 follows both, the second time for sure."""
+    feature_MD = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    contexts = token_contexts(3, feature_MD, torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([[0, 1], [1, 2]]))
+    assert contexts.mass_V.tolist() == [0.75, 1.25, 0.0]
+    assert contexts.feature_VD.tolist() == [[0.75, 0.0], [-0.75, 0.0], [0.0, 0.0]]
+
+
+def test_cooccurrence_finds_what_the_rows_do_not_show() -> None:
+    """Random head rows; tokens t, t + 3, t + 6, t + 9 are likely together. The rows alone put them elsewhere."""
+    generator = torch.Generator().manual_seed(2)
+    rows_VD = torch.randn(12, 6, generator=generator)
+    kind_M = torch.arange(300) % 3
+    feature_MD = 3 * torch.eye(6)[kind_M] + 0.1 * torch.randn(300, 6, generator=generator)
+    token_MK = kind_M[:, None] + torch.tensor([0, 3, 6, 9])
+    contexts = token_contexts(12, feature_MD, torch.full((300, 4), 0.25), token_MK)
+
+    def bundles(groups: Groups) -> list[int]:
+        return [len(set(groups.group_V[bundle::3].tolist())) for bundle in range(3)]
+
+    assert bundles(by_cooccurrence(rows_VD, 3, contexts=contexts, count_V=torch.ones(12))) == [1, 1, 1]
+    assert bundles(by_kmeans(rows_VD, 3, count_V=torch.ones(12))) != [1, 1, 1]
 
 
 def test_balance_moves_the_rows_that_mind_least() -> None:

@@ -13,6 +13,7 @@ from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups
 from coral_core.head.load import load_head, save_head
+from coral_core.head.products import Blocks, _packs
 from coral_core.head.router import Router
 from coral_core.head.static import StaticHead
 from coral_core.lent import Lent
@@ -78,10 +79,10 @@ def test_best_maps_places_to_tokens() -> None:
     assert Candidates(logprob_NC, own_NC).best(2)[1].tolist() == [[8, 7], [6, 5]]
 
 
-def a_folder(folder: Path, groups: Groups | None = None) -> Path:
+def a_folder(folder: Path, groups: Groups | None = None, hidden: int = D) -> Path:
     folder.mkdir(exist_ok=True)
-    save_head(folder, groups or by_id(V, G), Router(D, G), torch.arange(V))
-    facts = {"groups": G, "clustering": "id"}
+    save_head(folder, groups or by_id(V, G), Router(hidden, G), torch.arange(V))
+    facts = {"groups": G, "active": 3, "clustering": "id"}
     Manifest(kind="head", fingerprint="h", inputs={"target": "t", "drafter": "d"}, recipe={}, facts=facts).write(folder)
     return folder
 
@@ -98,6 +99,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     static = load_head(folder, spec, lent, target_fingerprint="t", drafter_fingerprint="d")
     assert isinstance(static, StaticHead)
     assert static.token_K.tolist() == list(range(V * 2 // G))
+    chosen = load_head(folder, HeadSpec(clustering="id"), lent, target_fingerprint="t", drafter_fingerprint="d")
+    assert isinstance(chosen, GroupedHead)
+    assert chosen.active == 3, "what the recipe leaves open is as group-head chose it"
     none = HeadSpec(kind="full")
     assert isinstance(
         load_head(tmp_path / "absent", none, lent, target_fingerprint="t", drafter_fingerprint="d"), FullHead
@@ -126,3 +130,48 @@ def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
     (folder / "head.safetensors").write_bytes(b"\0" * 50)
     with pytest.raises(ArtifactError, match="cannot read the head"):
         load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
+    folder = a_folder(tmp_path / "c", hidden=D + 2)
+    with pytest.raises(ArtifactError, match=f"a router from {D + 2} to {G} groups; {G} groups of a head {D} wide"):
+        load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
+
+
+def test_a_router_of_the_papers_form_is_loaded_as_such(tmp_path: Path) -> None:
+    folder, lent = a_folder(tmp_path / "head"), a_lent()
+    save_head(folder, by_id(V, G), Router(D, G, inner=True), torch.arange(V))
+    head = load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
+    assert isinstance(head, GroupedHead)
+    assert head.router.w1 is not None
+
+
+@pytest.mark.parametrize("tied, biased", [(True, False), (False, False), (False, True)])
+def test_tied_untied_and_biased_heads_are_read_alike(tied: bool, biased: bool) -> None:
+    torch.manual_seed(0)
+    embed_VD = torch.randn(V, D)
+    lent = Lent(embed_VD, embed_VD if tied else torch.randn(V, D), torch.randn(V) if biased else None)
+    hidden_ND = torch.randn(3, D)
+    logprob_NR, token_NR = FullHead(lent).candidates(hidden_ND).best(V)
+    ours_NR, same_NR = a_grouped(lent, G).candidates(hidden_ND).best(V)
+    assert torch.equal(token_NR, same_NR)
+    torch.testing.assert_close(ours_NR, logprob_NR, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("rows", [1, 3, 4, 10])
+def test_packed_blocks_multiply_as_plain_ones(dtype: torch.dtype, atol: float, rows: int) -> None:
+    """Blocks of 2,100 and 2,000 rows are large enough to be packed, where the processor can."""
+    generator = torch.Generator().manual_seed(0)
+    rows_VD = (torch.randn(6100, 128, generator=generator) / 128**0.5).to(dtype)
+    hidden_ND = torch.randn(rows, 128, generator=generator).to(dtype)
+    blocks = Blocks(rows_VD, [0, 2100, 4100, 6100])
+    assert bool(blocks.packed) == _packs(rows_VD)
+    expected_NC = torch.cat((rows_VD[:2100], rows_VD[4100:])).float() @ hidden_ND.float().T
+    torch.testing.assert_close(blocks.products(hidden_ND, [2, 0]).float(), expected_NC.T, rtol=atol, atol=atol)
+
+
+def test_the_full_head_is_never_touched_in_drafting() -> None:
+    """Once built, the grouped head answers the same with the lent rows gone."""
+    lent, hidden_ND = a_lent(), torch.randn(2, D)
+    head = a_grouped(lent, 2)
+    before = head.candidates(hidden_ND).logprob_NC
+    lent.head_VD.fill_(torch.nan)
+    assert torch.equal(head.candidates(hidden_ND).logprob_NC, before)

@@ -2,13 +2,25 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from coral_core.head.clustering import by_id
+from coral_core.head.groups import Groups
 from coral_core.recipe.schema import HeadSpec
 from coral_core.store.batches import collate
 from coral_core.store.shard import Sample
-from coral_core.training.router import Rows, Source, answer_counts, gather, held_out_rows, recall, train_router
+from coral_core.training.router import (
+    Rows,
+    Source,
+    answer_counts,
+    drafted,
+    gather,
+    group_mass,
+    held_out_rows,
+    recall,
+    train_router,
+)
 from coral_core.training.unroll import loss_rows, unroll
 from tests.store.helpers import make_store
 from tests.training.helpers import HIDDEN, VOCABULARY, tiny_drafter, tiny_lent
@@ -27,33 +39,38 @@ def some_samples(count: int) -> list[Sample]:
     ]
 
 
-def test_a_separable_toy_is_learnt_whole() -> None:
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_separable_toy_is_learnt_whole(inner: bool) -> None:
     torch.manual_seed(0)
-    group_N = torch.randint(5, (4000,))
-    hidden_ND = torch.eye(5, 16)[group_N] * 4 + 0.3 * torch.randn(4000, 16)
-    rows = Rows(hidden_ND, torch.nn.functional.one_hot(group_N, 5).float(), group_N[:, None])
-    router = train_router(
-        rows, 16, by_id(20, 5), HeadSpec(groups=5, active=1, router_steps=150, router_learning_rate=1e-2), seed=0
-    )
-    assert recall(router, rows, 1)["argmax"] > 0.99
+    token_M = torch.randint(20, (4000,))
+    groups = by_id(20, 5)
+    hidden_MD = torch.eye(5, 16)[groups.group_V[token_M]] * 4 + 0.3 * torch.randn(4000, 16)
+    rows = Rows(hidden_MD[None], hidden_MD, torch.ones(4000, 1), token_M[:, None])
+    spec = HeadSpec(groups=5, active=1, router_steps=150, router_learning_rate=1e-2)
+    router = train_router(rows, groups, spec, seed=0, inner=inner)
+    everywhere_SM = torch.ones(1, 4000, dtype=torch.bool)
+    assert recall(router, rows, groups, 1, everywhere_SM)["argmax"] > 0.99
 
 
 def test_labels_are_the_targets_mass_per_group(tmp_path: Path) -> None:
+    """The vocabulary of 48 is below the 64 tokens that are kept, so the labels are exact."""
     lent, drafter, groups = tiny_lent(), tiny_drafter().requires_grad_(False), by_id(VOCABULARY, 6)
     samples = some_samples(5)
     store = make_store(tmp_path / "data", samples, lent=lent, holdout=2)
-    rows = gather(Source(drafter, lent, groups, 3), store, seed=0)
-    assert len(rows.hidden_ND) == 3 * 8 * 7  # three steps, a full batch of dialogues, seven rows that draft an answer's
-    torch.testing.assert_close(rows.mass_NG.sum(1), torch.ones(len(rows.mass_NG)), rtol=0, atol=1e-5)
-    unseen = held_out_rows(Source(drafter, lent, groups, 2), store)
+    rows = gather(Source(drafter, lent, 3), store, seed=0)
+    assert rows.hidden_SMD.shape[:2] == (3, 8 * 7)  # three steps, a full batch of dialogues, seven rows each
+    torch.testing.assert_close(group_mass(rows, groups).sum(1), torch.ones(56), rtol=0, atol=1e-5)
+    unseen = held_out_rows(Source(drafter, lent, 2), store)
     batch = collate(samples[3:])
     wanted_BR = loss_rows(batch)
-    p_NV = lent.logits(batch.feature_BTD[:, 1:][wanted_BR]).softmax(-1)
-    expected_NG = p_NV.unflatten(1, (6, 8)).sum(-1)
-    torch.testing.assert_close(unseen.mass_NG, expected_NG.repeat(2, 1), rtol=0, atol=1e-5)
-    assert torch.equal(unseen.top_NK[:, 0], (p_NV.argmax(1) // 8).repeat(2))
+    p_MV = lent.logits(batch.feature_BTD[:, 1:][wanted_BR]).softmax(-1)
+    torch.testing.assert_close(group_mass(unseen, groups), p_MV.unflatten(1, (6, 8)).sum(-1), rtol=0, atol=1e-5)
+    assert torch.equal(unseen.token_MK[:, 0], p_MV.argmax(1))
     outputs = unroll(drafter, lent, batch, 2, wanted_BR=wanted_BR)
-    torch.testing.assert_close(unseen.hidden_ND, torch.cat([out[wanted_BR] for out in outputs]), rtol=0, atol=1e-5)
+    expected_SMD = torch.stack([out[wanted_BR] for out in outputs])
+    torch.testing.assert_close(unseen.hidden_SMD, expected_SMD, rtol=0, atol=1e-5)
+    best_SM = lent.logits(expected_SMD).argmax(-1)
+    assert torch.equal(drafted(lent, unseen, 1), best_SM == p_MV.argmax(1))
 
 
 def test_only_the_training_answers_are_counted(tmp_path: Path) -> None:
@@ -65,11 +82,14 @@ def test_only_the_training_answers_are_counted(tmp_path: Path) -> None:
 
 
 def test_recall_by_hand() -> None:
-    """A router that always ranks group 0 first, then group 1."""
+    """A router that always ranks group 0 first, then group 1; four tokens in groups 0, 0, 1, 2."""
 
-    def router(hidden_ND: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([3.0, 2.0, 1.0]).expand(len(hidden_ND), -1)
+    def router(hidden_SMD: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([3.0, 2.0, 1.0]).expand(*hidden_SMD.shape[:2], -1)
 
-    mass_NG = torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.0, 1.0]])
-    rows = Rows(torch.zeros(2, 4), mass_NG, torch.tensor([[0, 2], [2, 1]]))
-    assert recall(router, rows, 2) == {"argmax": 0.5, "top10": 0.5, "mass": 0.375}  # type: ignore[arg-type]
+    groups = Groups(torch.tensor([[0, 1], [2, -1], [3, -1]]))
+    hidden_SMD = torch.zeros(1, 2, 4)
+    prob_MK, token_MK = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[2, 3], [3, 1]])
+    rows = Rows(hidden_SMD, hidden_SMD[0], prob_MK, token_MK)
+    found = recall(router, rows, groups, 2, torch.tensor([[True, False]]))  # type: ignore[arg-type]
+    assert found == {"argmax": 0.5, "top10": 0.5, "mass": 0.625, "kept": 1.0}
