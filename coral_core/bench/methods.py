@@ -38,7 +38,9 @@ def load_method(contender: Contender, target: Target) -> Method:
     spec = contender.recipe.head
     head: dict[str, Any] = {"kind": spec.kind, "groups": spec.groups, "active": spec.active}
     if spec.kind != "full":
-        head["fingerprint"] = Manifest.read(assembled.folder / "head", "head", "coral group-head").fingerprint
+        made = Manifest.read(assembled.folder / "head", "head", "coral group-head")
+        head |= {key: head[key] or made.facts[key] for key in ("groups", "active")}  # what the recipe leaves open
+        head["fingerprint"] = made.fingerprint
     facts = {
         "method": contender.name,
         "drafter": {
