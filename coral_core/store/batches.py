@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from coral_core.errors import DataError
 from coral_core.store.shard import Sample
-from coral_core.store.store import Store
+from coral_core.store.store import OPEN_SHARDS, Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +49,38 @@ def batches(
     Every batch is full: one that reaches the end of an epoch goes on with the next. Raises DataError when nothing is
     left to learn from.
     """
-    indices = store.train_indices
-    if not indices:
+    if not store.train_indices:
         raise DataError(f"{store.folder} holds no dialogue to train on. Lower data.holdout and run: coral prepare-data")
-    for row in _rows(len(indices), batch_size, seed, start):
-        yield collate([store[indices[place]] for place in row], dtype)
+    for row in _rows(store.train_shards, batch_size, seed, start):
+        yield collate([store[index] for index in row], dtype)
 
 
-def _rows(count: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
-    """Places 0 … count-1, epoch after epoch, cut in rows of `batch_size`, from row `start` on."""
-    epoch, skip = divmod(start * batch_size, count)
+def _rows(shards: Sequence[range], batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+    """The shards' indices, epoch after epoch, cut in rows of `batch_size`, from row `start` on."""
+    epoch, skip = divmod(start * batch_size, sum(map(len, shards)))
     row: list[int] = []
     while True:
-        for place in _order(count, seed, epoch)[skip:]:
-            row.append(place)
+        for index in _order(shards, seed, epoch)[skip:]:
+            row.append(index)
             if len(row) == batch_size:
                 yield row
                 row = []
         epoch, skip = epoch + 1, 0
 
 
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    """The epoch's permutation. Text seeds Python's generator by a hash; torch's would drop a seed's bits above 32."""
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
+def _order(shards: Sequence[range], seed: int, epoch: int) -> list[int]:
+    """The epoch's permutation: of all samples, or, where the shards are more than stay open, of a window at a time.
+
+    A window is as many shards as stay open, drawn anew each epoch: reading at random all over a store that is larger
+    than memory would check and open a shard for almost every sample. Text seeds Python's generator by a hash; torch's
+    would drop a seed's bits above 32.
+    """
+    draw, left = random.Random(f"{seed} {epoch}"), list(shards)
+    if len(left) > OPEN_SHARDS:
+        draw.shuffle(left)
+    order: list[int] = []
+    for first in range(0, len(left), OPEN_SHARDS):
+        window = [index for shard in left[first : first + OPEN_SHARDS] for index in shard]
+        draw.shuffle(window)
+        order += window
     return order

@@ -100,6 +100,13 @@ class Store:
         return range(len(self) - self.manifest.facts["holdout_samples"])
 
     @property
+    def train_shards(self) -> list[range]:
+        """The same, shard by shard."""
+        last = len(self.train_indices)
+        starts = [0, *self._ends]
+        return [range(start, min(end, last)) for start, end in itertools.pairwise(starts) if start < last]
+
+    @property
     def holdout_indices(self) -> range:
         """Samples never learnt from."""
         return range(len(self) - self.manifest.facts["holdout_samples"], len(self))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coral_core.errors import DataError
-from coral_core.store.batches import Batch, _rows, batches, collate
+from coral_core.store.batches import Batch, _order, _rows, batches, collate
 from coral_core.store.shard import Sample
 from coral_core.store.store import Store
 from tests.store.helpers import make_samples, make_store
@@ -59,14 +59,37 @@ def test_resuming_at_start_continues_exactly(store: Store, start: int) -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (10, 5), (3, 8), (1, 1)])
 def test_every_epoch_sees_every_sample_once(count: int, size: int) -> None:
-    stream = list(itertools.chain(*itertools.islice(_rows(count, size, 0, 0), 10 * count)))
+    stream = list(itertools.chain(*itertools.islice(_rows([range(count)], size, 0, 0), 10 * count)))
     epochs = [stream[first : first + count] for first in range(0, 3 * count, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
 
 
 def test_epochs_differ_in_order() -> None:
-    stream = list(itertools.chain(*itertools.islice(_rows(20, 4, 0, 0), 10)))
+    stream = list(itertools.chain(*itertools.islice(_rows([range(20)], 4, 0, 0), 10)))
     assert stream[:20] != stream[20:]
+
+
+def test_a_large_store_is_read_a_window_of_shards_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine shards of four, three open: every stretch of twelve stays within three shards, drawn anew each epoch."""
+    monkeypatch.setattr("coral_core.store.batches.OPEN_SHARDS", 3)
+    shards = [range(4 * number, 4 * number + 4) for number in range(9)]
+    epochs = [_order(shards, 0, epoch) for epoch in range(3)]
+    windows = []
+    for order in epochs:
+        assert sorted(order) == list(range(36))
+        for first in (0, 12, 24):
+            touched = {index // 4 for index in order[first : first + 12]}
+            assert len(touched) == 3
+            assert order[first : first + 12] != sorted(order[first : first + 12])
+            windows.append(frozenset(touched))
+    assert len(set(windows)) > 6
+    stream = list(itertools.islice(_rows(shards, 5, 0, 0), 30))
+    assert list(itertools.islice(_rows(shards, 5, 0, 11), 19)) == stream[11:]
+
+
+def test_the_shards_to_train_on_end_before_the_held_out_samples(store: Store) -> None:
+    assert store.train_shards == [range(0, 5), range(5, 10)]
+    assert [index for shard in store.train_shards for index in shard] == list(store.train_indices)
 
 
 def test_held_out_samples_never_come(store: Store) -> None:
