@@ -18,6 +18,7 @@ from coral_cli.commands.import_drafter import import_drafter
 from coral_cli.commands.inspect import inspect
 from coral_cli.commands.prepare_data import prepare_data
 from coral_cli.commands.publish import publish
+from coral_cli.commands.serve import serve
 from coral_cli.commands.train import train
 from coral_core import __version__
 from coral_core.errors import CoralError
@@ -79,6 +80,7 @@ app.command("inspect")(inspect)
 app.command("export")(export)
 app.command("import")(import_drafter)
 app.command("publish")(publish)
+app.command("serve")(serve)
 
 
 def main() -> None:

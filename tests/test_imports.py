@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "decoding": NOUNS | {"target", "drafter", "head"},
     "report": {"errors"},
     "bench": NOUNS | {"decoding", "target", "drafter", "head", "report"},
+    "serve": NOUNS | {"decoding", "target"},
     "export": NOUNS | {"target", "drafter", "head"},
 }
 """Of a room's own files nothing is said: they import each other freely."""

@@ -13,6 +13,7 @@ OPTIONS = {
         *("--bench", "--drafter", "--head", "--help", "--json", "--limit", "--questions", "--resume", "--run-code"),
         *("--runs", "--seed", "--temperature"),
     ],
+    "serve": ["--active", "--help", "--host", "--port", "--runs", "--waiting"],
     "chat": ["--help", "--no-speculative", "--runs", "--speculative"],
     "inspect": ["--help", "--json"],
     "export": ["--help", "--map-size", "--runs", "--to"],

@@ -1,0 +1,100 @@
+"""`coral serve`: OpenAI's API on a port, with speculative decoding behind it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import socket
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_core.errors import CoralError
+
+if TYPE_CHECKING:
+    from coral_cli.options import Run
+    from coral_core.serve.answer import Service
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+SHUTDOWN_S = 10
+"""What answers under way are given to finish in, after Ctrl-C; a second one ends them at once."""
+
+
+def serve(
+    arguments: Arguments = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is the whole network.")] = LOCAL[0],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    active: Annotated[
+        int, typer.Option("--active", min=1, help="Requests answered in turn; each holds its own caches.")
+    ] = 8,
+    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait for their turn.")] = 64,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Answer OpenAI's chat and completions API with speculative decoding; Ctrl-C stops."""
+    _refuse_without_extra()
+    listening = _listen(host, port)  # before the model is loaded: a port in use is answered at once
+    run = open_run(arguments, runs)
+
+    import uvicorn
+
+    from coral_cli.console import err
+    from coral_core.serve.app import make_app
+
+    app = make_app(_service(run), active, waiting)
+    if host in LOCAL[:2]:
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+        # A web page whose name was pointed at this machine must not read answers: its requests carry that name.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL[:2]))
+    else:
+        err.print(f"listening on {host}: whoever reaches this port may ask; there are no keys", markup=False)
+    listening.listen()  # whoever reads the next line may connect
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}/v1"
+    err.print(f"{run.recipe.name} answers at {address}, Ctrl-C stops", markup=False, soft_wrap=True)
+    config = uvicorn.Config(
+        app, log_config=_log_config(uvicorn.config.LOGGING_CONFIG), timeout_graceful_shutdown=SHUTDOWN_S, ws="none"
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:  # uvicorn passes it on when it has shut down
+        err.print("stopped", markup=False)
+
+
+def _refuse_without_extra() -> None:
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CoralError(f"coral serve needs {' and '.join(missing)}. Run: pip install 'coral-decoding[serve]'")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises CoralError for an address that is taken, or is none of this machine's."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise CoralError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Choose others with --host and --port"
+        ) from error
+    return listening
+
+
+def _service(run: Run) -> Service:
+    from coral_core.decoding.assemble import assemble, sampler
+    from coral_core.serve.answer import Service
+    from coral_core.target.load import load_target
+
+    target = load_target(run.recipe.target)
+    engine = assemble(run.recipe, run.folder, target).engine
+    return Service(run.recipe.name, target, engine.decode, sampler(run.recipe), run.recipe.decode.max_new_tokens)
+
+
+def _log_config(theirs: dict[str, Any]) -> dict[str, Any]:
+    """uvicorn's log, all of it on stderr, and warnings and errors only besides one line per request."""
+    config = copy.deepcopy(theirs)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    config["loggers"]["uvicorn.error"]["level"] = "WARNING"
+    return config

@@ -1,0 +1,133 @@
+"""One answer as text: a request in, pieces of text out, cut at the client's stop strings.
+
+All of it runs in the worker's thread: model and tokenizer have one user.
+"""
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Literal
+
+from coral_core.decoding.rounds import Round
+from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.stream import TextStream
+from coral_core.errors import DataError
+from coral_core.serve.protocol import Ask, Refusal
+from coral_core.target.load import Target
+from coral_core.target.template import prompt_ids
+
+Decode = Callable[[list[int], Sampler, int], Iterable[Round]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """What answers: a model under a name, and the recipe's settings for what a request leaves open."""
+
+    name: str
+    target: Target
+    decode: Decode
+    sampler: Sampler
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A request that is being answered."""
+
+    prompt_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What one round added to an answer."""
+
+    text: str
+    tokens: int
+    """New tokens; those behind a stop string are not counted, so that the count depends on the answer alone."""
+    drafted: bool = False
+    """Whether it came from a round of drafting and verification, and not from the prefill."""
+    finish: Literal["stop", "length"] | None = None
+    """Set on the last piece: a stop token or string, or the limit."""
+
+
+class StopText:
+    """Holds back text that may be the beginning of a stop string, and ends at the first one that is complete."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.hit = False
+
+    def feed(self, text: str) -> str:
+        """The text that can be shown now; sets `hit`, and then shows nothing of the stop string or beyond."""
+        self.held += text
+        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        self.hit = bool(places)
+        shown = min(places) if places else len(self.held) - self._unsure()
+        text, self.held = self.held[:shown], self.held[shown:]
+        return text
+
+    def _unsure(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = min(max(map(len, self.stops), default=1) - 1, len(self.held))
+        ends = (length for length in range(longest, 0, -1) if self._begins_stop(self.held[-length:]))
+        return next(ends, 0)
+
+    def _begins_stop(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self.stops)
+
+
+def answer(service: Service, ask: Ask) -> Generator[Refusal | Opened | Piece, None, None]:
+    """A Refusal alone; or Opened, then a Piece per round and a last one with `finish`."""
+    try:
+        prompt = _prompt(service, ask)
+        limit = _limit(service, ask, len(prompt))
+    except Refusal as refusal:
+        yield refusal
+        return
+    yield Opened(len(prompt))
+    sampler = dataclasses.replace(service.sampler, **ask.sampling)
+    yield from _pieces(service, service.decode(prompt, sampler, limit), ask.stops)
+
+
+def _prompt(service: Service, ask: Ask) -> list[int]:
+    """The request's token ids. Raises Refusal."""
+    tokenizer, vocab = service.target.tokenizer, service.target.lent.embed_VD.shape[0]
+    if ask.messages is not None:
+        try:
+            return prompt_ids(tokenizer, ask.messages)
+        except DataError as error:
+            raise Refusal(str(error), param="messages") from error
+    ids: list[int] = tokenizer(ask.text)["input_ids"] if ask.ids is None else ask.ids
+    strange = [token for token in ids if not 0 <= token < vocab]
+    if strange:
+        raise Refusal(f"token id {strange[0]} is outside the vocabulary of {vocab:,}", param="prompt")
+    return ids
+
+
+def _limit(service: Service, ask: Ask, prompt: int) -> int:
+    """New tokens at most. Raises Refusal when prompt and answer do not fit the context."""
+    context = service.target.max_positions
+    wanted = ask.max_new_tokens or 1
+    if prompt == 0 or prompt + wanted > context:
+        raise Refusal(
+            f"the prompt has {prompt} tokens, {wanted} at least are asked for, and the context holds {context}",
+            param="prompt" if ask.messages is None else "messages",
+            code="context_length_exceeded" if prompt else None,
+        )
+    return ask.max_new_tokens or min(service.max_new_tokens, context - prompt)
+
+
+def _pieces(service: Service, rounds: Iterable[Round], stops: Sequence[str]) -> Generator[Piece, None, None]:
+    stream, stop = TextStream(service.target.tokenizer), StopText(stops)
+    last = -1
+    for event in rounds:
+        text = ""
+        for count, last in enumerate(event.new_ids, start=1):
+            text += stop.feed(stream.feed([last]))
+            if stop.hit:
+                yield Piece(text, count, event.kind != "prefill", "stop")
+                return
+        yield Piece(text, len(event.new_ids), event.kind != "prefill")
+    text = stop.feed(stream.rest())
+    ended = stop.hit or last in service.target.stop_ids
+    yield Piece(text if stop.hit else text + stop.held, 0, False, "stop" if ended else "length")
