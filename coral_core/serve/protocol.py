@@ -104,8 +104,8 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise Refusal(f"{where} must be an object with 'role' and 'content'", param=where)
     role = message.get("role")
-    if role not in ROLES:
-        raise Refusal(f"{where}.role is {role!r}; it must be one of {', '.join(ROLES)}", param=f"{where}.role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise Refusal(f"{where}.role is {_shown(role)}; it must be one of {', '.join(ROLES)}", param=f"{where}.role")
     return {"role": ROLES[role], "content": _text(message.get("content"), f"{where}.content")}
 
 

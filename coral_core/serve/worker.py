@@ -89,15 +89,13 @@ class Worker:
     def _next(self) -> Job | None:
         """Take a job whose turn it is; None when the worker closes."""
         with self.changed:
+            while not (self.closing or self.current or self.active or self.waiting):
+                self.changed.wait()
+            while self.waiting and self.counts()[0] < self.most_active:
+                self.active.append(self.waiting.popleft())
             if self.current is not None:
                 self.active.append(self.current)
-                self.current = None
-            while not self.closing and not self.active and not self.waiting:
-                self.changed.wait()
-            while self.waiting and len(self.active) < self.most_active:
-                self.active.append(self.waiting.popleft())
-            if not self.closing:
-                self.current = self.active.popleft()
+            self.current = None if self.closing else self.active.popleft()
             return self.current
 
     def _step(self, job: Job) -> bool:
