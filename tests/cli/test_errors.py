@@ -44,7 +44,7 @@ def test_success_is_0():
     assert done.stdout.startswith("coral ")
 
 
-@pytest.mark.parametrize("verb", ["prepare-data", "train", "group-head", "eval", "chat"])
+@pytest.mark.parametrize("verb", ["prepare-data", "train", "group-head", "eval", "chat", "serve"])
 def test_a_users_error_is_1_with_one_line(verb, tmp_path):
     done = coral(verb, "no-such.yaml", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")

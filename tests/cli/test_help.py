@@ -20,7 +20,7 @@ def heavy_after(code: str) -> str:
     return done.stderr.strip()
 
 
-@pytest.mark.parametrize("verb", [None, "prepare-data", "train", "group-head", "eval", "chat", "inspect"])
+@pytest.mark.parametrize("verb", [None, "prepare-data", "train", "group-head", "eval", "chat", "inspect", "serve"])
 def test_help_imports_nothing_heavy(verb):
     argv = ["coral", *([verb] if verb else []), "--help"]
     code = (
@@ -49,7 +49,7 @@ def test_reading_a_recipe_needs_no_torch():
     assert heavy_after(code) == "[]"
 
 
-@pytest.mark.parametrize("verb", ["prepare-data", "train", "group-head", "eval", "chat"])
+@pytest.mark.parametrize("verb", ["prepare-data", "train", "group-head", "eval", "chat", "serve"])
 def test_a_slip_in_the_recipe_is_answered_before_anything_heavy_loads(verb):
     code = (
         f"sys.argv = ['coral', '{verb}', 'train.stpes=3']\nfrom coral_cli.main import main\nimport os\n"
