@@ -1,4 +1,4 @@
-"""The corpora that pico learns from: read, cleaned of benchmark questions, split, weighted, packed into rows of tokens."""
+"""The corpora that pico learns from: read, cleaned of benchmark questions, split, weighted, packed into rows."""
 
 import gzip
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 # Share of the training tokens. Only what people wrote under permissive licences: GPTeacher (written by GPT-4) and the
-# arena's answers (written by other models) are left out. medquad and novels are large and dull for a chat model of this size.
+# arena's answers (written by other models) are left out; medquad and novels are large, and teach little talk.
 SHARES = {
     "sgd": 0.20,
     "self_dialogue": 0.20,
@@ -54,7 +54,11 @@ def read(folder: Path, source: str) -> list[list[dict[str, str]]]:
         rows = [json.loads(line) for line in lines]
     if source != "novels":
         return [row["messages"] for row in rows]
-    pieces = (text[i : i + NOVEL_CHARACTERS] for text in (row["text"] for row in rows) for i in range(0, len(text), NOVEL_CHARACTERS))
+    pieces = (
+        text[i : i + NOVEL_CHARACTERS]
+        for text in (row["text"] for row in rows)
+        for i in range(0, len(text), NOVEL_CHARACTERS)
+    )
     return [[{"role": "text", "content": piece}] for piece in pieces]
 
 
@@ -90,7 +94,9 @@ def split(dialogues: list[list[dict[str, str]]]) -> tuple[list[list[dict[str, st
     return sides
 
 
-def tokens_of(dialogue: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[int]:
+def tokens_of(
+    dialogue: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, system: str | None = None
+) -> list[int]:
     """Token ids of one dialogue in pico's chat format; plain text ends with the end token alone."""
     if dialogue[0]["role"] == "text":
         return tokenizer(dialogue[0]["content"])["input_ids"] + [tokenizer.eos_token_id]
@@ -98,7 +104,9 @@ def tokens_of(dialogue: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
     return tokenizer.apply_chat_template(head + dialogue, tokenize=True, return_dict=False)
 
 
-def _stream(source: str, dialogues: list, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> Iterator[list[int]]:
+def _stream(
+    source: str, dialogues: list, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator
+) -> Iterator[list[int]]:
     while True:
         for i in rng.permutation(len(dialogues)):
             yield tokens_of(dialogues[i], tokenizer, SYSTEM.get(source) if rng.random() < 1 / 8 else None)

@@ -1,9 +1,10 @@
 """How well a pico speaks: held-out perplexity per corpus, beside another model's, and sample dialogues.
 
-    python recipes/pico/evaluate.py MODEL [MODEL ...] --corpora DIR --benchmarks DIR
+    python -m recipes.pico.evaluate MODEL [MODEL ...] --corpora DIR --benchmarks DIR
 
-Perplexity is per token of the model's own tokenizer and does not compare across tokenizers; bits per byte do. Both count
-every token of the held-out dialogues, each in the model's own chat format. An older pico may have been trained on some of them.
+Perplexity is per token of the model's own tokenizer and does not compare across tokenizers; bits per byte do. Both
+count every token of the held-out dialogues, each in the model's own chat format. A model trained with another split
+may have seen some of them.
 """
 
 import argparse
@@ -12,10 +13,9 @@ import math
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import corpora
+from recipes.pico import corpora
 
 PROMPTS = [
     ["I want to book a table for two in San Jose tonight.", "An Italian place, please. Seven o'clock."],
@@ -38,7 +38,7 @@ def nats(model: torch.nn.Module, tokenizer, dialogues: list, limit: int = 1024) 
     for dialogue in dialogues:
         ids = torch.tensor([corpora.tokens_of(dialogue, tokenizer)[:limit]])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0]
-        total += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
         tokens += ids.shape[1] - 1
         size += len(tokenizer.decode(ids[0, 1:], skip_special_tokens=True).encode())
     return total, tokens, size
@@ -63,16 +63,34 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="held-out dialogues per corpus")
     options = parser.parse_args()
     forbidden = corpora.benchmark_ngrams(options.benchmarks)
-    held = {s: corpora.split(corpora.clean(corpora.read(options.corpora, s), forbidden))[1][: options.limit] for s in corpora.SHARES}
+    held = {
+        s: corpora.split(corpora.clean(corpora.read(options.corpora, s), forbidden))[1][: options.limit]
+        for s in corpora.SHARES
+    }
     for folder in options.models:
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(folder),
+        )
         for source, dialogues in held.items():
             if dialogues:
                 total, tokens, size = nats(model, tokenizer, dialogues)
                 row = {"model": folder.name, "corpus": source, "dialogues": len(dialogues), "tokens": tokens}
-                print(json.dumps(row | {"perplexity": round(math.exp(total / tokens), 2), "bits_per_byte": round(total / math.log(2) / size, 3)}), flush=True)
+                print(
+                    json.dumps(
+                        row
+                        | {
+                            "perplexity": round(math.exp(total / tokens), 2),
+                            "bits_per_byte": round(total / math.log(2) / size, 3),
+                        }
+                    ),
+                    flush=True,
+                )
         for questions in PROMPTS:
-            print("\n".join(f"{m['role']}: {m['content']}" for m in converse(model, tokenizer, questions)) + "\n", flush=True)
+            print(
+                "\n".join(f"{m['role']}: {m['content']}" for m in converse(model, tokenizer, questions)) + "\n",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
