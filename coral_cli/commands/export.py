@@ -34,7 +34,7 @@ def export(
     from coral_core.errors import CoralError
     from coral_core.export.run import FORMATS, HF, export_engine, export_hf, open_source
     from coral_core.export.serve import serve_command
-    from coral_core.target.load import load_target
+    from coral_core.target.load import PICO, load_target
 
     if to not in FORMATS:
         raise typer.BadParameter(f"--to is '{to}'; it must be one of {', '.join(FORMATS)}")
@@ -50,7 +50,8 @@ def export(
     token_map = _token_map(run, source, target, map_size) if to == "sglang" else None
     folder = export_engine(to, source, target, run.folder, token_map)
     err.print(f"written to {folder}, and read back. Serve it with:", markup=False, soft_wrap=True)
-    typer.echo(serve_command(to, run.recipe, str(folder), with_map=token_map is not None))
+    model = str(PICO / "target") if run.recipe.target.model == "pico" else run.recipe.target.model
+    typer.echo(serve_command(to, run.recipe, model, str(folder), with_map=token_map is not None))
 
 
 def _token_map(run: Run, source: Source, target: Target, size: int | None) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """Tokens per round and nothing else, for a drafter that is still in training."""
 
+import copy
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 
@@ -61,7 +62,8 @@ def static_head_cost(
     progress: Progress,
 ) -> tuple[float, float]:
     """tokens_per_round when drafting from the whole vocabulary, and from the tokens of a static head alone."""
-    drafter, shape = drafter.to(target.device, target.dtype), tree_shape(recipe.decode)
+    # `to` changes a module in place: the caller's weights would be rounded to the target's dtype.
+    drafter, shape = copy.deepcopy(drafter).to(target.device, target.dtype), tree_shape(recipe.decode)
     heads = (FullHead(target.lent), StaticHead(target.lent, token_K))
     whole, static = (
         tokens_per_round(recipe, Engine(target, drafter, head, shape), prompts, progress) for head in heads

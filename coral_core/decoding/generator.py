@@ -5,6 +5,7 @@ generator = Generator(target, Drafter.from_pretrained("my-org/my-drafter"))
 for text in generator.stream("Hello!"): ...
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,8 +38,9 @@ class Generator:
         Raises ArtifactError when drafter or head were made for another target.
         """
         _refuse_stranger(target, drafter)
-        drafter = drafter.to(target.device, target.dtype)
-        self.engine = Engine(target, drafter, _head(target, drafter), tree)
+        head = _head(target, drafter)
+        # `to` changes a module in place: a drafter that is saved later would be rounded to the target's dtype.
+        self.engine = Engine(target, copy.deepcopy(drafter).to(target.device, target.dtype), head, tree)
 
     def rounds(
         self,

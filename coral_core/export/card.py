@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from coral_core.export.layouts import LAYOUTS
 from coral_core.recipe.schema import Recipe
 
 TAGS = ["speculative-decoding", "coral", "eagle", "draft-model"]
@@ -33,13 +34,13 @@ class CardFacts:
     results: dict[str, Any]
     """eval/results.json."""
     serve: dict[str, str]
-    """Engine -> command."""
+    """Format -> the command by which its folder is served."""
 
-    @property
-    def hub_target(self) -> str:
-        """The target's Hub id; '' for a folder, and for pico, which is nowhere else."""
-        model = self.recipe.target.model
-        return model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else ""
+
+def hub_target(recipe: Recipe) -> str:
+    """The target's Hub id; '' for a folder, and for pico, which is nowhere else."""
+    model = recipe.target.model
+    return model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else ""
 
 
 def card_text(facts: CardFacts) -> str:
@@ -59,14 +60,14 @@ def card_text(facts: CardFacts) -> str:
 
 def _front(facts: CardFacts) -> str:
     values: dict[str, Any] = {"license": facts.licence or "other", "tags": TAGS, "library_name": "coral"}
-    if facts.hub_target:
-        values |= {"base_model": facts.hub_target, "base_model_relation": "adapter"}
+    if target := hub_target(facts.recipe):
+        values |= {"base_model": target, "base_model_relation": "adapter"}
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
 def _opening(facts: CardFacts) -> str:
     target, revision = facts.recipe.target.model, facts.recipe.target.revision
-    where = f"`{target}`, revision `{revision}`" if facts.hub_target else f"`{target}`"
+    where = f"`{target}`, revision `{revision}`" if hub_target(facts.recipe) else f"`{target}`"
     fingerprint = facts.results["target"]["fingerprint"]
     coral = f"coral {facts.results['versions']['coral']}"
     made = f"Trained with {coral}, by {PAPERS[facts.recipe.train.preset]}:"
@@ -121,14 +122,14 @@ def _speedup(numbers: dict[str, Any]) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    target = facts.hub_target or "TARGET"
+    target = hub_target(facts.recipe) or "TARGET"
     code = (
         "```python\nfrom coral_core import Drafter, Generator, Target\n\n"
         f'target = Target.from_pretrained("{target}")\n'
         f'generator = Generator(target, Drafter.from_pretrained("{facts.repo}"))\n'
         'for text in generator.stream("Hello!"):\n    print(text, end="", flush=True)\n```'
     )
-    served = [f"{engine}:\n\n    {command}" for engine, command in facts.serve.items()]
+    served = [f"{LAYOUTS[to].engine}:\n\n    {command}" for to, command in facts.serve.items()]
     fetch = [f"    hf download {facts.repo} --local-dir {facts.repo.split('/')[1]}"] if served else []
     return "## Use\n\n" + "\n\n".join([code, *fetch, *served])
 

@@ -10,7 +10,7 @@ import yaml
 
 from coral_core.artifacts import MANIFEST, Manifest, write_text
 from coral_core.errors import ArtifactError
-from coral_core.export.card import CardFacts, card_text
+from coral_core.export.card import CardFacts, card_text, hub_target
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.run import TOKEN_MAP, Source, export_hf, open_source
 from coral_core.export.serve import serve_command
@@ -51,10 +51,7 @@ def prepare(recipe: Recipe, run: Path, repo: str, licence: str) -> Publication:
         trained=source.manifest.facts,
         head=Manifest.read(source.head, "head", "coral group-head").facts if source.head else None,
         results=results,
-        serve={
-            to: serve_command(to, made_by, f"{repo.split('/')[1]}/{to}", with_map=(folder / to / TOKEN_MAP).exists())
-            for to in engines
-        },
+        serve={to: _serve(to, made_by, repo, folder / to) for to in engines},
     )
     card = card_text(facts)
     write_text(folder / "README.md", card)
@@ -69,6 +66,12 @@ def size_text(size_bytes: int) -> str:
         if size_bytes >= size:
             return f"{size_bytes / size:,.1f} {unit}"
     return f"{size_bytes / 1e3:,.1f} kB"
+
+
+def _serve(to: str, recipe: Recipe, repo: str, made: Path) -> str:
+    """From where `hf download` puts it."""
+    folder, with_map = f"{repo.split('/')[1]}/{to}", (made / TOKEN_MAP).exists()
+    return serve_command(to, recipe, hub_target(recipe) or "TARGET", folder, with_map=with_map)
 
 
 def _results(run: Path, source: Source) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _warnings(facts: CardFacts, engines: list[str]) -> list[str]:
     warnings = []
     if not facts.licence:
         warnings.append("no licence is said: give --licence, such as apache-2.0; the target's terms come first")
-    if not facts.hub_target:
+    if not hub_target(facts.recipe):
         warnings.append(f"the target '{facts.recipe.target.model}' is not on the Hub, so the card names no base_model")
     for key, value in (("target.model", facts.recipe.target.model), ("data.prompts", facts.recipe.data.prompts)):
         if Path(value).is_absolute():
