@@ -34,6 +34,7 @@ from coral_core.errors import ArtifactError, CoralError
 from coral_core.head.full import FullHead
 from coral_core.recipe.schema import PRESETS, Recipe
 from coral_core.store.store import Store
+from coral_core.target.capture import tap
 from coral_core.target.load import Target, load_target
 from coral_core.training.loop import Reports, train
 from coral_core.training.publish import open_data
@@ -146,8 +147,8 @@ def progress_line(variant: Variant) -> Any:
 
 def open_bench(recipe: Recipe, run: Path, prompts: int) -> Bench:
     """Data, target, and the target's own answers to the held-out prompts, which are kept for the next time."""
-    store = open_data(recipe, run)
     target = load_target(recipe.target)
+    store = open_data(recipe, run, lambda ids_BT, valid_BT: tap(target, ids_BT, valid_BT).feature_BTD)
     if store.manifest.inputs["target"] != target.fingerprint:
         raise ArtifactError(f"{store.folder} was made with another target. Run: coral prepare-data")
     held = store.holdout_prompts

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.tapped import Tapped
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
@@ -20,10 +21,11 @@ def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
 
     run = open_run(arguments, runs)
     spec = run.recipe.head
+    tapped = Tapped(run, "; or set head.groups and head.active")
     with progress_bars() as progress:
         is_open = not (spec.groups and spec.active) and not is_finished(run.recipe, run.folder)
-        probe = _probe(run, progress) if is_open else None
-        manifest, built = build_head(run.recipe, run.folder, progress, probe)
+        probe = _probe(tapped, progress) if is_open else None
+        manifest, built = build_head(run.recipe, run.folder, progress, probe, tapped.tap)
     folder = run.folder / "head"
     if not built:
         err.print(f"{folder} is finished already, with this recipe and drafter", markup=False, soft_wrap=True)
@@ -31,27 +33,12 @@ def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     err.print(f"written to {folder}. Next: coral eval, coral chat", markup=False, soft_wrap=True)
 
 
-def _probe(run: Run, progress: Progress) -> Probe:
+def _probe(tapped: Tapped, progress: Progress) -> Probe:
     """Rounds of the target, to choose by. Raises CoralError when the data has no held-out prompt of this target."""
     from coral_core.bench.probe import Probe as DecodingProbe
-    from coral_core.errors import ArtifactError
-    from coral_core.target.load import load_target
-    from coral_core.training.publish import open_data
 
-    fix = "or set head.groups and head.active"
-    store = open_data(run.recipe, run.folder)
-    if not store.holdout_prompts:
-        raise ArtifactError(
-            f"{store.folder} holds no held-out prompt. Set data.holdout and run: coral prepare-data; {fix}"
-        )
-    target = load_target(run.recipe.target)
-    made_for = store.manifest.inputs["target"]
-    if made_for != target.fingerprint:
-        raise ArtifactError(
-            f"the data in {store.folder} is of target {made_for}, and target '{run.recipe.target.model}' is "
-            f"{target.fingerprint}. Run: coral prepare-data; {fix}"
-        )
-    return DecodingProbe(run.recipe, target, store.holdout_prompts, progress)
+    prompts = tapped.prompts
+    return DecodingProbe(tapped.run.recipe, tapped.target, prompts, progress)
 
 
 def _print_summary(manifest: Manifest) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.tapped import Tapped
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
@@ -18,9 +19,10 @@ def train(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     from coral_core.training.publish import train_drafter
 
     run = open_run(arguments, runs)
+    tapped = Tapped(run, ", or set train.eval_every=0" if run.recipe.data.features == "stored" else "")
     with progress_bars() as progress:
-        measure = _acceptance(run, progress) if run.recipe.train.eval_every else None
-        manifest, trained = train_drafter(run.recipe, run.folder, progress, measure)
+        measure = _acceptance(tapped, progress) if run.recipe.train.eval_every else None
+        manifest, trained = train_drafter(run.recipe, run.folder, progress, measure, tapped.tap)
     folder = run.folder / "drafter"
     if not trained:
         err.print(f"{folder} is finished already, with this recipe and data", markup=False, soft_wrap=True)
@@ -28,24 +30,12 @@ def train(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     err.print(f"written to {folder}. Next: coral group-head", markup=False, soft_wrap=True)
 
 
-def _acceptance(run: Run, progress: Progress) -> Measure:
+def _acceptance(tapped: Tapped, progress: Progress) -> Measure:
     """Real tokens per round on the run's held-out prompts. Raises CoralError when the data has none of this target."""
     from coral_core.bench.acceptance import acceptance
-    from coral_core.errors import ArtifactError
-    from coral_core.target.load import load_target
-    from coral_core.training.publish import open_data
 
-    store = open_data(run.recipe, run.folder)
-    target = load_target(run.recipe.target)
-    made_for = store.manifest.inputs["target"]
-    if made_for != target.fingerprint:
-        raise ArtifactError(
-            f"the data in {store.folder} is of target {made_for}, and target '{run.recipe.target.model}' is "
-            f"{target.fingerprint}. Run: coral prepare-data, or set train.eval_every=0"
-        )
-    if not store.holdout_prompts:
-        raise ArtifactError(f"{store.folder} holds no held-out prompt. Set data.holdout and run: coral prepare-data")
-    return acceptance(run.recipe, target, store.holdout_prompts, progress)
+    prompts = tapped.prompts
+    return acceptance(tapped.run.recipe, tapped.target, prompts, progress)
 
 
 def _print_summary(manifest: Manifest) -> None:

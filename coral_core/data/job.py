@@ -50,8 +50,20 @@ class Job:
         return inputs | ({"prompts": " ".join(sums)} if sums else {})
 
     @property
+    def online(self) -> bool:
+        """Whether only tokens are kept."""
+        return self.recipe.data.features == "online"
+
+    @property
+    def width(self) -> int:
+        """Values of one token's feature on disk."""
+        return 0 if self.online else self.target.lent.embed_VD.shape[1]
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the features on disk."""
+        if self.online:
+            return torch.bfloat16
         named = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "fp8": FP8}
         return named[self.recipe.data.feature_dtype]
 

@@ -24,7 +24,7 @@ from coral_core.data.endpoint import Endpoint
 from coral_core.data.job import COMMAND, Job, Standing, check_recipe, dtype_name, standing
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
-from coral_core.data.shards import answer, tap_all
+from coral_core.data.shards import answer, tap_all, words_only
 from coral_core.data.sources import SELF
 from coral_core.errors import ArtifactError, DataError
 from coral_core.progress import Progress, silent
@@ -106,7 +106,7 @@ def bytes_at_most(job: Job, tokens: int) -> int:
     """Room that so many tokens take on disk, and the lent weights with them."""
     lent = job.target.lent
     weights = [lent.embed_VD] if lent.head_VD is lent.embed_VD else [lent.embed_VD, lent.head_VD]
-    return tokens * row_bytes(lent.embed_VD.shape[1], job.dtype) + sum(weight.nbytes for weight in weights)
+    return tokens * row_bytes(job.width, job.dtype) + sum(weight.nbytes for weight in weights)
 
 
 def check_room(job: Job, tokens: int) -> None:
@@ -142,7 +142,10 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
     for number, pieces in _answered(job, plan, missing, answers):
         rows = plan.shards[number]
         flat = [piece for several in pieces for piece in several]
-        samples = tap_all(job.target, flat, job.recipe.data.batch_size, job.dtype, features)
+        if job.online:
+            samples = [words_only(piece) for piece in flat]
+        else:
+            samples = tap_all(job.target, flat, job.recipe.data.batch_size, job.dtype, features)
         held = sum(len(several) for row, several in zip(rows, pieces, strict=True) if row >= held_from)
         _finish(work, write_shard(work, number, samples, job.dtype, holdout_samples=held))
         features.advance(len(rows), 0)

@@ -58,6 +58,11 @@ def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: i
     return turns
 
 
+def words_only(piece: Encoded) -> Sample:
+    """A sample whose features are of no width: they are asked of the target when it is trained on."""
+    return Sample(torch.tensor(piece.ids), torch.tensor(piece.answer), torch.empty(len(piece.ids), 0))
+
+
 def tap_all(
     target: Target, pieces: Sequence[Encoded], batch_size: int, dtype: torch.dtype, meter: Meter
 ) -> list[Sample]:

@@ -59,6 +59,8 @@ class DataSpec:
     """Dialogues generated, or tapped, at once."""
     holdout: int = 48
     """Dialogues never trained on: tau is measured on their prompts."""
+    features: Literal["stored", "online"] = "stored"
+    """stored: the features are kept on disk; online: only tokens are, and training asks the target for the features."""
     feature_dtype: Literal["bfloat16", "float16", "float32", "fp8"] = "bfloat16"
     """Dtype of the features on disk; `fp8` (e4m3 with a scale per token) is half of bfloat16's bytes."""
     shard_tokens: int = 65536

@@ -41,6 +41,16 @@ def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Ba
     )
 
 
+def batch_of(store: Store, indices: Sequence[int], dtype: torch.dtype = torch.float32) -> Batch:
+    """The samples with these indices, their features from the disk or, where there are none, from the target."""
+    batch = collate([store[index] for index in indices], dtype)
+    if batch.feature_BTD.shape[-1]:
+        return batch
+    assert store.tap is not None, f"{store.folder} holds no features, and was opened without a target"
+    feature_BTD = store.tap(batch.ids_BT, batch.valid_BT).to(batch.ids_BT.device, dtype)
+    return dataclasses.replace(batch, feature_BTD=feature_BTD.masked_fill(~batch.valid_BT[..., None], 0.0))
+
+
 def batches(
     store: Store, *, batch_size: int, seed: int, start: int = 0, dtype: torch.dtype = torch.float32
 ) -> Iterator[Batch]:
@@ -52,7 +62,7 @@ def batches(
     if not store.train_indices:
         raise DataError(f"{store.folder} holds no dialogue to train on. Lower data.holdout and run: coral prepare-data")
     for row in _rows(store.train_shards, batch_size, seed, start):
-        yield collate([store[index] for index in row], dtype)
+        yield batch_of(store, row, dtype)
 
 
 def _rows(shards: Sequence[range], batch_size: int, seed: int, start: int) -> Iterator[list[int]]:

@@ -14,8 +14,10 @@ import collections
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from coral_core.artifacts import Manifest, write_text
 from coral_core.errors import ArtifactError
@@ -62,12 +64,20 @@ def seal(
     return sealed
 
 
-class Store:
-    """Samples on disk, read by index. A file's checksum is compared when the file is first touched."""
+Tap = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(ids_BT, valid_BT), padded on the right, to the target's features [B,T,D]."""
 
-    def __init__(self, folder: Path, manifest: Manifest, command: str) -> None:
+
+class Store:
+    """Samples on disk, read by index. A file's checksum is compared when the file is first touched.
+
+    Where `data.features` was online the samples' features are of no width, and batches take them from `tap`.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, command: str, tap: Tap | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.tap = tap
         self._command = command
         self._facts = [ShardFacts(**facts) for facts in manifest.facts["shards"]]
         self._ends = list(itertools.accumulate(shard.samples for shard in self._facts))
@@ -75,10 +85,10 @@ class Store:
         self._checked: set[str] = set()
 
     @classmethod
-    def open(cls, folder: Path, command: str = "coral prepare-data") -> "Store":
+    def open(cls, folder: Path, command: str = "coral prepare-data", tap: Tap | None = None) -> "Store":
         """Open a published store. Raises ArtifactError, naming file and `command`, when a part is absent."""
         manifest = Manifest.read(folder, "data", command)
-        store = cls(folder, manifest, command)
+        store = cls(folder, manifest, command, tap)
         for shard in store._facts:
             store._check_size(shard)
         return store

@@ -32,7 +32,7 @@ from coral_core.lent import Lent
 from coral_core.progress import Progress, silent
 from coral_core.recipe.loader import section_fingerprint, to_mapping
 from coral_core.recipe.schema import HeadSpec, Recipe
-from coral_core.store.store import Store
+from coral_core.store.store import Store, Tap
 from coral_core.training.publish import open_data
 from coral_core.training.router import Rows, Source, answer_counts, drafted, gather, held_out_rows, recall, train_router
 
@@ -60,15 +60,19 @@ class Probe(Protocol):
 
 
 def group_head(
-    recipe: Recipe, run: Path, progress: Progress = silent, probe: Probe | None = None
+    recipe: Recipe,
+    run: Path,
+    progress: Progress = silent,
+    probe: Probe | None = None,
+    tap: Tap | None = None,
 ) -> tuple[Manifest, bool]:
     """Cluster the vocabulary, train the router, publish runs/NAME/head; (its manifest, whether there was work to do).
 
     Where the recipe leaves groups or active open (0), every setting is tried, and the one that is predicted to be
-    fastest from `probe`'s round is published. Raises ArtifactError when data or drafter are missing, damaged, or made
-    for something else.
+    fastest from `probe`'s round is published. `tap` is asked for features where the store holds none. Raises
+    ArtifactError when data or drafter are missing, damaged, or made for something else.
     """
-    store, final = open_data(recipe, run), run / "head"
+    store, final = open_data(recipe, run, tap), run / "head"
     fingerprint, inputs = _identity(recipe, run, store)
     if (finished := _finished(final, fingerprint)) is not None:
         return finished, False

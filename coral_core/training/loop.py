@@ -21,6 +21,7 @@ from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import TrainSpec
 from coral_core.store.store import Store
 from coral_core.training.checkpoint import Checkpoints
+from coral_core.training.depths import by_depth
 from coral_core.training.meter import Meter
 from coral_core.training.trainer import Trainer, learning_rate
 
@@ -97,9 +98,11 @@ def keep_best(trainer: Trainer, checkpoints: Checkpoints, reports: Reports) -> N
     """Decode with the drafter as it is, on the main process while the others wait, and keep it if it is the best."""
     weights = trainer.checkpoint().weights
     if reports.measure and trainer.accelerator.is_main_process:
-        score = reports.measure(trainer.drafter(weights))
+        drafter, device = trainer.drafter(weights), trainer.accelerator.device
+        depths = by_depth(drafter.to(device), trainer.lent, trainer.store, device)
+        score = reports.measure(drafter)
         checkpoints.save_best(trainer.step, score, weights)
-        reports.log({"stage": "acceptance", "step": trainer.step, "tokens_per_round": score})
+        reports.log({"stage": "acceptance", "step": trainer.step, "tokens_per_round": score, **depths})
     trainer.accelerator.wait_for_everyone()
 
 

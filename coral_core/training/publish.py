@@ -16,7 +16,7 @@ from coral_core.errors import ArtifactError
 from coral_core.progress import Progress, silent
 from coral_core.recipe.loader import section_fingerprint, to_mapping
 from coral_core.recipe.schema import Recipe
-from coral_core.store.store import Store
+from coral_core.store.store import Store, Tap
 from coral_core.training.checkpoint import Checkpoints
 from coral_core.training.loop import Measure, Reports, identity, train
 
@@ -28,14 +28,19 @@ INDIFFERENT = {"target.device", "data.batch_size", "data.shard_tokens", "data.en
 
 
 def train_drafter(
-    recipe: Recipe, run: Path, progress: Progress = silent, measure: Measure | None = None
+    recipe: Recipe,
+    run: Path,
+    progress: Progress = silent,
+    measure: Measure | None = None,
+    tap: Tap | None = None,
 ) -> tuple[Manifest, bool]:
     """Train and publish runs/NAME/drafter; (its manifest, whether anything had to be done).
 
-    Under several processes each calls this; the main one writes. Raises ArtifactError when the data is missing,
-    damaged or made for another recipe, or an unfinished training of another recipe is in the way.
+    `tap` is asked for features where the store holds none. Under several processes each calls this; the main one
+    writes. Raises ArtifactError when the data is missing, damaged or made for another recipe, or an unfinished training
+    of another recipe is in the way.
     """
-    store = open_data(recipe, run)
+    store = open_data(recipe, run, tap)
     final = run / "drafter"
     inputs = {"target": store.manifest.inputs["target"], "data": store.manifest.fingerprint}
     if start := recipe.train.init_from:
@@ -66,9 +71,9 @@ def train_drafter(
     return manifest, True
 
 
-def open_data(recipe: Recipe, run: Path) -> Store:
+def open_data(recipe: Recipe, run: Path, tap: Tap | None = None) -> Store:
     """The run's features. Raises ArtifactError when they were made for another recipe, naming the first key."""
-    store = Store.open(run / "data", f"{COMMAND} (with the same recipe)")
+    store = Store.open(run / "data", f"{COMMAND} (with the same recipe)", tap)
     if difference := _other_key(store.manifest.recipe, to_mapping(recipe)):
         key, was, now = difference
         raise ArtifactError(

@@ -17,7 +17,7 @@ from coral_core.head.router import Router
 from coral_core.lent import Lent
 from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import HeadSpec
-from coral_core.store.batches import Batch, batches, collate
+from coral_core.store.batches import Batch, batch_of, batches
 from coral_core.store.store import Store
 from coral_core.training.unroll import loss_rows, unroll
 
@@ -95,7 +95,7 @@ def held_out_rows(source: Source, store: Store) -> Rows:
     """Rows of the dialogues that nothing was trained on."""
     indices = list(store.holdout_indices)
     firsts = range(0, len(indices), DIALOGUES)
-    samples = (collate([store[index] for index in indices[first : first + DIALOGUES]]) for first in firsts)
+    samples = (batch_of(store, indices[first : first + DIALOGUES]) for first in firsts)
     return _concat(list(collect(source, samples)))
 
 

@@ -68,7 +68,7 @@ def tiny_batch(lengths: list[int], answers: list[tuple[int, int]], pad_to: int =
     return batch
 
 
-def tiny_store(folder: Path, samples: int = 12) -> Store:
+def tiny_store(folder: Path, samples: int = 12, holdout: int = 0) -> Store:
     """A published store for `tiny_drafter`'s shape: dialogues of 4 to 17 tokens, the second half of each an answer."""
     generator = torch.Generator().manual_seed(3)
     made = []
@@ -78,7 +78,7 @@ def tiny_store(folder: Path, samples: int = 12) -> Store:
         feature_TD = torch.randn(length, HIDDEN, generator=generator)
         made.append(Sample(ids_T, torch.arange(length) >= length // 2, feature_TD))
     facts = {"drafter_config": dataclasses.asdict(tiny_drafter().config)}
-    return make_store(folder, made, lent=tiny_lent(), facts=facts)
+    return make_store(folder, made, lent=tiny_lent(), facts=facts, holdout=holdout)
 
 
 def tiny_spec(**changes: Any) -> TrainSpec:

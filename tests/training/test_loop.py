@@ -228,7 +228,7 @@ def test_a_train_spec_field_is_part_of_the_identity(tmp_path):
 
 def test_the_drafter_that_decoded_best_is_returned_also_after_a_kill(tmp_path):
     """Scores 1.5, 2.5, 2.0: the second wins, though the first run ends before the third."""
-    store = tiny_store(tmp_path / "data")
+    store = tiny_store(tmp_path / "data", samples=14, holdout=8)
     scores, seen, lines = iter([1.5, 2.5, 2.0]), {}, []
 
     def measure(drafter):
@@ -248,6 +248,10 @@ def test_the_drafter_that_decoded_best_is_returned_also_after_a_kill(tmp_path):
     assert not torch.equal(seen[2.5], seen[2.0])
     measured = [(line["step"], line["tokens_per_round"]) for line in lines if line["stage"] == "acceptance"]
     assert measured == [(4, 1.5), (8, 2.5), (12, 2.0)]
+    for line in lines:
+        if line["stage"] == "acceptance":
+            assert len(line["accuracy_by_depth"]) == len(line["accuracy_by_depth"][0]) == 5
+            assert -1 <= line["held_out_cosine"] <= 1
 
 
 def test_a_second_stage_starts_from_another_drafter(tmp_path):

@@ -4,6 +4,9 @@ Axes: N row, S step, B batch, A packed row, D hidden, V vocabulary.
 """
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from coral_core.lent import Lent
 from coral_core.training import losses
 from tests.training.helpers import HIDDEN, tiny_lent
 
+ROOT = Path(__file__).parents[2]
 IDENTITY = Lent(torch.eye(3), torch.eye(3))
 """Three words whose logits are the feature itself."""
 
@@ -87,3 +91,35 @@ def test_no_rows_give_zero_and_no_gradient():
     total.backward()
     assert total.item() == 0
     assert parts.agree_S.tolist() == [0, 0]
+
+
+LARGE = """
+import pathlib, torch
+from coral_core.lent import Lent
+from coral_core.training.objective import Objective
+from coral_core.store.batches import Batch
+
+def status(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+torch.set_num_threads(1)
+V, T, D = 151936, 2048, 64
+lent = Lent(*(torch.randn(V, D) for _ in range(2)))
+answer_BT = torch.arange(T)[None] > 1
+batch = Batch(torch.randint(V, (1, T)), answer_BT, torch.ones_like(answer_BT), torch.randn(1, T, D))
+hiddens = [torch.randn(1, T - 1, D, requires_grad=True) for _ in range(3)]
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+Objective(topk_weight=1.0, csra_weight=0.1)(hiddens, batch, lent)[0].backward()
+assert all(hidden.grad.abs().sum() > 0 for hidden in hiddens)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_of_the_whole_loss_at_the_largest_vocabulary():
+    """V = 151,936, T = 2,048, n = 3: under 2 GiB; one [T,V] tensor alone is 1.2 GiB, and the eager loss keeps nine."""
+    done = subprocess.run([sys.executable, "-c", LARGE], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) < 2 << 30

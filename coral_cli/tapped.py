@@ -1,0 +1,74 @@
+"""The target that a run's data were made with: to measure by decoding, and for features that are not on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+from coral_cli.options import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from coral_core.store.store import Store, Tap
+    from coral_core.target.load import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """Loads the target when it is first wanted."""
+
+    run: Run
+    otherwise: str
+    """What a user can do without it, as the end of a message."""
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """The run's data."""
+        from coral_core.training.publish import open_data
+
+        return open_data(self.run.recipe, self.run.folder)
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """The target. Raises ArtifactError when it is another than the data's."""
+        import accelerate
+
+        from coral_core.errors import ArtifactError
+        from coral_core.target.load import load_target
+
+        accelerate.PartialState()  # under several processes, `cuda` is then each one's own GPU
+        target = load_target(self.run.recipe.target)
+        made_for = self.store.manifest.inputs["target"]
+        if made_for != target.fingerprint:
+            raise ArtifactError(
+                f"the data in {self.store.folder} is of target {made_for}, and target "
+                f"'{self.run.recipe.target.model}' is {target.fingerprint}. Run: coral prepare-data{self.otherwise}"
+            )
+        return target
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The held-out prompts. Raises ArtifactError when there is none."""
+        from coral_core.errors import ArtifactError
+
+        if not self.store.holdout_prompts:
+            raise ArtifactError(
+                f"{self.store.folder} holds no held-out prompt. Set data.holdout and run: coral prepare-data"
+                f"{self.otherwise}"
+            )
+        return self.store.holdout_prompts
+
+    @property
+    def tap(self) -> Tap | None:
+        """Features of a batch of tokens, where the store holds none."""
+        if self.run.recipe.data.features == "stored":
+            return None
+
+        def tap(ids_BT: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+            from coral_core.target import capture
+
+            return capture.tap(self.target, ids_BT, valid_BT).feature_BTD
+
+        return tap
