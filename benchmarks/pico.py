@@ -2,7 +2,7 @@
 
     python -m benchmarks.pico --questions DIR     DIR holds mt-bench.jsonl, humaneval-80.jsonl, gsm8k-80.jsonl
 
-Runs `coral eval` once per bench, each with plain decoding in the same process, and writes results/pico.json.
+Runs one `coral eval`, with plain decoding in the same process, and writes results/pico.json.
 """
 
 import argparse
@@ -15,9 +15,13 @@ from typing import Any
 
 from benchmarks.record import record
 
-SHOWN = ("questions", "tokens_per_round_micro", "tokens_per_round_macro", "tokens_per_s", "baseline")
+SHOWN = ("bench", "questions", "tokens_per_round_micro", "tokens_per_round_macro", "tokens_per_s", "baseline")
 SHOWN += ("baseline_tokens_per_s", "speedup", "speedup_ci95", "accepted_by_depth", "lossless", "seconds_by_phase")
-SHOWN += ("temperature", "new_tokens", "rounds", "plain_tokens_per_s", "prefill_s")
+SHOWN += ("temperature", "new_tokens", "rounds", "plain_tokens_per_s", "prefill_s", "plain_decoders", "speedup_mean")
+SHOWN += ("speedup_mean_ci95", "rows_read", "distribution", "answers")
+
+
+BENCHES = ("held-out", "mt-bench", "humaneval-80", "gsm8k-80")
 
 
 def evaluate(arguments: list[str]) -> dict[str, Any]:
@@ -33,16 +37,15 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=40)
     options = parser.parse_args()
-    rows = []
-    for temperature in ("0", "1"):
-        for bench in ("held-out", "mt-bench", "humaneval-80", "gsm8k-80"):
-            where = ["--limit", str(options.limit), f"decode.temperature={temperature}"]
-            if bench != "held-out":
-                where += ["--questions", str(options.questions / f"{bench}.jsonl")]
-            results = evaluate(where)
-            (numbers,) = results["benches"].values()
-            tree, plain = results["tree"], numbers["plain_decoders"]
-            rows.append({"bench": bench, **{key: numbers[key] for key in SHOWN}, "tree": tree, "plain_decoders": plain})
+    asked = ["--questions", str(options.questions), "--limit", str(options.limit)]
+    asked += [f"--bench={bench}" for bench in BENCHES] + ["--temperature=0", "--temperature=1"]
+    results = evaluate(asked)
+    rows = [
+        {key: numbers[key] for key in SHOWN} | {"tree": results["tree"]}
+        for temperature in (0, 1)
+        for numbers in results["benches"].values()
+        if numbers["temperature"] == temperature
+    ]
     greedy = [row for row in rows if row["temperature"] == 0]
     figures = {
         "tau": {row["bench"]: row["tokens_per_round_micro"] for row in greedy},

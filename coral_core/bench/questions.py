@@ -55,8 +55,8 @@ def check_bench(name: str, known: tuple[str, ...] = BENCHES) -> str:
 def check_names(names: list[str], questions: Path | None) -> list[str]:
     """The benches that the names and the questions file or folder mean; nothing is read yet.
 
-    A folder holds BENCH.jsonl for each bench. Raises DataError for an unknown or repeated bench, for several benches
-    with one file, and for a file or folder that is not there, saying what to download.
+    A folder holds BENCH.jsonl for each bench but the run's own held-out prompts. Raises DataError for an unknown or
+    repeated bench, for several benches with one file, and for a missing file, saying what to download.
     """
     if repeated := [name for name in names if names.count(name) > 1]:
         raise DataError(f"bench '{repeated[0]}' is given twice; give each --bench once")
@@ -67,7 +67,7 @@ def check_names(names: list[str], questions: Path | None) -> list[str]:
         for name in names:
             if name in HUB and name not in found:
                 raise DataError(f"the questions of {name} are missing; {_where_to_get(name, questions)}")
-        return [check_bench(name, found) for name in names] or list(found)
+        return [check_bench(name, (HELD_OUT, *found)) for name in names] or list(found)
     if len(names) > 1:
         raise DataError(
             f"{questions} is one file and {len(names)} benches are asked; give a folder with BENCH.jsonl each"
@@ -81,8 +81,10 @@ def check_names(names: list[str], questions: Path | None) -> list[str]:
 
 def load_bench(name: str, questions: Path | None, run: Path, model: str) -> Bench:
     """The questions of a bench: from the file, or the folder's file, or the run, or the Hub."""
+    if questions is not None and questions.is_dir():
+        questions = None if name == HELD_OUT else questions / f"{name}.jsonl"
     if questions is not None:
-        return Bench(name, from_file(questions / f"{name}.jsonl" if questions.is_dir() else questions))
+        return Bench(name, from_file(questions))
     return Bench(name, held_out(run, model) if name == HELD_OUT else from_hub(name))
 
 

@@ -123,7 +123,12 @@ class _Frame:
         xs, ys = zip(*points, strict=True) if (points := list(points)) else ((0.0, 1.0), (0.0, 1.0))
         low, high = (min(ys) if floor is None else floor), (max(ys) if ceiling is None else ceiling)
         self.told, self.labels, self.percent = told, labels, percent
-        self.x_ticks = [value for value in ticks(min(xs), max(xs)) if min(xs) <= value <= max(xs)] or [min(xs)]
+        counted = all(x == int(x) for x in xs)  # a question and a half is nobody's place
+        self.x_ticks = [
+            value
+            for value in ticks(min(xs), max(xs))
+            if min(xs) <= value <= max(xs) and (value % 1 == 0 or not counted)
+        ] or [min(xs)]
         self.y_ticks = ticks(low, high)
         self.x_ends = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
 

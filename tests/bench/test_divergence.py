@@ -1,6 +1,9 @@
 """A rounding tie is told from a bug."""
 
+import dataclasses
+
 import pytest
+import torch
 
 from coral_core.bench import divergence
 from coral_core.bench.divergence import diverges
@@ -28,12 +31,25 @@ def test_a_wrong_token_is_no_tie(temperature: float) -> None:
 
 
 def test_a_gap_that_rounding_spans_is_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
-    gaps = {1: 0.01, 2: 0.02, 4: -0.01, 8: 0.0, 16: 0.01}
-    monkeypatch.setattr(divergence, "_difference", lambda target, sampler, context, pair, rows: gaps[rows])
-    found = diverges(tiny_target(), Sampler(), PROMPT, [1, 2], [1, 3])
+    """Tokens 1 and 2 with 5.00 and 5.01, which another number of rows turns round."""
+    scores = {1: [0.0, 5.0, 5.01], 2: [0.0, 5.0, 5.02], 4: [0.0, 5.0, 4.99], 8: [0.0, 5.0, 5.0], 16: [0.0, 5.0, 5.01]}
+    monkeypatch.setattr(divergence, "_scores", lambda target, sampler, context, rows: torch.tensor(scores[rows]))
+    found = diverges(tiny_target(), Sampler(), PROMPT, [0, 1], [0, 2])
     assert found is not None
-    assert (found["logit_gap"], found["tie"]) == (0.01, True)
-    assert found["rounding"] == pytest.approx(0.03)
+    assert found["tie"]
+    assert found["logit_gap"] == pytest.approx(0.01, abs=1e-6)
+    assert found["rounding"] == pytest.approx(0.03, abs=2e-6)
+
+
+@pytest.mark.parametrize(("gap", "tie"), [(0.03, True), (0.05, False)])
+def test_bfloat16_cannot_tell_neighbours_apart(monkeypatch: pytest.MonkeyPatch, gap: float, tie: bool) -> None:
+    """Logits near 5 are 2^-7 * 5 = 0.039 apart at worst."""
+    target = dataclasses.replace(tiny_target(), lent=tiny_target().lent.to("cpu", torch.bfloat16))
+    score_V = torch.tensor([0.0, 5.0, 5.0 - gap])
+    monkeypatch.setattr(divergence, "_scores", lambda target, sampler, context, rows: score_V)
+    found = diverges(target, Sampler(), PROMPT, [0, 1], [0, 2])
+    assert found is not None
+    assert found["tie"] == tie
 
 
 def test_equal_and_cut_answers() -> None:

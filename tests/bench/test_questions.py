@@ -69,6 +69,10 @@ def test_a_folder_holds_a_file_per_bench(tmp_path: Path) -> None:
     assert check_names([], tmp_path) == ["mine", "mt-bench"]
     assert check_names(["mine"], tmp_path) == ["mine"]
     assert load_bench("mine", tmp_path, tmp_path, "pico").questions[0].turns == ("mine",)
+    assert check_names(["held-out", "mine"], tmp_path) == ["held-out", "mine"]
+    write(tmp_path / "data.json", [])
+    with pytest.raises(ArtifactError, match="no held-out prompts"):
+        load_bench("held-out", tmp_path, tmp_path, "some/model")
     with pytest.raises(DataError, match="unknown bench 'mint'; did you mean 'mine'?"):
         check_names(["mint"], tmp_path)
     with pytest.raises(DataError, match=r"gsm8k are missing; download .*openai/gsm8k.* to .*gsm8k\.jsonl, and run"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from coral_core.report import svg
 from coral_core.report.page import page
 from coral_core.report.svg import ticks
 from tests.report.example import charts, results, write_log
@@ -121,6 +122,12 @@ def test_an_evaluation_with_hardly_anything_in_it(tmp_path: Path) -> None:
     parser = Balance()
     parser.feed(page("x", found, nothing, tmp_path / "none.jsonl"))
     assert parser.open == []
+
+
+def test_counted_axes_have_whole_ticks() -> None:
+    chart = svg.per_question({"m": {"a": 1.2, "b": 0.9}}, "two questions")
+    bottom = re.findall(r'text-anchor="middle">([\d.]+)</text>', chart)
+    assert bottom == ["1", "2"]
 
 
 def test_ticks_are_round_and_span() -> None:
