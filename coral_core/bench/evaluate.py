@@ -65,10 +65,13 @@ class Plan:
             "methods": {method.name: method.facts for method in self.methods},
             "temperatures": list(self.temperatures),
             "questions": {
-                bench.name: fingerprint([dataclasses.asdict(question) for question in bench.questions])
-                for bench in self.benches
+                bench.name: f"{len(bench.questions)} with fingerprint {_fingerprint(bench)}" for bench in self.benches
             },
         }
+
+
+def _fingerprint(bench: Bench) -> str:
+    return fingerprint([dataclasses.asdict(question) for question in bench.questions])
 
 
 def evaluate(plan: Plan, run: Path, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
