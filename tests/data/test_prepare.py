@@ -359,6 +359,41 @@ def test_what_is_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
     assert count == 2
 
 
+def test_a_file_with_every_kind_of_trouble_is_told_line_by_line(tmp_path: Path) -> None:
+    """Each reason is counted in the summary, with the line where it first came."""
+    user, assistant = ({"role": role, "content": "w" * 30} for role in ("user", "assistant"))
+    rows = [
+        {"messages": []},
+        {"messages": [user, {"role": "assistant", "content": " "}, user, assistant]},
+        {"messages": [user, user]},
+        {"messages": [assistant, user]},
+        {"messages": [user]},
+        {"messages": [{**user, "content": "q" * 200}, assistant]},
+        {"messages": [{**user, "content": " ".join(map(str, range(1_450_000)))}, assistant]},
+        {"messages": [user, {"role": "tool", "content": "x"}]},
+        {"messages": [user, {**assistant, "content": "ok " * 300}]},
+        {"messages": [user, {**assistant, "content": "caf\ufffd"}]},
+    ]
+    path = write_lines(tmp_path / "p.jsonl", [*rows, *answered(8), answered(1)[0]])
+    facts = prepare(make_job(tmp_path, prompts=path, regenerate="none", max_samples=50, max_length=90)).manifest.facts
+    assert facts["dialogues"] == 8
+    told = {
+        reason.split(" (first: ")[0]: (count, reason.split(" line ")[1]) for reason, count in facts["skipped"].items()
+    }
+    assert told == {
+        "without a word of a user": (1, "1)"),
+        "with an empty message": (1, "2)"),
+        "whose roles are out of order": (2, "3)"),
+        "without an answer": (1, "5)"),
+        "whose first answer begins beyond data.max_length (90 tokens)": (1, "6)"),
+        "whose prompt has data.max_length (90) tokens or more": (1, "7)"),
+        "with a message by 'tool'": (1, "8)"),
+        "with a text that repeats itself over and over": (1, "9)"),
+        "with text that was decoded wrongly (control or replacement characters)": (1, "10)"),
+        "said before": (1, "19)"),
+    }
+
+
 @pytest.mark.parametrize(
     ("template", "rows", "data", "message"),
     [
