@@ -1,0 +1,199 @@
+"""The grouped head: how fast a step is, how much of tau it keeps, what it gains end to end.
+
+    python -m benchmarks.head --corpora DIR --questions DIR [--part micro --part pico --part large] [--work DIR]
+
+micro: the head step alone at the shapes of Llama-2-7B, Llama-3-8B and Qwen2.5-7B, on the CPU and on a GPU where there
+is one. pico: every head on the embedded target with its own drafter. large: the same on a target of 32,768 tokens and a
+drafter that are made here, in --work, where a second run finds them. Each part replaces its own rows of
+results/head.json, so that one that fails loses nothing; then `python -m benchmarks.head_figure` draws docs/head.svg.
+
+`seen` prompts are of the kind that the frequency count, the groups, the router and the drafter learnt from; `unseen`
+ones are of other domains.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import head_micro, head_race, head_target
+from benchmarks.record import RESULTS, record
+from coral_cli.console import progress_bars
+from coral_core.bench.probe import Probe
+from coral_core.bench.questions import from_file
+from coral_core.bench.race import first_prompt
+from coral_core.data.job import Job
+from coral_core.data.prepare import prepare
+from coral_core.drafter.model import Drafter
+from coral_core.progress import Progress
+from coral_core.recipe.loader import load_recipe
+from coral_core.recipe.schema import Recipe
+from coral_core.store.store import Store
+from coral_core.target.load import PICO, Target, load_target
+from coral_core.target.template import prompt_ids
+from coral_core.training.grouping import Trial
+from coral_core.training.publish import train_drafter
+
+ROUTED = ("cooccurrence", "kmeans", "frequency")
+"""The methods of which the best is quoted; id order is the control."""
+
+
+def micro(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for row in head_micro.measure(devices, options.shape or list(head_micro.SHAPES)):
+        print(json.dumps(row), flush=True)
+        yield row
+
+
+def pico(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
+    recipe = recipe_of(options, "pico", PICO / "target", f"data.max_samples={options.samples}")
+    target = load_target(recipe.target)
+    store = prepare(Job(recipe, target, options.work / "pico" / "data"), progress)
+    drafter = Drafter.load(PICO / "drafter").float()
+    questions = [from_file(options.questions / f"{name}.jsonl") for name in ("mt-bench", "humaneval-80", "gsm8k-80")]
+    asked = [question for row in zip(*questions, strict=False) for question in row]
+    unseen = [first_prompt(target, question) for question in asked]
+    yield from compare("pico", Parts(recipe, target, store, drafter, unseen), options, progress)
+
+
+def large(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
+    folder = options.work / "large"
+    made = folder / "target.json"
+    if not made.exists():
+        base = load_target(load_recipe(None, ["target.device=cpu", "target.dtype=float32"]).target)
+        facts = head_target.build(base, options.corpora, folder / "target", options.minutes)
+        made.write_text(json.dumps(facts))
+    facts = json.loads(made.read_text())
+    asked = folder / "prompts.jsonl"
+    chosen = head_target.prompts(options.corpora, head_target.SEEN, 0, options.samples + 200)
+    asked.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chosen))
+    keys = [f"data.prompts={asked}", f"data.max_samples={options.samples}", f"train.steps={options.steps}"]
+    recipe = recipe_of(options, "large", folder / "target", *keys, "train.preset=coral", "train.learning_rate=3e-3")
+    target = load_target(recipe.target)
+    run = folder / "run"
+    store = prepare(Job(recipe, target, run / "data"), progress)
+    train_drafter(recipe, run, progress)
+    drafter = Drafter.load(run / "drafter").float()
+    other = head_target.prompts(options.corpora, head_target.UNSEEN, 0, 10 * options.prompts)
+    unseen = [prompt_ids(target.tokenizer, messages) for messages in other]
+    yield {"part": "large", "method": "target", **facts, "samples": len(store), "drafter_steps": options.steps}
+    yield from compare("large", Parts(recipe, target, store, drafter, unseen), options, progress)
+
+
+def recipe_of(options: argparse.Namespace, name: str, folder: Path, *keys: str) -> Recipe:
+    """A recipe for one target of the benchmark; float32 on the CPU unless there is a GPU."""
+    tree = ["decode.draft_depth=6", "decode.draft_nodes=16", "decode.draft_topk=4", "decode.draft_confidence=0.03"]
+    head = ["head.groups=64", "head.active=8", "head.router_steps=400", "head.router_learning_rate=3e-3"]
+    data = ["data.holdout=48", "data.max_new_tokens=64", "data.max_length=256", "data.batch_size=32"]
+    limit = f"decode.max_new_tokens={options.tokens}"
+    return load_recipe(None, [f"name={name}", f"target.model={folder}", *tree, *head, *data, limit, *keys])
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """One target with what was learnt of it, and prompts of other domains."""
+
+    recipe: Recipe
+    target: Target
+    store: Store
+    drafter: Drafter
+    unseen: list[list[int]]
+
+
+def compare(part: str, parts: Parts, options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Rows of every head on prompts of the known kind and of other domains."""
+    recipe, target, store = parts.recipe, parts.target, parts.store
+    trial = Trial.of(recipe, store, parts.drafter, progress)
+    racers = list(head_race.entries(trial, target.lent))
+    room = target.max_positions - options.tokens
+    for domain, prompts in (("seen", store.holdout_prompts), ("unseen", parts.unseen)):
+        some = [prompt for prompt in prompts if len(prompt) < min(room, 400)][: options.prompts]
+        probe = Probe(recipe, target, some, progress)
+        said = head_race.predictions(probe, trial, racers) if domain == "seen" else {}
+        for row in head_race.race(probe, trial, racers, some):
+            row |= {"part": part, "domain": domain, "predicted": said.get((row["method"], row["share"]))}
+            print(json.dumps(row), flush=True)
+            yield row
+
+
+def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the README quotes; a part that has not been run leaves its figures out."""
+    found: dict[str, Any] = {}
+    eighth = [row for row in rows if row["part"] == "micro" and row["device"] == "cpu" and row["share"] == 8]
+    for dtype in ("float32", "bfloat16"):
+        steps = [row for row in eighth if row["dtype"] == dtype and row["head"] == "grouped"]
+        if steps:
+            suffix = "" if dtype == "float32" else f"_{dtype}"
+            found[f"head_time_ratio_eighth{suffix}"] = max(row["of_full"] for row in steps)
+            found[f"head_time_over_floor_eighth{suffix}"] = max(row["over_floor"] for row in steps)
+    for part in ("large", "pico"):
+        suffix = "" if part == "large" else f"_{part}"
+        raced = [row for row in rows if row["part"] == part and "tau_kept" in row]
+        for share, name in ((8, "eighth"), (16, "sixteenth")):
+            best = pooled(raced, share)
+            if not best:
+                continue
+            routed = max(ROUTED, key=lambda method, best=best: best[method]["tau_kept"])  # type: ignore[misc]
+            found[f"tau_kept_{name}{suffix}"] = best[routed]["tau_kept"]
+            found[f"tau_kept_static_{name}{suffix}"] = best["static"]["tau_kept"]
+            found[f"tau_kept_static_{name}_unseen{suffix}"] = best["static"]["unseen"]
+            found[f"tau_kept_{name}_unseen{suffix}"] = best[routed]["unseen"]
+            found[f"end_to_end_gain_{name}{suffix}"] = best[routed]["gain"]
+            found[f"best_{name}{suffix}"] = routed
+        errors = [
+            abs(row["predicted"][key] / row[key] - 1) for row in raced if row["predicted"] for key in ("tokens_per_s",)
+        ]
+        if errors:
+            found[f"prediction_error_worst{suffix}"] = max(errors)
+    return found
+
+
+def pooled(raced: list[dict[str, Any]], share: int) -> dict[str, dict[str, float]]:
+    """By method, at one share: tau kept and gain over both kinds of prompts, geometric means."""
+    found: dict[str, dict[str, float]] = {}
+    for row in raced:
+        if row["share"] == share:
+            own = found.setdefault(row["method"], {"tau_kept": 1.0, "gain": 1.0})
+            own["tau_kept"] *= row["tau_kept"] ** 0.5
+            own["gain"] *= row["gain"] ** 0.5
+            own[row["domain"]] = row["tau_kept"]
+    return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Progress], Iterator[dict[str, Any]]]] = {
+    "micro": micro,
+    "pico": pico,
+    "large": large,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--part", action="append", choices=list(PARTS))
+    parser.add_argument("--work", type=Path, help="where the large target is kept; by default a temporary folder")
+    parser.add_argument("--shape", action="append", choices=list(head_micro.SHAPES), help="of micro; all by default")
+    parser.add_argument("--prompts", type=int, default=10, help="of each kind")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
+    parser.add_argument("--samples", type=int, default=800, help="dialogues to learn from")
+    parser.add_argument("--steps", type=int, default=400, help="of the large target's drafter")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of the large target's training")
+    options = parser.parse_args()
+    old = json.loads((RESULTS / "head.json").read_text())["rows"] if (RESULTS / "head.json").exists() else []
+    with tempfile.TemporaryDirectory() as scratch, progress_bars() as progress:
+        options.work = (options.work or Path(scratch)).absolute()
+        options.work.mkdir(parents=True, exist_ok=True)
+        for part in options.part or PARTS:
+            rows = list(PARTS[part](options, progress))
+            old = [row for row in old if row["part"] != part] + rows
+            print(record("head", figures(old), old))
+
+
+if __name__ == "__main__":
+    main()

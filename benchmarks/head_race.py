@@ -1,0 +1,121 @@
+"""Every head on one target and drafter: tokens per round, and tokens per second, on the same prompts in turns."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from coral_core.bench.probe import Probe
+from coral_core.bench.race import Lane, run_lane
+from coral_core.decoding.assemble import sampler, tree_shape
+from coral_core.decoding.engine import Engine
+from coral_core.head.candidates import Head
+from coral_core.head.clustering import frequency_order
+from coral_core.head.cost import predict, time_heads
+from coral_core.head.full import FullHead
+from coral_core.head.grouped import GroupedHead
+from coral_core.head.static import StaticHead
+from coral_core.training.grouping import Trial
+from coral_core.training.router import recall, train_router
+
+GROUPS = 64
+SHARES = (4, 8, 16)
+CLUSTERINGS = ("cooccurrence", "kmeans", "frequency", "id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A head in the race."""
+
+    method: str
+    share: int
+    head: Head
+    facts: dict[str, Any]
+
+
+def entries(trial: Trial, lent: Any) -> Iterator[Entry]:
+    """The full head, static lists, and every clustering, at every share of the vocabulary."""
+    vocabulary = lent.head_VD.shape[0]
+    yield Entry("full", 1, FullHead(lent), {"rows_read": vocabulary})
+    order_V = frequency_order(trial.count_V)
+    for share in SHARES:
+        yield Entry(
+            "static", share, StaticHead(lent, order_V[: vocabulary // share]), {"rows_read": vocabulary // share}
+        )
+    for clustering in CLUSTERINGS:
+        for inner in (False, True) if clustering == "cooccurrence" else (False,):
+            yield from _routed(trial, lent, clustering, inner)
+
+
+def _routed(trial: Trial, lent: Any, clustering: str, inner: bool) -> Iterator[Entry]:
+    spec = dataclasses.replace(trial.recipe.head, clustering=clustering)
+    trial = dataclasses.replace(trial, recipe=dataclasses.replace(trial.recipe, head=spec))
+    groups = trial.cluster(GROUPS)
+    router = train_router(trial.rows, groups, spec, seed=0, inner=inner, progress=trial.progress)
+    head = GroupedHead(lent, groups, copy.deepcopy(router), 1)
+    for share in SHARES:
+        active = GROUPS // share
+        sized = copy.copy(head)  # one copy of the rows serves all sizes
+        sized.active = active
+        found = recall(router, trial.unseen, groups, active, trial.drafted_SM)
+        name = f"{clustering}, the paper's router" if inner else clustering
+        yield Entry(name, share, sized, {"rows_read": groups.start_G[active], "recall": found})
+
+
+def race(probe: Probe, trial: Trial, racers: list[Entry], prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Decode each prompt with each head, a different one first each time; one row per head."""
+    target, recipe = probe.target, probe.recipe
+    drafter = copy.deepcopy(trial.drafter).to(target.device, target.dtype)
+    engines = [Engine(target, drafter, racer.head, tree_shape(recipe.decode)) for racer in racers]
+    lanes: list[list[Lane]] = [[] for _ in racers]
+    for engine in engines:
+        run_lane(engine.decode(prompts[0], sampler(recipe), 8))
+    for number, prompt in enumerate(prompts):
+        for turn in range(len(racers)):
+            place = (turn + number) % len(racers)
+            decoded = engines[place].decode(prompt, sampler(recipe), recipe.decode.max_new_tokens)
+            lanes[place].append(run_lane(decoded))
+        trial.progress("race the heads", number + 1, len(prompts), {})
+    return [_row(racer, own, lanes[0]) for racer, own in zip(racers, lanes, strict=True)]
+
+
+def _row(racer: Entry, own: list[Lane], full: list[Lane]) -> dict[str, Any]:
+    def tau(lanes: list[Lane]) -> float:
+        return sum(sum(lane.emitted) for lane in lanes) / max(1, sum(len(lane.emitted) for lane in lanes))
+
+    def per_s(lanes: list[Lane]) -> float:
+        return sum(sum(lane.emitted) for lane in lanes) / sum(lane.decode_s for lane in lanes)
+
+    rounds = sum(len(lane.emitted) for lane in own)
+    seconds: dict[str, float] = {}
+    for lane in own:
+        for phase, value in lane.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
+    return {
+        "method": racer.method,
+        "share": racer.share,
+        **racer.facts,
+        "answers": len(own),
+        "equal_to_full": sum(mine.ids == theirs.ids for mine, theirs in zip(own, full, strict=True)),
+        "rounds": rounds,
+        "tau": tau(own),
+        "tau_kept": tau(own) / tau(full),
+        "tokens_per_s": per_s(own),
+        "gain": per_s(own) / per_s(full),
+        "round_ms": 1e3 * sum(lane.decode_s for lane in own) / max(1, rounds),
+        "ms_by_phase": {phase: 1e3 * value / max(1, rounds) for phase, value in seconds.items()},
+    }
+
+
+def predictions(probe: Probe, trial: Trial, racers: list[Entry]) -> dict[tuple[str, int], dict[str, float]]:
+    """What the cost model says of each routed head, from rounds with the full one on the same prompts."""
+    cost = probe.measure(trial.drafter)
+    hidden_ND = trial.unseen.hidden_SMD.flatten(0, 1)[: cost.level_rows].to(probe.target.device, probe.target.dtype)
+    seconds = time_heads([racer.head for racer in racers], hidden_ND, cost)
+    return {
+        (racer.method, racer.share): dataclasses.asdict(
+            predict(cost, full_call_s=seconds[0], call_s=call_s, kept=racer.facts["recall"]["kept"])
+        )
+        for racer, call_s in zip(racers, seconds, strict=True)
+        if "recall" in racer.facts
+    }
