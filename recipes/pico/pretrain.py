@@ -17,6 +17,7 @@ import contextlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from recipes.pico import corpora
 from recipes.pico.tokenizer import VOCABULARY, train_tokenizer
 
 HIDDEN, MLP, HEADS, KEY_VALUE_HEADS, POSITIONS = 256, 704, 4, 2, 2048
+LossOf = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 EMBEDDING_RATE = 0.2  # of the matrices' rate: 0.004 at 0.02
 
 
@@ -52,6 +54,7 @@ def arguments() -> argparse.Namespace:
         "--cooldown", type=float, default=0.5, help="last share of the steps, in which the rate falls to 0"
     )
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -152,8 +155,7 @@ def rate_at(step: int, steps: int, cooldown: float, warmup: int = 20) -> float:
     return min(1.0, (step + 1) / warmup, fall)
 
 
-def mean_loss(model: torch.nn.Module, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    ids = torch.from_numpy(rows.astype(np.int64)).to(device)
+def mean_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
@@ -168,6 +170,7 @@ def main() -> None:
     start = (
         grown(options.grow_from, options.layers, tokenizer) if options.grow_from else fresh(options.layers, tokenizer)
     )
+    loss_of = compiled_loss(start) if options.compile else mean_loss
     model, *optims = accelerator.prepare(start, *optimizers(start, options.learning_rate))
     peaks = [optim.param_groups[0]["lr"] for optim in optims]
     step_rows = options.batch_tokens // options.length
@@ -180,9 +183,8 @@ def main() -> None:
         for optim, peak in zip(optims, peaks, strict=True):
             optim.param_groups[0]["lr"] = peak * rate_at(step, steps, options.cooldown)
         batch = rows[step * step_rows : (step + 1) * step_rows]
-        loss = update(
-            accelerator, model, optims, batch[accelerator.process_index :: accelerator.num_processes], options
-        )
+        own = batch[accelerator.process_index :: accelerator.num_processes]
+        loss = update(accelerator, model, loss_of, optims, own, options.micro_rows)
         step += 1
         line = {"step": step, "steps": steps, "loss": round(loss, 4)}
         line["tokens_per_s"] = round(options.batch_tokens / (time.perf_counter() - since))
@@ -195,15 +197,25 @@ def main() -> None:
                 log.write(json.dumps(line) + "\n")
 
 
+def compiled_loss(model: torch.nn.Module) -> LossOf:
+    """`mean_loss`, compiled. 24 layers on one core of a Xeon with AMX, bfloat16, 8 rows: 880 tokens/s eager, 1,870
+    compiled; 2,030 with the eager attention, since the fused one's backward pass took a third of the time there."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut the graph into DDP's buckets; gradients here are small
+    if next(model.parameters()).device.type == "cpu":
+        model.set_attn_implementation("eager")
+    return torch.compile(mean_loss)
+
+
 def update(
-    accelerator: Accelerator, model: torch.nn.Module, optims: list, own: np.ndarray, options: argparse.Namespace
+    accelerator: Accelerator, model: torch.nn.Module, loss_of: LossOf, optims: list, own: np.ndarray, micro_rows: int
 ) -> float:
     """One optimizer step on this process's rows; the mean loss over all processes."""
-    starts = range(0, len(own), options.micro_rows)
+    starts = range(0, len(own), micro_rows)
     total = torch.zeros((), device=accelerator.device)
     for start in starts:
         with contextlib.nullcontext() if start == starts[-1] else accelerator.no_sync(model):
-            loss = mean_loss(model, own[start : start + options.micro_rows], accelerator.device) / len(starts)
+            ids = torch.from_numpy(own[start : start + micro_rows].astype(np.int64)).to(accelerator.device)
+            loss = loss_of(model, ids) / len(starts)
             accelerator.backward(loss)
         total += loss.detach()
     mean = accelerator.reduce(total, "mean").item()
@@ -217,9 +229,10 @@ def update(
 
 
 def held_loss(accelerator: Accelerator, model: torch.nn.Module, held: np.ndarray) -> float:
-    own = held[accelerator.process_index :: accelerator.num_processes]
+    own = torch.from_numpy(held[accelerator.process_index :: accelerator.num_processes].astype(np.int64))
+    own = own.to(accelerator.device)
     with torch.no_grad():
-        losses = [mean_loss(model, own[i : i + 4], accelerator.device) for i in range(0, len(own), 4)]
+        losses = [mean_loss(model, own[i : i + 4]) for i in range(0, len(own), 4)]
     return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
 
 
