@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 from benchmarks.record import RESULTS
 
-PHASES = {"draft": "#e76f51", "head": "#f4a261", "verify": "#2a9d8f", "other": "#8d99ae"}
+PHASES = {"draft": "#e76f51", "head": "#f4a261", "verify": "#2a9d8f", "accept": "#457b9d", "other": "#8d99ae"}
 """Colours that hold on a white and on a dark page."""
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     left.legend(frameon=False)
     begun = [0.0] * len(rows)
     for phase, colour in PHASES.items():
-        spent = [1e3 * row["seconds_by_phase"][phase] / row["rounds"] for row in rows]
+        spent = [1e3 * row["seconds_by_phase"].get(phase, 0.0) / row["rounds"] for row in rows]
         right.barh([row["bench"] for row in rows], spent, left=begun, color=colour, label=phase)
         begun = [a + b for a, b in zip(begun, spent, strict=True)]
     plain = [1e3 / row["baseline_tokens_per_s"] for row in rows]

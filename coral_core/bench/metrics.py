@@ -119,10 +119,11 @@ def _lossless(turns: Sequence[Turn], method: str) -> dict[str, Any]:
 
 
 def _phases(lanes: Sequence[Lane]) -> dict[str, float]:
-    """Seconds by phase; `other` is what the wall-clock holds beyond the phases."""
+    """Seconds by phase; `other` comes last: the engine's own bookkeeping, and what the wall-clock holds beyond."""
     phases: dict[str, float] = {}
     for lane in lanes:
         for phase, seconds in lane.seconds.items():
             phases[phase] = phases.get(phase, 0.0) + seconds
+    phases.pop("other", None)
     phases["other"] = sum(lane.decode_s for lane in lanes) - sum(phases.values())
     return phases

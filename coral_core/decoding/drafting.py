@@ -73,6 +73,7 @@ class Drafting:
                 break
             sees_NK = torch.cat((beam.slot_NS.new_ones(width, committed), beam.slot_NS), dim=1)
             position_N = torch.full_like(beam.token_N, committed - 1 + level)
+            clock.lap("other")
             hidden_ND = self._forward(beam.token_N, hidden_ND[beam.row_N], position_N, sees_NK)
             clock.lap("draft")
             logprob_NC, token_NC = self.propose(hidden_ND, picker, committed + 1 + level)
@@ -80,7 +81,7 @@ class Drafting:
             beam = tree.narrow(tree.extend(beam, logprob_NC, token_NC, self.shape.topk), floor)
         self.slots.truncate(committed)
         draft = tree.rerank(beam, root, self.shape.nodes, floor)
-        clock.lap("draft")
+        clock.lap("other")
         return draft
 
     def propose(self, hidden_ND: torch.Tensor, picker: Picker, position: int) -> tuple[torch.Tensor, torch.Tensor]:

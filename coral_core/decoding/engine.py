@@ -61,20 +61,21 @@ class Engine:
         clock.lap("prefill")
         yield Round(new_ids, "prefill", 0, clock.take())
         while not stop.done:
+            clock.restart()
             hidden_1D = drafting.feed(token_T, feature_TD)
             clock.lap("draft")
             draft = drafting.grow(new_ids[-1], hidden_1D, sampler, clock)
-            verdict, feature_TD = self._verify(draft, cache, sampler, history)
+            verdict, feature_TD = self._verify(draft, cache, sampler, history, clock)
             token_T = verdict.new_A
             history.extend(token_T)
             picked = token_T.tolist()
             memory.ids += picked
             new_ids = stop.cut(picked)
-            clock.lap("verify")
+            clock.lap("other")
             yield Round(new_ids, "draft", min(verdict.accepted_drafts, len(new_ids)), clock.take())
 
     def _verify(
-        self, draft: Draft, cache: SlotCache, sampler: Picker, history: History
+        self, draft: Draft, cache: SlotCache, sampler: Picker, history: History, clock: Clock
     ) -> tuple[Verdict, torch.Tensor]:
         """One target forward over the tree; the cache keeps the accepted path, whose features [A,D] are returned."""
         target, past = self.target, cache.length
@@ -82,8 +83,13 @@ class Engine:
         mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
         # Nodes past the context's end cannot be emitted (Stop sees to that) but must be placed somewhere legal.
         placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
+        clock.lap("other")
         feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
+        logits_MV = target.lent.logits(feature_MD)
+        clock.lap("verify")
         past_ML = history.rows(draft) if sampler.looks_back else None
-        verdict = sampler.judge(draft, target.lent.logits(feature_MD), past + 1, past_ML)
+        verdict = sampler.judge(draft, logits_MV, past + 1, past_ML)
         cache.keep(verdict.path_A, past)
-        return verdict, feature_MD[verdict.path_A]
+        feature_AD = feature_MD[verdict.path_A]
+        clock.lap("accept")
+        return verdict, feature_AD

@@ -31,10 +31,19 @@ class Round:
 
 
 class Clock:
-    """Splits a round's wall-clock into phases; `lap` closes one."""
+    """Splits a round's wall-clock into phases; `lap` closes one.
+
+    prefill; draft (the drafter's layer), head (its LM head), verify (the target's forward and logits), accept (picks,
+    and the rows that are kept), other (trees, masks, lists: Python). On a GPU the work of one phase may end in a later
+    one, as nothing waits for the device in between.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def restart(self) -> None:
+        """What was done since the last lap belongs to nobody: the caller had the round."""
         self.last = time.perf_counter()
 
     def lap(self, phase: str) -> None:

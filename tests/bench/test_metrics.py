@@ -8,7 +8,7 @@ from coral_core.bench.metrics import accepted_by_depth, question_speedups, summa
 from coral_core.bench.race import Lane, Turn
 
 SLOW = Lane(list(range(9)), 0.5, 4.0, [], [], {"step": 3.9})
-FAST = Lane(list(range(9)), 0.5, 1.0, [2, 3, 1], [3, 4, 1], {"draft": 0.3, "verify": 0.6})
+FAST = Lane(list(range(9)), 0.5, 1.0, [2, 3, 1], [3, 4, 1], {"draft": 0.3, "other": 0.05, "verify": 0.6})
 
 
 def turn(question: str, plain: Lane = SLOW, fast: Lane = FAST) -> Turn:
@@ -23,6 +23,7 @@ def test_one_question_by_hand() -> None:
     assert numbers["baseline_tokens_per_s"] == 2.0
     assert numbers["speedup"] == 4.0
     assert numbers["speedup_ci95"] is None  # one question shows no spread
+    assert list(numbers["seconds_by_phase"]) == ["draft", "verify", "other"]
     assert numbers["seconds_by_phase"] == pytest.approx({"draft": 0.3, "verify": 0.6, "other": 0.1})
     assert numbers["lossless"] == {"checked": 1, "equal": 1, "ties": 0, "first_divergence": None}
 
