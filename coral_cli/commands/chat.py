@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_core.errors import CoralError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from coral_cli.options import Run
+    from coral_cli.talk.session import Session
 
-    from coral_core.decoding.rounds import Round
-
-    Decode = Callable[[list[int]], Iterable[Round]]
-
-HELP = "/clear forgets the dialogue, /exit leaves; Ctrl-C stops an answer"
+HELP = "/clear /stats /system TEXT /temperature NUMBER /speculative on|off /save FILE /exit; Ctrl-C stops an answer"
 
 
 def chat(
@@ -25,76 +21,83 @@ def chat(
     speculative: Annotated[
         bool, typer.Option("--speculative/--no-speculative", help="Draft with the drafter, or decode plainly.")
     ] = True,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="Colour the drafted tokens by depth, in place of Markdown.")
+    ] = False,
     runs: RunsOption = RUNS,
 ) -> None:
-    """Talk with the target: answers stream, with tokens/s and tau after each."""
-    from coral_cli.console import err
-    from coral_core.decoding.assemble import assemble, sampler
-    from coral_core.decoding.plain import plain
-    from coral_core.errors import DataError
-    from coral_core.target.load import load_target
-    from coral_core.target.template import prompt_ids
+    """Talk with the target: answers stream; after each, tokens/s, tau and the speedup against plain decoding."""
+    from coral_cli.console import err, out
+    from coral_cli.talk import commands, keyboard, views
 
-    run = open_run(arguments, runs)
+    session = _session(open_run(arguments, runs), speculative)
+    keyboard.prepare()
+    err.print(HELP, style="dim", markup=False, soft_wrap=True)
+    if show_drafts:
+        marked = isinstance(views.view(out, drafts=True), views.DraftView)
+        err.print(views.legend(out) if marked else "--show-drafts needs a terminal; answers are plain text here")
+    while (line := keyboard.read_line()) is not None and (words := line.strip()) != "/exit":
+        try:
+            if words.startswith("/"):
+                err.print(commands.run(session, words), style="dim", markup=False, soft_wrap=True)
+            elif words:
+                _turn(session, words, show_drafts)
+        except CoralError as error:
+            err.print(str(error), markup=False, soft_wrap=True)
+        except KeyboardInterrupt:  # pressed once more, after the answer had ended
+            err.print("(stopped)", style="dim")
+
+
+def _session(run: Run, speculative: bool) -> Session:
+    from coral_cli.console import err
+    from coral_cli.talk.session import Session
+    from coral_core.decoding.assemble import assemble, sampler
+    from coral_core.decoding.engine import Engine
+    from coral_core.target.load import load_target
+
     target = load_target(run.recipe.target)
-    pick, limit = sampler(run.recipe), run.recipe.decode.max_new_tokens
-    if speculative:
+
+    def engine() -> Engine:
         assembled = assemble(run.recipe, run.folder, target)
         err.print(f"drafter and head from {assembled.folder}", style="dim", markup=False, soft_wrap=True)
+        return assembled.engine
 
-    def decode(prompt: list[int]) -> Iterable[Round]:
-        return assembled.engine.decode(prompt, pick, limit) if speculative else plain(target, prompt, pick, limit)
-
-    err.print(HELP, style="dim")
-    messages: list[dict[str, str]] = []
-    while (words := _ask()) not in (None, "/exit"):
-        if not words:
-            continue
-        if words == "/clear":
-            messages.clear()
-        elif words.startswith("/"):
-            err.print(f"unknown command {words}; {HELP}", markup=False)
-        else:
-            messages.append({"role": "user", "content": words})
-            try:
-                answer = _answer(decode, prompt_ids(target.tokenizer, messages), target.tokenizer)
-            except DataError as error:
-                messages.pop()
-                err.print(f"{error}, or start anew with /clear", markup=False)
-            else:
-                messages.append({"role": "assistant", "content": answer})
+    return Session(target, sampler(run.recipe), run.recipe.decode.max_new_tokens, engine, drafted=speculative)
 
 
-def _ask() -> str | None:
-    """The user's next line; None at the end of the input, or when Ctrl-C is pressed with no answer under way."""
-    if sys.stdin.isatty():
-        sys.stderr.write("\n> ")
-        sys.stderr.flush()
+def _turn(session: Session, words: str, show_drafts: bool) -> None:
+    """Ask, show the answer on stdout, and its numbers on stderr."""
+    from coral_cli.console import err, out
+    from coral_cli.talk import keyboard, views
+
+    shown = views.view(out, drafts=show_drafts)
     try:
-        line = sys.stdin.readline()
-    except KeyboardInterrupt:
-        return None
-    return line.strip() if line else None
+        with keyboard.unechoed(), keyboard.Interrupts() as ctrl_c:
+            for pieces in ctrl_c.each(session.answer(words, lambda: ctrl_c.pressed)):
+                shown.feed(pieces)
+            shown.close()
+            if not ctrl_c.pressed:
+                with ctrl_c.working():
+                    session.compare()
+    except DataError as error:
+        raise DataError(f"{error}, or start anew with /clear") from error
+    err.print(_status(session), style="dim", markup=False, soft_wrap=True)
 
 
-def _answer(decode: Decode, prompt: list[int], tokenizer: object) -> str:
-    """Stream one answer to stdout, its statistics to stderr; Ctrl-C ends the answer and keeps what was said."""
-    from coral_cli.console import err
-    from coral_core.decoding.stream import TextStream
-
-    stream, rounds, begun_s = TextStream(tokenizer), [], time.perf_counter()
-    try:
-        for event in decode(prompt):
-            rounds.append(event)
-            sys.stdout.write(stream.feed(event.new_ids))
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        err.print(" (stopped)", style="dim")
-    sys.stdout.write(stream.rest() + "\n")
-    sys.stdout.flush()
-    elapsed_s = time.perf_counter() - begun_s
-    tokens = sum(len(event.new_ids) for event in rounds)
-    drafted = [len(event.new_ids) for event in rounds if event.kind == "draft"]
-    tau = f", tau {sum(drafted) / len(drafted):.2f}" if drafted else ""
-    err.print(f"[{tokens} tokens, {tokens / elapsed_s:.1f} tokens/s{tau}]", style="dim", markup=False)
-    return stream.text
+def _status(session: Session) -> str:
+    """The last answer's numbers, and the session's speedup with what it was measured on."""
+    answer = session.last
+    assert answer is not None
+    parts = [f"{len(answer.ids)} tokens"]
+    if rate := answer.tally.tokens_per_s:
+        parts.append(f"{rate:.1f} tokens/s" + ("" if session.speculative else " without drafts"))
+    if tau := answer.tally.tokens_per_round:
+        parts.append(f"tau {tau:.2f}")
+    if speedup := session.speedup():
+        parts.append(f"drafting is {speedup[0]:.2f}x plain decoding ({speedup[1]})")
+    ended = {
+        "stopped": "stopped",
+        "limit": f"cut at decode.max_new_tokens={session.max_new_tokens}",
+        "context": f"the context of {session.target.max_positions:,} tokens is full, /clear starts anew",
+    }
+    return f"[{', '.join(parts)}]" + (f" {ended[answer.ended]}" if answer.ended else "")

@@ -14,7 +14,7 @@ OPTIONS = {
         *("--runs", "--seed", "--temperature"),
     ],
     "serve": ["--active", "--help", "--host", "--port", "--runs", "--waiting"],
-    "chat": ["--help", "--no-speculative", "--runs", "--speculative"],
+    "chat": ["--help", "--no-speculative", "--runs", "--show-drafts", "--speculative"],
     "inspect": ["--help", "--json"],
     "export": ["--help", "--map-size", "--runs", "--to"],
     "import": ["--help", "--runs"],
