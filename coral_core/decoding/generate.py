@@ -146,7 +146,7 @@ class Speculate:
         if input_ids.shape[0] != 1 or (config.num_beams or 1) > 1:
             rows = input_ids.shape[0]
             raise DataError(f"generate was asked for {rows} rows or beams at once; speculate on one prompt per call")
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # transformers 5.24 renamed it
         if getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length() > 0):
             raise DataError("past_key_values: coral keeps a cache of its own; leave it out and give the whole prompt")
         if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):

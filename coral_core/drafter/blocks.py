@@ -39,6 +39,16 @@ class Rope(nn.Module):
         self.register_buffer("inv_freq_E", reference.inv_freq.float(), persistent=False)
         self.scaling = float(reference.attention_scaling)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Rope":
+        """Frequencies follow the module to a device and never to a dtype.
+
+        In bfloat16 they are off by up to 0.4 %, which at position 500 turns a head by a radian too much.
+        """
+        exact_E = self.inv_freq_E
+        super()._apply(fn, recurse)
+        self.inv_freq_E = exact_E.to(self.inv_freq_E.device)
+        return self
+
     def forward(self, position_BT: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each [B,1,T,E], ready to broadcast over heads."""
         angle_BTE = position_BT[..., None].float() * self.inv_freq_E
