@@ -90,8 +90,8 @@ def _status(session: Session) -> str:
     assert answer is not None
     parts = [f"{len(answer.ids)} tokens"]
     if rate := answer.tally.tokens_per_s:
-        parts.append(f"{rate:.1f} tokens/s" + ("" if session.speculative else " without drafts"))
-    if tau := answer.tally.tokens_per_round:
+        parts.append(f"{rate:.1f} tokens/s" + ("" if answer.drafted else " without drafts"))
+    if answer.drafted and (tau := answer.tally.tokens_per_round):
         parts.append(f"tau {tau:.2f}")
     if speedup := session.speedup():
         parts.append(f"drafting is {speedup[0]:.2f}x plain decoding ({speedup[1]})")

@@ -113,7 +113,7 @@ def _told(name: str, tally: Tally) -> str:
     parts = [f"{name}: {_many(tally.answers, 'answer')}, {tally.tokens:,} tokens after the first"]
     if tally.tokens_per_s:
         parts.append(f"{tally.tokens_per_s:.1f} tokens/s")
-    if tally.tokens_per_round:
+    if tally.tokens_per_round and name == "drafted":
         parts.append(f"tau {tally.tokens_per_round:.2f}")
         rounds, deepest = len(tally.accepted), max(tally.accepted)
         shares = [sum(n >= depth for n in tally.accepted) / rounds for depth in range(1, deepest + 1)]

@@ -47,19 +47,14 @@ class Tally:
     tokens: int = 0
     elapsed_s: float = 0.0
     accepted: list[int] = dataclasses.field(default_factory=list)
-    """Accepted drafts of each round."""
-    drafted_tokens: int = 0
-    """Tokens of those rounds, the target's own included."""
+    """Accepted drafts of each round; 0 where nothing was drafted, because it would not have paid."""
 
     def count(self, event: Round, elapsed_s: float) -> None:
         """Add a round; a prefill is none."""
-        if event.kind == "prefill":
-            return
-        self.tokens += len(event.new_ids)
-        self.elapsed_s += elapsed_s
-        if event.kind == "draft":
+        if event.kind != "prefill":
+            self.tokens += len(event.new_ids)
+            self.elapsed_s += elapsed_s
             self.accepted.append(event.accepted_drafts)
-            self.drafted_tokens += len(event.new_ids)
 
     def add(self, other: Tally) -> None:
         """Add an answer's tally."""
@@ -67,7 +62,6 @@ class Tally:
         self.tokens += other.tokens
         self.elapsed_s += other.elapsed_s
         self.accepted += other.accepted
-        self.drafted_tokens += other.drafted_tokens
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -77,7 +71,7 @@ class Tally:
     @property
     def tokens_per_round(self) -> float | None:
         """tau."""
-        return self.drafted_tokens / len(self.accepted) if self.accepted else None
+        return self.tokens / len(self.accepted) if self.accepted else None
 
 
 @dataclasses.dataclass
@@ -85,6 +79,7 @@ class Answer:
     """One answer while it is told, and afterwards."""
 
     prompt: list[int]
+    drafted: bool
     ids: list[int] = dataclasses.field(default_factory=list)
     tally: Tally = dataclasses.field(default_factory=Tally)
     ended: str = ""
@@ -142,7 +137,7 @@ class Session:
         from coral_core.decoding.stream import TextStream
 
         question = {"role": "user", "content": words}
-        answer = self.last = Answer(self._prompt([*self.opening, *self.messages, question]))
+        answer = self.last = Answer(self._prompt([*self.opening, *self.messages, question]), self.speculative)
         stream = TextStream(self.target.tokenizer)
         rounds = timed(self._decode(answer.prompt))
         try:
@@ -158,7 +153,7 @@ class Session:
             answer.ended = self._ending(answer)
         if rest := stream.rest():
             yield [Piece(rest, 0)]
-        (self.drafted if self.speculative else self.plain).add(answer.tally)
+        (self.drafted if answer.drafted else self.plain).add(answer.tally)
         if answer.ids:
             reply = {"role": "assistant", "content": stream.text}
             self.messages, self._said = [*self.messages, question, reply], answer.prompt + answer.ids
