@@ -5,21 +5,26 @@
 
 Each row is one training and the tokens per round of its drafter (full head, greedy, the recipe's tree) on held-out
 prompts. A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted
-benchmark goes on with the row it was at. Rows come in the order of importance, and results/methods.json is written
-anew after each. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's number at a fraction of
-its cost; the rows of seed 0 check that on the first prompts by real decoding too.
+benchmark goes on with the rows it was at. Rows come in the order of importance, and results/methods.json is written
+anew after each. `--workers` rows are measured at a time, each on its share of the cores: two trainings of pico on one
+core each are faster than one after the other on two. Rounds are found by replay (benchmarks/replay.py), which gives
+real decoding's number at a fraction of its cost; the rows of seed 0 check that on the first prompts by real decoding.
 """
 
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import replay
 from benchmarks.paired import Counts, ratio, ratio_ci95, tau, tau_ci95
@@ -103,7 +108,8 @@ class Bench:
     def measure(self, variant: Variant) -> Row:
         """Train, and count tokens and rounds on every prompt."""
         begun_s = time.perf_counter()
-        spec, lines = self.spec(variant), []
+        spec = self.spec(variant)
+        lines: list[dict[str, Any]] = []
         reports = Reports(lines.append, progress_line(variant))
         work = self.run / "methods" / self.key(variant)
         drafter = train(spec, self.store, seed=variant.seed, work=work, reports=reports)
@@ -179,37 +185,51 @@ class Rows:
             row = json.loads(line)
             self.done[row.pop("key")] = row
 
-    def get(self, bench: Bench, variant: Variant) -> Row:
-        """The row, measured now if it was not before."""
-        key = bench.key(variant)
-        if key not in self.done:
-            row = bench.measure(variant)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, **row}) + "\n")
-            self.done[key] = row
-        # One training may stand in two parts of the table: the preset's own n, or weight, is the main row.
-        return {**self.done[key], "part": variant.part, "name": variant.name}
+    def measured(self, bench: Bench, variants: Sequence[Variant], pool: ProcessPoolExecutor) -> Iterator[Row]:
+        """The variants' rows in order; what was not measured before is measured now, several at a time."""
+        missing = {bench.key(variant): variant for variant in variants if bench.key(variant) not in self.done}
+        fresh = pool.map(_measure, missing.values())
+        for variant in variants:
+            key = bench.key(variant)
+            if key not in self.done:
+                self.done[key] = next(fresh)
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"key": key, **self.done[key]}) + "\n")
+            # One training may stand in two parts of the table: the preset's own n, or weight, is the main row.
+            yield {**self.done[key], "part": variant.part, "name": variant.name}
 
 
-def run_rows(bench: Bench, rows: Rows, seeds: int, ablation_seeds: int) -> Iterator[list[Row]]:
-    """All rows done so far, after each one."""
+_workers_own: list[Bench] = []
+"""The bench of a worker process, opened once."""
+
+
+def _begin(recipe: Recipe, run: Path, prompts: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _workers_own.append(open_bench(recipe, run, prompts))
+
+
+def _measure(variant: Variant) -> Row:
+    return _workers_own[0].measure(variant)
+
+
+def run_rows(bench: Bench, rows: Rows, seeds: tuple[int, int], pool: ProcessPoolExecutor) -> Iterator[list[Row]]:
+    """All rows done so far, after each one; `seeds` are how many of the comparison and of the ablations."""
     found: list[Row] = []
+    main_seeds, ablation_seeds = map(range, seeds)
 
-    def add(variant: Variant) -> list[Row]:
-        found.append(rows.get(bench, variant))
-        return found
+    def each(variants: list[Variant]) -> Iterator[list[Row]]:
+        for row in rows.measured(bench, variants, pool):
+            found.append(row)
+            yield found
 
-    for seed in range(seeds):
-        yield from (add(Variant("methods", method, seed)) for method in METHODS)
+    yield from each([Variant("methods", method, seed) for seed in main_seeds for method in METHODS])
     # The fastest of the seeds: a neighbour on the machine only ever adds time.
     fastest_s = {m: min(row["train_s"] for row in found if row["name"] == m) for m in METHODS}
-    for seed in range(seeds):
-        for method in METHODS:
-            factor = fastest_s["coral"] / fastest_s[method]
-            yield add(Variant("equal time", method, seed, steps_factor=round(factor, 2)))
-    for part, changes in ablations():
-        for seed in range(ablation_seeds):
-            yield add(Variant(part, "coral", seed, tuple(changes.items())))
+    factor = {method: round(fastest_s["coral"] / fastest_s[method], 2) for method in METHODS}
+    equal = [Variant("equal time", m, seed, steps_factor=factor[m]) for seed in main_seeds for m in METHODS]
+    yield from each(equal)
+    varied = [(part, tuple(changes.items())) for part, changes in ablations()]
+    yield from each([Variant(part, "coral", seed, changes) for part, changes in varied for seed in ablation_seeds])
 
 
 def counts(found: list[Row], part: str, name: str, seeds: list[int]) -> Counts:
@@ -266,6 +286,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the equal-step rows")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
+    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=workers, help="rows measured at a time; here %(default)s")
     options = parser.parse_args()
     if options.ablation_seeds > options.seeds:
         parser.error("--ablation-seeds compares with CORAL's row of the same seed: at most --seeds")
@@ -276,15 +298,25 @@ def main() -> None:
         decode=dataclasses.replace(recipe.decode, temperature=0.0, max_new_tokens=options.max_new_tokens),
     )
     run = options.runs / recipe.name
+    threads = max(1, torch.get_num_threads() // options.workers)
+    pool = ProcessPoolExecutor(
+        options.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(recipe, run, options.prompts, threads),
+    )
     try:
         bench = open_bench(recipe, run, options.prompts)
-        for found in run_rows(bench, Rows(run / "methods.jsonl"), options.seeds, options.ablation_seeds):
+        seeds = (options.seeds, options.ablation_seeds)
+        for found in run_rows(bench, Rows(run / "methods.jsonl"), seeds, pool):
             newest = shown(found)[-1]
             print(f"{newest['part']} | {newest['name']} | seed {newest['seed']} | {newest['tau']:.3f}", flush=True)
             figures = compare(found, "methods") | {"equal_time": compare(found, "equal time")}
             path = record("methods", figures, shown(found))
     except CoralError as error:
         sys.exit(f"error: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(json.dumps(figures, indent=1), path, sep="\n")
 
 

@@ -33,9 +33,9 @@ from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
 from coral_core.store.batches import Batch
 from coral_core.target.load import drafter_shape, load_target
 from coral_core.training import losses
-from coral_core.training.alignment import csra
+from coral_core.training.alignment import csra, take_rows
 from coral_core.training.attention import attend_eager
-from coral_core.training.objective import pack, take_rows
+from coral_core.training.objective import pack
 from coral_core.training.trainer import make_objective
 from coral_core.training.unroll import Unroll, loss_rows, unroll_rows
 

@@ -48,7 +48,7 @@ def csra(
     if len(others) == 1:
         return hidden_SBAD.sum() * 0.0
     row_BM, usable_BAM = draw_negatives(present_BA, token_BA, alignment, generator)
-    negatives = [torch.take_along_dim(other_BAD, row_BM[..., None], dim=1) for other_BAD in others]
+    negatives = [take_rows(other_BAD, row_BM) for other_BAD in others]
     total = torch.zeros((), device=hidden_SBAD.device)
     for step, query_BAD in enumerate(unit_SBAD):
         for other in range(len(others)):
@@ -76,6 +76,12 @@ def draw_negatives(
     if alignment.mask_same_token:
         usable_BAM &= token_BA[..., None] != token_BA.gather(1, row_BM)[:, None]
     return row_BM, usable_BAM
+
+
+def take_rows(value_BRD: torch.Tensor, row_BA: torch.Tensor) -> torch.Tensor:
+    """[B,A,D]: the rows of each sequence that `row_BA` names. Whole rows are copied: an index per element is slow."""
+    first_B1 = torch.arange(len(value_BRD), device=row_BA.device)[:, None] * value_BRD.shape[1]
+    return value_BRD.flatten(0, 1).index_select(0, (first_B1 + row_BA).flatten()).unflatten(0, row_BA.shape)
 
 
 def cross_step_cosine(hidden_SND: torch.Tensor) -> torch.Tensor:

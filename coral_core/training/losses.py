@@ -16,7 +16,7 @@ import torch
 from coral_core.lent import Lent
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Elements of one [chunk, V] tensor; four or five live at once. On a CPU they should stay in its cache."""
+"""Elements of one [chunk, V] tensor, half as many again at most; four or five live at once. Near a CPU's cache."""
 CHUNK_ROWS = 64
 """Fewest rows of a chunk, whatever V: below this the head's rows are read more often than they are worth."""
 
@@ -58,7 +58,9 @@ def vocabulary(
     hidden_SND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent, weights: tuple[float, float], k: int
 ) -> tuple[torch.Tensor, VocabularyParts]:
     """`weights[0]` · distill + `weights[1]` · topk, summed over N and S, and its parts."""
-    rows = max(CHUNK_ROWS, CHUNK_ELEMENTS[feature_ND.device.type] // lent.head_VD.shape[0])
+    most = max(CHUNK_ROWS, CHUNK_ELEMENTS[feature_ND.device.type] // lent.head_VD.shape[0])
+    pieces = max(1, round(len(feature_ND) / most))  # equal ones: a short last chunk reads the head for little
+    rows = max(1, -(-len(feature_ND) // pieces))
     total, parts_PS = _Vocabulary.apply(hidden_SND, feature_ND, lent, weights, (k, rows))
     return total, VocabularyParts(*parts_PS)
 
@@ -115,7 +117,7 @@ def _chunk(hidden_ND: torch.Tensor, aim: _Aim, lent: Lent, grad_ND: torch.Tensor
     """The three parts' sums over a chunk; the gradient of the weighted sum goes into `grad_ND`."""
     z_NV = logits(lent, hidden_ND)
     best_N, token_N = z_NV.max(-1)
-    z_NK, dot_N = z_NV.gather(-1, aim.token_NK), torch.einsum("nv,nv->n", aim.p_NV, z_NV)
+    z_NK, dot_N = z_NV.gather(-1, aim.token_NK), torch.linalg.vecdot(aim.p_NV, z_NV)
     slope_NV = _transform_slope(z_NV, lent)
     q_NV = torch.softmax(z_NV, -1)
     del z_NV

@@ -10,7 +10,7 @@ import torch
 
 from coral_core.lent import Lent
 from coral_core.store.batches import Batch
-from coral_core.training.alignment import Alignment, cross_step_cosine, csra
+from coral_core.training.alignment import Alignment, cross_step_cosine, csra, take_rows
 from coral_core.training.losses import regression, vocabulary
 from coral_core.training.unroll import loss_rows
 
@@ -59,8 +59,3 @@ def pack(rows_BR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     present_BR, row_BR = rows_BR.sort(dim=1, descending=True, stable=True)
     width = max(1, int(rows_BR.sum(1).max()))
     return row_BR[:, :width], present_BR[:, :width]
-
-
-def take_rows(value_BRD: torch.Tensor, row_BA: torch.Tensor) -> torch.Tensor:
-    """[B,A,D]: the rows of each sequence that `row_BA` names."""
-    return torch.take_along_dim(value_BRD, row_BA[..., None], dim=1)

@@ -1,0 +1,57 @@
+"""The rows of the methods benchmark: none is measured twice, and all come in the order asked for."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from benchmarks import methods
+from benchmarks.methods import Rows, Variant
+
+
+class FakeBench:
+    """A training is decided by its seed and its changes; the preset's own weight is no change."""
+
+    def key(self, variant: Variant) -> str:
+        return f"{variant.preset} {variant.seed} {[pair for pair in variant.changes if pair != ('csra_weight', 0.1)]}"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what was measured."""
+    names: list[str] = []
+
+    def measure(variant: Variant) -> methods.Row:
+        names.append(variant.name)
+        return {"part": variant.part, "name": variant.name, "seed": variant.seed}
+
+    monkeypatch.setattr(methods, "_measure", measure)
+    return names
+
+
+def test_rows_are_measured_once_and_come_in_order(measured: list[str], tmp_path: Path) -> None:
+    bench, path = FakeBench(), tmp_path / "methods.jsonl"
+    own = Variant("weight", "coral", 0, (("csra_weight", 0.1),))
+    wanted = [Variant("methods", "hass"), Variant("methods", "coral"), own, Variant("methods", "eagle2", 1)]
+    with ThreadPoolExecutor(1) as pool:
+        first = list(Rows(path).measured(bench, wanted[:2], pool))  # type: ignore[arg-type]
+        again = list(Rows(path).measured(bench, wanted, pool))  # type: ignore[arg-type]
+    assert measured == ["hass", "coral", "eagle2"]
+    assert again[:2] == first
+    assert [(row["part"], row["name"]) for row in again] == [(variant.part, variant.name) for variant in wanted]
+
+
+def test_a_row_that_was_measured_is_kept_when_a_later_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(variant: Variant) -> methods.Row:
+        if variant.preset == "coral":
+            raise KeyboardInterrupt
+        return {"part": variant.part, "name": variant.name, "seed": variant.seed}
+
+    monkeypatch.setattr(methods, "_measure", measure)
+    path = tmp_path / "methods.jsonl"
+    wanted = [Variant("methods", "hass"), Variant("methods", "coral")]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        list(Rows(path).measured(FakeBench(), wanted, pool))  # type: ignore[arg-type]
+    assert len(Rows(path).done) == 1
