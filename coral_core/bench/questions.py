@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,9 @@ def from_hub(bench: str) -> list[Question]:
     import datasets
 
     dataset, configuration, split = HUB[bench]
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)  # without a network it tells of each retry, and the failure is told below
     try:
         rows = datasets.load_dataset(dataset, configuration, split=split)
     except Exception as error:  # the Hub client raises many kinds; the reason is passed on
@@ -100,6 +104,8 @@ def from_hub(bench: str) -> list[Question]:
             f"cannot fetch {bench} from the Hub dataset {dataset} ({type(error).__name__}); "
             f"{_where_to_get(bench, Path('questions'))}"
         ) from error
+    finally:
+        client.setLevel(level)
     return [_question(row, f"{bench}-{index}") for index, row in enumerate(rows)]
 
 

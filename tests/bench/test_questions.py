@@ -1,6 +1,7 @@
 """Question files: what is read, and which line is blamed."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,20 @@ def test_an_unknown_bench_names_the_nearest() -> None:
         check_bench("mtbench")
 
 
-def test_an_unreachable_hub_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_says_what_to_download(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one line: the client's own lines about each retry are left out."""
+
     def refuse(*args: object, **kwargs: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", refuse)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)  # to where the test listens
     with pytest.raises(DataError, match=r"HuggingFaceH4/mt_bench_prompts \(ConnectionError\).*--questions questions"):
         from_hub("mt-bench")
+    assert caplog.records == []
 
 
 def test_held_out_prompts_are_the_runs_own(tmp_path: Path) -> None:
