@@ -4,6 +4,7 @@ Axes: B batch, T position, D hidden, V vocabulary, K cached position.
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import sys
@@ -57,6 +58,13 @@ class Target:
         """The weights' dtype."""
         return self.lent.embed_VD.dtype
 
+    @functools.cached_property
+    def _cache_name(self) -> str:
+        """The argument for a cache: transformers renames it, model by model, and warns of the old name."""
+        model = self.model.base_model
+        names = inspect.signature(getattr(model, "forward", model)).parameters
+        return "cache" if "cache" in names else "past_key_values"
+
     def forward(
         self,
         ids_BT: torch.Tensor,
@@ -70,8 +78,8 @@ class Target:
             input_ids=ids_BT,
             position_ids=position_BT,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_name: cache},
         )
         return out.last_hidden_state
 
