@@ -1,11 +1,13 @@
 """A dialogue as the target sees it, and which of its tokens the target wrote: both from the chat template alone.
 
-No rule here knows a model family. A template with generation tags marks the answers itself; for any other, an answer is
-what `messages[:i + 1]` has beyond the generation prompt of `messages[:i]`, and the one must begin with the other,
-token for token, or nothing is learnt from it.
+No rule here knows a model family. A template with generation tags marks the answers itself (published ones also enclose
+the header or a newline after the end, or leave out the end: that is put right); for any other, an answer is what
+`messages[:i + 1]` has beyond the generation prompt of `messages[:i]`, and the one must begin with the other, token for
+token, or nothing is learnt from it.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -30,7 +32,9 @@ KNOWN = {"vicuna": VICUNA}
 SENTINEL = "3f9ac1e07b52"
 """A text that no template contains, put where a message's words go."""
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+PROMPT_VARIABLES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
+"""An empty think block belongs to the prompt, not to the answer: the longest generation prompt that agrees has it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ def encode(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int
     template, when the answers' tokens cannot be told or there are none.
     """
     if GENERATION_TAG.search(_template(tokenizer)):
-        pieces = [_encode_tagged(tokenizer, messages)]
+        pieces = [_encode_tagged(tokenizer, messages, stop_ids)]
     else:
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         pieces = join([_turn(tokenizer, messages[: place + 1], stop_ids) for place in places])
@@ -98,6 +102,17 @@ def join(turns: Sequence[Turn]) -> list[Encoded]:
             answer = [False] * len(turn.prompt)
         pieces.append(Encoded(turn.prompt + turn.answer, answer + [True] * len(turn.answer)))
     return pieces
+
+
+def keeps_turns(tokenizer: Any, stop_ids: Collection[int]) -> bool:
+    """Whether the template shows an earlier answer as it was written, reasoning included.
+
+    `join` then makes one sequence of a dialogue, but for the rare answer whose text has other tokens when cut anew.
+    """
+    user, words = {"role": "user", "content": "."}, "<think>\n.\n</think>\n\n."
+    written = prompt_ids(tokenizer, [user]) + text_ids(tokenizer, words) + closing_ids(tokenizer, stop_ids)
+    later = prompt_ids(tokenizer, [user, {"role": "assistant", "content": words}, user])
+    return later[: len(written)] == written
 
 
 def user_turn(tokenizer: Any) -> UserTurn:
@@ -157,7 +172,7 @@ def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]
     """The last message as the target's answer to those before it, by prefix differencing."""
     whole = text_ids(tokenizer, render(tokenizer, messages, generation_prompt=False))
     prompts = []
-    for variables in ({}, {"enable_thinking": False}):
+    for variables in PROMPT_VARIABLES:
         prompt = text_ids(tokenizer, render(tokenizer, messages[:-1], generation_prompt=True, **variables))
         if whole[: len(prompt)] == prompt:
             prompts.append(prompt)
@@ -166,12 +181,11 @@ def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]
             f"the chat template of {_name(tokenizer)} has no generation tags, and an answer does not begin with its "
             "generation prompt, so the answer's tokens cannot be told. Set data.regenerate=greedy, or mend the template"
         )
-    # An empty think block belongs to the prompt, not to the answer: the longest prompt that agrees has it.
     prompt = max(prompts, key=len)
     return Turn(prompt, _until_stop(whole[len(prompt) :], stop_ids))
 
 
-def _encode_tagged(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
+def _encode_tagged(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> Encoded:
     encoded = tokenizer.apply_chat_template(
         list(messages),
         chat_template=_template(tokenizer),
@@ -179,7 +193,26 @@ def _encode_tagged(tokenizer: Any, messages: Sequence[Message]) -> Encoded:
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
+    ids, answer = list(encoded["input_ids"]), [False] * len(encoded["input_ids"])
+    headers = _headers(tokenizer, messages[: 1 if messages[0]["role"] == "user" else 2])
+    at = 0
+    for marked, run in itertools.groupby(encoded["assistant_masks"]):
+        first, at = at, at + len(list(run))
+        if marked:
+            first += max(len(header) for header in headers if ids[first : first + len(header)] == header)
+            written = _until_stop(ids[first : at + 1], stop_ids)
+            last = first + len(written) if written and written[-1] in stop_ids else at
+            answer[first:last] = [True] * (last - first)
+    return Encoded(ids, answer)
+
+
+def _headers(tokenizer: Any, messages: Sequence[Message]) -> list[list[int]]:
+    """What the template puts between the user's turn and an answer; the first is empty."""
+    headers: list[list[int]] = [[]]
+    for variables in PROMPT_VARIABLES:
+        before, after = (render(tokenizer, messages, generation_prompt=flag, **variables) for flag in (False, True))
+        headers.append(text_ids(tokenizer, after[len(before) :] if after.startswith(before) else ""))
+    return headers
 
 
 def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:

@@ -16,6 +16,7 @@ from coral_core.target.template import (
     Turn,
     encode,
     join,
+    keeps_turns,
     prompt_ids,
     takes_system,
     user_turn,
@@ -236,6 +237,13 @@ def test_the_prompt_is_what_precedes_the_first_answer(family: Family) -> None:
     assert family.drawings[0].split("⟦")[0].removesuffix("<think>\n\n</think>\n\n") == prompt
 
 
+def test_whether_earlier_answers_stay_as_they_were_written(family: Family) -> None:
+    """Llama-2 and Vicuna put a space before an answer that the words do not have; Qwen3 drops the reasoning."""
+    tokenizer = make_tokenizer(family)
+    changing = family.template == QWEN_3 or "⟦ " in family.drawings[0]
+    assert keeps_turns(tokenizer, stops(tokenizer, family)) is not changing
+
+
 def test_what_surrounds_a_users_words(family: Family) -> None:
     tokenizer = make_tokenizer(family)
     turn = user_turn(tokenizer)
@@ -256,6 +264,41 @@ def test_a_system_message_is_shown_where_the_template_takes_one(family: Family) 
     spans = [piece.split("⟧")[0] for text in family.drawings for piece in text.split("⟦")[1:]]
     drawn = [part.split("⟧")[0] for piece in pieces for part in draw(tokenizer, piece).split("⟦")[1:]]
     assert drawn == spans
+
+
+GENERATION_BODY = "{%- generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{%- generation %}{{ message['content'] + '<|im_end|>\\n' }}{% endgeneration %}",
+        "{%+ generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\\n' }}",
+    ],
+)
+def test_generation_tags_that_enclose_too_much_or_too_little(body: str) -> None:
+    """Both are published so: a newline that the target never writes, and an end that it does."""
+    assert GENERATION_BODY in TAGGED
+    tokenizer = changed(TAGGED.replace(GENERATION_BODY, body))
+    (piece,) = encode(tokenizer, DIALOGUE, stops(tokenizer, FAMILIES["ChatML"]))
+    assert draw(tokenizer, piece) == CHATML_DRAWING + "\n"
+
+
+def test_generation_tags_around_the_header_and_an_empty_think_block() -> None:
+    """SmolLM3's template does so."""
+    header = "{{ '<|im_start|>assistant\\n' }}"
+    empty = "<think>\\n\\n</think>\\n\\n"
+    template = TAGGED.replace(header + "{%- generation %}", "{% generation %}" + header + "{{ '" + empty + "' }}")
+    template = template.replace(
+        "{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        header
+        + "{% if enable_thinking is defined and not enable_thinking %}{{ '"
+        + empty
+        + "' }}{% endif %}{% endif %}",
+    )
+    tokenizer = changed(template)
+    (piece,) = encode(tokenizer, DIALOGUE, stops(tokenizer, FAMILIES["ChatML"]))
+    assert draw(tokenizer, piece) == CHATML_DRAWING.replace("⟦", "<think>\n\n</think>\n\n⟦") + "\n"
 
 
 def test_reasoning_that_was_given_is_learnt() -> None:
