@@ -20,7 +20,7 @@ import numpy as np
 
 from coral_core.data.kept import Kept
 from coral_core.data.prompts import Dialogue, Skipped, UnusableError, parse
-from coral_core.data.sources import Source
+from coral_core.data.sources import MalformedError, Source
 from coral_core.progress import Progress, silent
 
 REPORT_ROWS = 2_000
@@ -33,6 +33,8 @@ REPEATS = 25.0
 """A text that shrinks by more is one thing said over and over; prose and code shrink two- to sixfold."""
 NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd]")
 """Control characters, and what stands for bytes that could not be decoded."""
+MALFORMED, MALFORMED_SHARE = 10, 0.01
+"""So many rows may be malformed, and that share of all: with more, the file is not what it seems."""
 NOISE = 0.01
 """The share of such characters above which a text was decoded wrongly, or is none."""
 
@@ -107,23 +109,38 @@ class _Draw:
 def _usable(
     rows: Iterable[tuple[str, Any]], answered: bool, skipped: Skipped, progress: Progress
 ) -> Iterator[tuple[str, Dialogue]]:
-    number = 0
+    """Raises the first MalformedError when there are too many."""
+    number = usable = malformed = 0
+    first: MalformedError | None = None
     for number, (where, row) in enumerate(rows, start=1):
         if number % REPORT_ROWS == 0:
             progress("reading prompts", number, 0, {})
         try:
-            dialogue = parse(row, where)
-            if answered and not dialogue.answers:
-                raise UnusableError("without an answer")
-            if not answered:
-                dialogue = dataclasses.replace(dialogue, answers=())
-            for text in (*dialogue.users, *dialogue.answers):
-                _refuse_nonsense(text[:SEEN_CHARACTERS])
+            dialogue = _sane(parse(row, where), answered)
         except UnusableError as reason:
             skipped.add(str(reason), where)
+        except MalformedError as error:
+            skipped.add(f"that {error.kind}", where)
+            first, malformed = first or error, malformed + 1
+            if malformed > MALFORMED + MALFORMED_SHARE * number:
+                raise first from None
         else:
+            usable += 1
             yield where, dialogue
+    if first and malformed > usable:
+        raise first
     progress("reading prompts", number, number, {})
+
+
+def _sane(dialogue: Dialogue, answered: bool) -> Dialogue:
+    """The dialogue, with its answers if they are kept. Raises UnusableError for one without, or nonsense."""
+    if answered and not dialogue.answers:
+        raise UnusableError("without an answer")
+    if not answered:
+        dialogue = dataclasses.replace(dialogue, answers=())
+    for text in (*dialogue.users, *dialogue.answers):
+        _refuse_nonsense(text[:SEEN_CHARACTERS])
+    return dialogue
 
 
 def _refuse_nonsense(text: str) -> None:

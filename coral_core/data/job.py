@@ -47,7 +47,7 @@ class Job:
         inputs = {"target": self.target.fingerprint, "target_dtype": dtype_name(self.target.dtype)}
         named = [share.name for share in shares(self.recipe.data.prompts) if share.name != SELF]
         sums = [file_sha256(path) for path in map(find_file, named) if path]
-        return inputs | ({"prompts": " ".join(sums)} if sums else {})
+        return inputs | ({"prompts": fingerprint(sums)} if sums else {})
 
     @property
     def online(self) -> bool:

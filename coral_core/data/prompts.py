@@ -1,18 +1,19 @@
 """Dialogues out of rows: the forms in which people keep them, what cannot be used and why.
 
 A row may hold `messages` (role, content), `conversations` (ShareGPT's from, value), `turns` (what the user says, turn
-after turn), or `prompt`. A malformed row stops the run and is named; a whole but unusable one is skipped and counted.
+after turn), or `prompt`. What is no dialogue, or one that nothing can be learnt from, is skipped and counted.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from coral_core.errors import DataError
+from coral_core.data.sources import MalformedError
 from coral_core.target.template import Message
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
@@ -79,9 +80,11 @@ class UnusableError(Exception):
 
 
 def parse(row: Any, where: str) -> Dialogue:
-    """A row as a dialogue. Raises DataError naming `where` when it is malformed, UnusableError when it is no use."""
+    """A row as a dialogue. Raises MalformedError naming `where`, or UnusableError when it is whole but no use."""
+    if isinstance(row, MalformedError):
+        raise row
     if not isinstance(row, dict):
-        raise DataError(f"{where} is {_kind(row)}, not an object with messages, conversations, turns or prompt")
+        raise MalformedError(where, f"is {_kind(row)}, not an object with messages, conversations, turns or prompt")
     for key in ("messages", "conversations", "conversation"):
         if row.get(key) is not None:
             return _alternate(_listed(row[key], f"{where}: {key}"), row.get("system"))
@@ -94,22 +97,22 @@ def parse(row: Any, where: str) -> Dialogue:
     if isinstance(prompt, str):
         return _checked([prompt], [], row.get("system"))
     keys = ", ".join(map(str, row)) or "none"
-    raise DataError(f"{where} has no messages, conversations, turns or prompt (its keys: {keys}). Mend or remove it")
+    raise MalformedError(where, "has no messages, conversations, turns or prompt", f" (its keys: {keys})")
 
 
 def _listed(messages: Any, where: str) -> list[tuple[str, str]]:
     """(role, text) pairs of a list of messages in OpenAI's or ShareGPT's words."""
     if not isinstance(messages, list):
-        raise DataError(f"{where} is {_kind(messages)}, not a list. Mend or remove it")
+        raise MalformedError(where, f"is {_kind(messages)}, not a list")
     pairs = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise DataError(f"{where}, message {number} is {_kind(message)}, not an object. Mend or remove it")
+            raise MalformedError(f"{where}, message {number}", f"is {_kind(message)}, not an object")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if not isinstance(role, str):
-            raise DataError(f"{where}, message {number} has no role (or from). Mend or remove it")
+            raise MalformedError(f"{where}, message {number}", "has no role (or from)")
         if role not in ROLES:
-            raise UnusableError(f"with a message by '{role}'")
+            raise UnusableError("with a message by none of system, user and assistant")
         pairs.append((ROLES[role], _text(content, f"{where}, message {number}")))
     return pairs
 
@@ -123,13 +126,13 @@ def _text(content: Any, where: str) -> str:
             raise UnusableError("with a message that is not text")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise DataError(f"{where} has {_kind(content)} for its text. Mend or remove it")
+        raise MalformedError(where, f"has {_kind(content)} for its text")
     return content
 
 
 def _texts(values: Any, where: str) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise DataError(f"{where} is not a list of texts. Mend or remove it")
+        raise MalformedError(where, "is not a list of texts")
     return values
 
 

@@ -31,9 +31,17 @@ SHUFFLE_ROWS = 10_000
 """Rows of a Hub stream that are shuffled at once: its order is only known by reading it all."""
 
 
+class MalformedError(DataError):
+    """A row that is not what it should be. Others may be: such rows are counted, by `kind`, up to a limit."""
+
+    def __init__(self, where: str, kind: str, detail: str = "", mend: str = "Mend or remove it") -> None:
+        super().__init__(f"{where} {kind}{detail}. {mend}")
+        self.kind = kind
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Rows, each with its place ("prompts.jsonl line 7")."""
+    """Rows, each with its place ("prompts.jsonl line 7"); in the place of one that cannot be read, why."""
 
     rows: Iterable[tuple[str, Any]]
     ordered: bool
@@ -91,7 +99,7 @@ def open_source(name: str, seed: int) -> Source:
     if suffix == ".parquet":
         return Source(_parquet(path), ordered=True)
     if suffix in TEXT:
-        return Source(((where, {"prompt": text}) for where, text in _lines(path)), ordered=True)
+        return Source(_plain_lines(path), ordered=True)
     if suffix in (*LINES, ".json"):
         return Source(_json_list(path) if _begins_a_list(path) else _json_lines(path), ordered=True)
     raise DataError(f"data.prompts is {name}; its name must end in one of {', '.join(SUFFIXES)} (or that and .gz)")
@@ -114,30 +122,45 @@ def _open(path: Path) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Non-blank lines with their places. Raises DataError for an empty file, or a line that is not text."""
+def _lines(path: Path) -> Iterator[tuple[str, str | MalformedError]]:
+    """Non-blank lines with their places. Raises DataError for an empty file."""
     number, empty = 0, True
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                where = f"{path} line {number}"
+                text = _decoded(line, where, "utf-8-sig" if number == 1 else "utf-8")
                 if text:
                     empty = False
-                    yield f"{path} line {number}", text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {number} is not UTF-8 ({error.reason}). Convert the file first") from error
+                    yield where, text
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path} beyond line {number}: {error}. Restore the file") from error
     if empty:
         raise DataError(f"{path} is empty. Put one dialogue on each line")
 
 
+def _decoded(line: bytes, where: str, encoding: str) -> str | MalformedError:
+    try:
+        return line.decode(encoding).strip()
+    except UnicodeDecodeError as error:
+        return MalformedError(where, "is not UTF-8", f" ({error.reason})", "Convert the file first")
+
+
+def _plain_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    for where, text in _lines(path):
+        yield where, {"prompt": text} if isinstance(text, str) else text
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     for where, text in _lines(path):
-        try:
-            yield where, json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{where} is not JSON: {error}. Mend or remove the line") from error
+        yield where, _loaded(text, where) if isinstance(text, str) else text
+
+
+def _loaded(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return MalformedError(where, "is not JSON", f": {error}")
 
 
 def _begins_a_list(path: Path) -> bool:

@@ -67,7 +67,7 @@ def test_a_slip_is_one_line_before_the_target_is_loaded(folder: Path) -> None:
     done = coral("data.prompts=nope.jsonl", "target.model=nowhere")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no prompt file nope.jsonl. Set data.prompts to")
-    (folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (folder / "p.jsonl").write_text('{"prompt": "a"\n{"prompt": \n')
     done = coral()
     assert done.exit_code == 1
-    assert "error: p.jsonl line 2 is not JSON" in done.stderr
+    assert "error: p.jsonl line 1 is not JSON" in done.stderr

@@ -86,7 +86,7 @@ def user(content: Any) -> dict[str, Any]:
     [
         ({"messages": [user("a"), user("b")]}, "roles are out of order"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "roles are out of order"),
-        ({"messages": [user("a"), {"role": "tool", "content": "b"}]}, "by 'tool'"),
+        ({"messages": [user("a"), {"role": "tool", "content": "b"}]}, "by none of system, user"),
         ({"messages": [user(" ")]}, "empty message"),
         ({"messages": []}, "without a word"),
         ({"messages": [user(None)]}, "no text"),
@@ -183,8 +183,9 @@ def test_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cut.jsonl", lines(ROWS)[:-15], r"cut\.jsonl line 39 is not JSON: .*Mend or remove the line"),
-        ("bytes.jsonl", lines(ROWS[:2]) + b'{"prompt": "caf\xe9"}\n', r"bytes\.jsonl line 5 is not UTF-8"),
+        ("no-json.jsonl", b"a\n\n" + lines(ROWS[:1]) + b"b", r"no-json\.jsonl line 1 is not JSON: .*Mend or remove it"),
+        ("utf-16.jsonl", lines(ROWS).decode().encode("utf-16"), r"utf-16\.jsonl line 1 is not UTF-8"),
+        ("deep.jsonl", b"[" * 200_000, r"deep\.jsonl line 1 is not JSON"),
         ("empty.jsonl", b"", r"empty\.jsonl is empty"),
         ("blank.txt", b"\n \n", r"blank\.txt is empty"),
         ("empty.json", b"[]", r"empty\.json is an empty list"),
@@ -215,6 +216,39 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, conten
 def test_a_file_that_is_not_there(name: str) -> None:
     with pytest.raises(DataError, match=r"no prompt file .* a Hub dataset id \(owner/name\)"):
         open_source(name, 0)
+
+
+TROUBLE = [
+    (b'{"prompt": "cut', "that is not JSON"),
+    (b'{"prompt": "caf\xe9"}', "that is not UTF-8"),
+    (b'{"text": "a"}', "that has no messages, conversations, turns or prompt"),
+    (b'{"messages": ["a"]}', "that is a text, not an object"),
+    (b'{"prompt": null}', "that has no messages, conversations, turns or prompt"),
+]
+
+
+def test_malformed_lines_are_counted_by_kind_with_the_first_of_each(tmp_path: Path) -> None:
+    path, skipped = tmp_path / "p.jsonl", Skipped()
+    path.write_bytes(lines(ROWS) + b"\n".join(line for line, _ in TROUBLE))
+    found = read_dialogues(open_source(str(path), 0), Wanted(99, 0, False), skipped=skipped, folder=tmp_path)
+    assert sorted(dialogue.users[0] for _, dialogue in found) == WORDS
+    expected: dict[str, tuple[int, str]] = {}
+    for number, (_, reason) in enumerate(TROUBLE, 41):
+        count, first = expected.get(reason, (0, f"{path} line {number}"))
+        expected[reason] = (count + 1, first)
+    assert skipped.reasons == expected
+
+
+@pytest.mark.parametrize(("good", "bad", "stops"), [(100, 11, False), (100, 12, True), (1000, 20, False), (3, 4, True)])
+def test_too_many_malformed_lines_stop_the_run_with_the_first(tmp_path: Path, good: int, bad: int, stops: bool) -> None:
+    """Ten, and one in a hundred besides; in a small file no more than those of use."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"".join(b'{"prompt": "%d"}\n' % number for number in range(good)) + b"{\n" * bad)
+    if stops:
+        with pytest.raises(DataError, match=rf"p\.jsonl line {good + 1} is not JSON"):
+            read(path, 2000)
+    else:
+        assert len(read(path, 2000)) == good
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
