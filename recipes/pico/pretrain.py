@@ -1,10 +1,11 @@
 """Train pico, the embedded target, from scratch on the corpora of ../shared/data/corpora.
 
     python -m recipes.pico.pretrain --corpora DIR --benchmarks DIR --out runs/pico-target      # on a GPU
-    # on two CPU cores, in two runs:
+    # on two CPU cores, in three runs:
     ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m recipes.pico.pretrain --corpora DIR \
         --benchmarks DIR --batch-tokens 8192 --micro-rows 8 --layers 8 --tokens 6e6 --cooldown 0 --out SHALLOW
     ... --grow-from SHALLOW --layers 24 --tokens 1.25e6 --cooldown 1 --seed 1 --out DEEP
+    ... --grow-from DEEP --layers 24 --tokens 6.144e6 --cooldown 0.5 --seed 2 --compile --out runs/pico-target
 
 A deep model costs most of its CPU time in layers that have learnt little yet. So there a shallow model is trained
 first, and `--grow-from` interleaves new layers whose outputs start at zero: the deep model begins as the same function
