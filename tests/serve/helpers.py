@@ -47,6 +47,8 @@ def running(service: Service, active: int = 4, waiting: int = 64) -> Iterator[st
         assert not thread.is_alive(), "the server does not shut down"
 
 
+PATIENCE_S = 180
+"""Whoever waits longer is stuck; a machine busy with other things is not that slow."""
 JSON = {"Content-Type": "application/json"}
 
 
@@ -58,7 +60,7 @@ def ask(
     headers: dict[str, str] | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Status and JSON of one request, by a client that checks nothing; a dict is sent as JSON."""
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE_S)
     if isinstance(body, dict):
         body, headers = json.dumps(body).encode(), JSON
     with contextlib.closing(connection):

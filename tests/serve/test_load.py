@@ -21,7 +21,7 @@ from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.serve.answer import Service
-from tests.serve.helpers import ask, make_service, running
+from tests.serve.helpers import PATIENCE_S, ask, make_service, running
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 200}
 
@@ -51,7 +51,7 @@ def slow() -> Iterator[tuple[Slow, str]]:
 def wire(address: str, data: bytes) -> socket.socket:
     """A connection on which `data` was sent."""
     host, port = address.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
     connection.sendall(data)
     return connection
 
@@ -73,7 +73,7 @@ def leave(connection: socket.socket, abruptly: bool) -> None:
 
 def settled(address: str) -> dict[str, object]:
     """The server's health when nothing is left to do."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while (health := ask(address, "/health")[1]) != {"status": "ok", "active": 0, "waiting": 0}:
         assert time.monotonic() < deadline, health
         time.sleep(0.02)
@@ -184,8 +184,8 @@ def crowd(address: str, expected: list[str]) -> None:
     with concurrent.futures.ThreadPoolExecutor(24) as pool:
         answers = [pool.submit(client, number) for number in range(16)]
         said = [pool.submit(refused, address, nonsense(rng)) for _ in range(200)]
-        assert [answer.result(60) for answer in answers] == expected
-        statuses = [future.result(60)[:12] for future in said]
+        assert [answer.result(PATIENCE_S) for answer in answers] == expected
+        statuses = [future.result(PATIENCE_S)[:12] for future in said]
     assert {status[:10] for status in statuses} <= {b"HTTP/1.1 4", b""}, set(statuses)
     assert sum(status.startswith(b"HTTP/1.1 4") for status in statuses) > 150
     settled(address)
