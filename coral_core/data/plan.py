@@ -23,11 +23,11 @@ from coral_core.errors import DataError
 from coral_core.progress import Progress
 from coral_core.recipe.schema import DataSpec
 from coral_core.target.load import Target
-from coral_core.target.template import Encoded, encode, prompt_ids, takes_system
+from coral_core.target.template import Encoded, encode, keeps_turns, prompt_ids, takes_system
 
 PROMPTS = "prompts.jsonl"
 PLAN = "plan.json"
-SPARE = 2
+SPARE = 4
 """Dialogues drawn from a file for each one wanted: some turn out too long."""
 TURN_TOKENS = 32
 """What a template puts around a user's words, at most, where it is only estimated."""
@@ -81,6 +81,7 @@ class Fit:
         self.stop_ids = target.stop_ids
         self.spec = spec
         self._takes_system = takes_system(target.tokenizer)
+        self._keeps_turns = keeps_turns(target.tokenizer, target.stop_ids)
 
     def measure(self, dialogue: Dialogue) -> tuple[Dialogue, int]:
         """The dialogue as the template takes it, and its tokens at most. Raises UnusableError when it is no use."""
@@ -93,9 +94,8 @@ class Fit:
 
     def given(self, dialogue: Dialogue) -> list[Encoded]:
         """The dialogue with its given answers, cut to `data.max_length`."""
-        messages = dialogue.messages(dialogue.answers)[: (1 if dialogue.system else 0) + 2 * len(dialogue.answers)]
-        self._check_size(sum(len(message["content"]) for message in messages[:2]))
-        limit = self.spec.max_length
+        limit, turns = self.spec.max_length, self._turns_in_reach(dialogue)
+        messages = dialogue.messages(dialogue.answers)[: (1 if dialogue.system else 0) + 2 * turns]
         pieces = [
             Encoded(piece.ids[:limit], piece.answer[:limit])
             for piece in encode(self.tokenizer, messages, self.stop_ids)
@@ -105,11 +105,21 @@ class Fit:
             raise UnusableError(f"whose first answer begins beyond data.max_length ({limit} tokens)")
         return pieces
 
+    def _turns_in_reach(self, dialogue: Dialogue) -> int:
+        """Answered turns at the dialogue's head that are not, by their characters alone, beyond `data.max_length`."""
+        characters = len(dialogue.system)
+        for turn, (words, answer) in enumerate(zip(dialogue.users, dialogue.answers, strict=False)):
+            characters += len(words) + len(answer)
+            if characters > TOKEN_CHARACTERS * self.spec.max_length:
+                if not turn:
+                    raise UnusableError(f"whose first turn is far longer than data.max_length ({self.spec.max_length})")
+                return turn
+        return len(dialogue.answers)
+
     def _answered_tokens(self, dialogue: Dialogue) -> int:
-        """A bound for a dialogue whose turns each become a sample of their own, which most do not."""
-        self._check_size(len(dialogue.system) + len(dialogue.users[0]))
-        first = dialogue.messages(())
-        length = len(prompt_ids(self.tokenizer, first))
+        """Tokens if every answer is as long as it may be; summed over the turns where each is a sample of its own."""
+        readable = len(dialogue.system) + len(dialogue.users[0]) <= TOKEN_CHARACTERS * self.spec.max_length
+        length = len(prompt_ids(self.tokenizer, dialogue.messages(()))) if readable else self.spec.max_length
         if length >= self.spec.max_length:
             raise UnusableError(f"whose prompt has data.max_length ({self.spec.max_length}) tokens or more")
         total = 0
@@ -118,12 +128,9 @@ class Fit:
                 words = self.tokenizer(dialogue.users[turn], add_special_tokens=False)["input_ids"]
                 length += len(words) + TURN_TOKENS
             length += self.spec.max_new_tokens
-            total += min(length, self.spec.max_length)
+            sample = min(length, self.spec.max_length)
+            total = sample if self._keeps_turns else total + sample
         return total
-
-    def _check_size(self, characters: int) -> None:
-        if characters > TOKEN_CHARACTERS * self.spec.max_length:
-            raise UnusableError(f"whose prompt has data.max_length ({self.spec.max_length}) tokens or more")
 
 
 def make_plan(target: Target, spec: DataSpec, *, seed: int, work: Path, progress: Progress) -> Plan:

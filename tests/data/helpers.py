@@ -2,6 +2,7 @@
 
 import functools
 import json
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from coral_core.data.job import Job
+from coral_core.data.prepare import prepare
 from coral_core.recipe.loader import load_recipe
 from coral_core.target.load import Target, wrap
 
@@ -72,6 +74,13 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a store that holds words or features; the manifest names versions and weights besides."""
-    names = ("shard-*.safetensors", "*.jsonl", "plan.json", "holdout.json")
-    return {path.name: path.read_bytes() for name in names for path in sorted(folder.glob(name))}
+    """Every file of a store; but the commit that made it is left out of its manifest."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    manifest = json.loads(files["manifest.json"]) | {"git_commit": ""}
+    return files | {"manifest.json": json.dumps(manifest).encode()}
+
+
+def prepare_telling(folder: Path, connection: Connection) -> None:
+    """`prepare` of `make_job`'s defaults on one thread, each report of progress sent as its stage's name."""
+    torch.set_num_threads(1)
+    prepare(make_job(folder), lambda stage, *_: connection.send(stage))

@@ -1,7 +1,9 @@
 """The whole stage: what it publishes, and that an interruption anywhere changes none of it."""
 
 import collections
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -17,13 +19,26 @@ import pytest
 from coral_core.data import prepare as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import standing
+from coral_core.data.plan import Fit
 from coral_core.data.prepare import prepare
+from coral_core.data.prompts import Dialogue
 from coral_core.data.written import Scribe
 from coral_core.errors import ArtifactError, DataError
 from coral_core.target.template import prompt_ids
-from tests.data.helpers import CHATML, TAGGED_NEVER, contents, make_job, make_target, write_lines
+from tests.data.helpers import (
+    CHATML,
+    TAGGED_NEVER,
+    contents,
+    make_job,
+    make_target,
+    prepare_telling,
+    write_lines,
+)
 
 ROOT = Path(__file__).parent.parent.parent
+SPAWN = multiprocessing.get_context("forkserver")
+"""Processes that find torch imported: twenty of them are then a matter of seconds."""
+SPAWN.set_forkserver_preload(["tests.data.helpers", "accelerate.state", "transformers.models.llama.modeling_llama"])
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +192,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from coral_core.data.prepare import prepare
+from coral_core.data.prompts import Dialogue
 from tests.data.helpers import make_job
 import torch
 torch.set_num_threads(1)
@@ -225,23 +241,25 @@ def test_several_processes_make_one_store_the_same_as_one(
     assert contents(tmp_path / "data") == whole
 
 
-def kill_while_running(folder: Path, lines: int) -> bool:
-    """Run prepare in a process of its own, kill -9 it after so many lines of progress; whether it was killed."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, cwd=ROOT)
-    assert process.stdout is not None
-    for _ in range(lines):
-        if not process.stdout.readline():
-            break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
+def killed_after(folder: Path, calls: int) -> bool:
+    """Run prepare in a process of its own and kill -9 it after so many reports; whether it was still running."""
+    here, there = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=prepare_telling, args=(folder, there))
+    process.start()
+    there.close()
+    with contextlib.suppress(EOFError):
+        for _ in range(calls):
+            here.recv()
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill_9_changes_nothing(tmp_path: Path, whole: dict[str, bytes], calls: int, kills: int) -> None:
+def test_kill_9_twenty_times_changes_nothing(tmp_path: Path, whole: dict[str, bytes], calls: int) -> None:
+    """At drawn moments, each time going on with what the one before had left; whatever was published is whole."""
     draw, killed = random.Random(1), 0
-    while killed < kills:
-        killed += kill_while_running(tmp_path, draw.randrange(1, max(2, calls // (1 if kills == 1 else 4))))
+    while killed < 20:
+        killed += killed_after(tmp_path, draw.randrange(1, calls // 4))
         if (tmp_path / "data").exists():
             assert contents(tmp_path / "data") == whole
             shutil.rmtree(tmp_path / "data")
@@ -386,12 +404,30 @@ def test_a_file_with_every_kind_of_trouble_is_told_line_by_line(tmp_path: Path) 
         "whose roles are out of order": (2, "3)"),
         "without an answer": (1, "5)"),
         "whose first answer begins beyond data.max_length (90 tokens)": (1, "6)"),
-        "whose prompt has data.max_length (90) tokens or more": (1, "7)"),
-        "with a message by 'tool'": (1, "8)"),
+        "whose first turn is far longer than data.max_length (90)": (1, "7)"),
+        "with a message by none of system, user and assistant": (1, "8)"),
         "with a text that repeats itself over and over": (1, "9)"),
         "with text that was decoded wrongly (control or replacement characters)": (1, "10)"),
         "said before": (1, "19)"),
     }
+
+
+def test_a_late_turn_of_ten_million_characters_is_not_read_and_the_turns_before_it_stay(tmp_path: Path) -> None:
+    long = {"role": "user", "content": " ".join(map(str, range(1_450_000)))}
+    rows = [{"messages": [*row["messages"], long, {"role": "assistant", "content": "ok"}]} for row in answered(4)]
+    job = make_job(tmp_path, prompts=write_lines(tmp_path / "p.jsonl", rows), regenerate="none", max_samples=4)
+    store = prepare(job)
+    assert {len(store[index].ids_T) for index in range(4)} == {len("Question 0") + len("Answer 0") + 20}
+    assert store.manifest.facts["skipped"] == {}
+
+
+def test_tokens_of_several_turns_are_counted_once_where_they_make_one_sample(tmp_path: Path) -> None:
+    """Counted turn by turn, they would be refused on a disk that holds them twice over."""
+    dialogue = Dialogue(("a", "b", "c"))
+    keeps, changes = CHATML, CHATML.replace("message['content'] +", "' ' + message['content'] +")
+    for template, bound in ((keeps, 20 + 12 + 2 * (1 + 32 + 12)), (changes, 33 + (33 + 45) + (33 + 90))):
+        job = make_job(tmp_path, make_target(template), max_length=250)
+        assert Fit(job.target, job.recipe.data).measure(dialogue)[1] == bound
 
 
 @pytest.mark.parametrize(
