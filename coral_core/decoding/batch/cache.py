@@ -104,6 +104,9 @@ class _SeatCache(SlotCache):
     def __init__(self, layers: Sequence[Slots]) -> None:
         Cache.__init__(self, layers=list(layers))
 
+    def _place(self, number: int, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> None:
+        """A seat's storage is the batch's."""
+
 
 class BatchCache(Cache):
     """The target's cache for a batch: `SeatSlots` per layer."""
