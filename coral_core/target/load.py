@@ -118,7 +118,10 @@ def load_target(spec: TargetSpec) -> Target:
 
 def wrap(model: Any, tokenizer: Any) -> Target:
     """A Target around a loaded model. Raises TargetError when coral cannot decode speculatively with it."""
+    from coral_core.target.attention import plug_in  # it imports transformers, which whoever has a model has loaded
+
     model = model.eval().requires_grad_(False)
+    plug_in(model)
     config = model.config.get_text_config()
     types = _layer_types(model, config)
     lent = _lend(model, config)
