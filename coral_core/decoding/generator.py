@@ -86,12 +86,8 @@ def _refuse_stranger(target: Target, drafter: Drafter) -> None:
         raise ArtifactError(
             f"the drafter was trained for target {made_for}, and this target is {target.fingerprint}. Load its own"
         )
-    config, (vocabulary, hidden) = drafter.config, target.lent.embed_VD.shape
-    if (config.vocab_size, config.hidden_size) != (vocabulary, hidden):
-        raise ArtifactError(
-            f"the drafter is for a vocabulary of {config.vocab_size} and {config.hidden_size} hidden; "
-            f"the target has {vocabulary} and {hidden}. Load its own"
-        )
+    if misfit := drafter.config.misfit(tuple(target.lent.embed_VD.shape)):
+        raise ArtifactError(f"the drafter {misfit}. Load its own")
 
 
 def _head(target: Target, drafter: Drafter) -> Head:

@@ -7,6 +7,8 @@ from typing import Any
 
 from coral_core.errors import ArtifactError
 
+TRAIN = "Run: coral train"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
@@ -31,14 +33,74 @@ class DrafterConfig:
 
     @classmethod
     def load(cls, folder: Path) -> "DrafterConfig":
-        """Read config.json. Raises ArtifactError when a key is missing or the file is not a drafter's."""
-        path = folder / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"no drafter in {folder}: {error}. Run: coral train") from error
+        """Read config.json. Raises ArtifactError when a key is missing or senseless, or the file is not a drafter's."""
+        values = read_values(folder, TRAIN)
         fields = dataclasses.fields(cls)
         missing = [field.name for field in fields if field.name not in values and field.default is dataclasses.MISSING]
         if missing:
-            raise ArtifactError(f"{path} is not a drafter's config: key '{missing[0]}' is missing. Run: coral train")
-        return cls(**{field.name: values[field.name] for field in fields if field.name in values})
+            path = folder / "config.json"
+            raise ArtifactError(f"{path} is not a drafter's config: key '{missing[0]}' is missing. {TRAIN}")
+        config = cls(**{field.name: values[field.name] for field in fields if field.name in values})
+        config.refuse_nonsense(folder, TRAIN)
+        return config
+
+    def refuse_nonsense(self, folder: Path, remedy: str) -> None:
+        """Raises ArtifactError, naming the key and its value, when no drafter can be built from these values."""
+        wrong = self._wrong_size() or self._wrong_rope()
+        if wrong:
+            raise ArtifactError(f"{folder / 'config.json'}: {wrong}. {remedy}")
+
+    def _wrong_size(self) -> str:
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        for key in sizes:
+            if type(value := getattr(self, key)) is not int or value < 1:
+                return f"{key} is {value!r}; it must be a whole number above 0"
+        if self.num_attention_heads % self.num_key_value_heads:
+            return f"num_key_value_heads is {self.num_key_value_heads}; {self.num_attention_heads} heads share none"
+        if type(self.rms_norm_eps) is not float or not self.rms_norm_eps >= 0:
+            return f"rms_norm_eps is {self.rms_norm_eps!r}; it must be a number from 0 up"
+        return ""
+
+    def _wrong_rope(self) -> str:
+        """What transformers cannot compute, or would compute from a default in place of what is missing."""
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        rope = self.rope_parameters
+        theta = rope.get("rope_theta") if isinstance(rope, dict) else None
+        if type(theta) not in (int, float) or not theta > 0:  # type: ignore[operator]  # a number, by now
+            return f"rope_parameters is {rope}; its rope_theta must be a number above 0"
+        try:
+            LlamaRotaryEmbedding(LlamaConfig(**dataclasses.asdict(self)))
+        except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+            return f"rope_parameters is {rope}, which transformers refuses ({first_line(error)})"
+        return ""
+
+    def misfit(self, shape_VD: tuple[int, ...]) -> str:
+        """Why a drafter of this shape cannot read a target with an embedding of that one; '' when it can."""
+        vocabulary, hidden = shape_VD
+        if (self.vocab_size, self.hidden_size) == (vocabulary, hidden):
+            return ""
+        own = f"a vocabulary of {self.vocab_size} and {self.hidden_size} hidden"
+        return f"is for {own}; the target has {vocabulary} and {hidden}"
+
+
+def read_values(folder: Path, remedy: str) -> dict[str, Any]:
+    """The object in config.json. Raises ArtifactError, with the remedy, when there is none."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"no drafter in {folder}: it has no config.json. {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not readable as JSON: {error}. {remedy}") from error
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{path} is not a config: it is no JSON object. {remedy}")
+    return values
+
+
+def first_line(error: Exception) -> str:
+    """Of a library's message, which may run over a page, or be empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].rstrip(".")

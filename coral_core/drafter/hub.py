@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from coral_core.drafter.config import first_line
 from coral_core.errors import ArtifactError, CoralError
 
-READ = ("*.json", "*.safetensors", "pytorch_model.bin", "head/*")
+READ = ("*.json", "*.safetensors", "pytorch_model*.bin", "head/*")
 """What a drafter's repository may hold that is read; a folder for an engine, in a folder of its own, is not."""
 
 
@@ -24,7 +25,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(READ)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtifactError(f"no folder {name}, and the Hub does not give it: {_reason(error)}") from error
+        raise ArtifactError(f"no folder {name}, and the Hub does not give it: {first_line(error)}.") from error
 
 
 def upload(folder: Path, repo_id: str, *, private: bool | None = None, message: str = "A drafter by coral") -> str:
@@ -40,11 +41,5 @@ def upload(folder: Path, repo_id: str, *, private: bool | None = None, message: 
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message=message)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CoralError(f"the Hub refused {repo_id}: {_reason(error)} Log in with: hf auth login") from error
+        raise CoralError(f"the Hub refused {repo_id}: {first_line(error)}. Log in with: hf auth login") from error
     return str(done.commit_url)
-
-
-def _reason(error: Exception) -> str:
-    """The first line of the Hub's message, which runs over many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].rstrip(".") + "."

@@ -5,6 +5,7 @@ head room turns the outputs into logits. Axes: B batch, T position, D hidden.
 """
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from coral_core.drafter.blocks import Attend, DraftLayer, Rope
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of weights that can be computed with as they are; quantized ones mean something else by their numbers."""
 
 
 class Drafter(nn.Module):
@@ -66,7 +70,7 @@ class Drafter(nn.Module):
         """Write config.json and model.safetensors; the embedding is the target's and is not repeated."""
         self.config.save(folder)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        write_weights(weights, folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> "Drafter":
@@ -101,6 +105,8 @@ class Drafter(nn.Module):
             if weights[name].shape != expected[name].shape:
                 shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
                 raise ArtifactError(f"{source}: tensor '{name}' has shape {shapes}. {remedy}")
+            if (dtype := weights[name].dtype) not in DTYPES:
+                raise ArtifactError(f"{source}: tensor '{name}' is {dtype}; a drafter has no such weights. {remedy}")
         drafter.load_state_dict(weights, assign=True)
         return drafter.requires_grad_(False).eval()
 
@@ -142,3 +148,9 @@ class Drafter(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(Path(folder), repo_id, **options)
+
+
+def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """One safetensors file beside a config.json, as readable as that: safetensors lets only its owner read it."""
+    save_file(dict(weights), path, metadata={"format": "pt"})
+    shutil.copymode(path.with_name("config.json"), path)

@@ -14,10 +14,14 @@ from coral_core.drafter.checkpoint import is_coral, read_checkpoint, weights_fin
 from coral_core.drafter.hub import fetch
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
+from coral_core.head.load import load_head
+from coral_core.recipe.schema import HeadSpec
 from coral_core.target.load import Target
 
 EMBED_TOLERANCE = 1e-2
 """Relative distance of two embeddings that are the same but for rounding: bfloat16's is at most 2^-9 = 0.002."""
+AGAIN = "coral export --to hf"
+OWN = "Set target.model to its own"
 
 
 def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
@@ -28,32 +32,51 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
     """
     folder = fetch(name)
     if is_coral(folder):
-        drafter, manifest = Drafter.load(folder), Manifest.read(folder, "drafter", "coral export --to hf")
-        if (made_for := manifest.inputs.get("target")) != target.fingerprint:
-            raise ArtifactError(
-                f"the drafter in {folder} was trained for target {made_for}; this target is {target.fingerprint}. "
-                "Set target.model to its own"
-            )
+        drafter, embed_VD, path = Drafter.load(folder), None, folder / "model.safetensors"
     else:
         checkpoint = read_checkpoint(folder)
-        drafter, manifest = checkpoint.drafter, foreign_manifest(checkpoint.drafter, checkpoint.path, target)
-        refuse_wrong_target(folder, drafter, checkpoint.embed_VD, target)
+        drafter, embed_VD, path = checkpoint.drafter, checkpoint.embed_VD, checkpoint.path
+    refuse_broken(path, drafter)
+    refuse_wrong_target(folder, drafter, embed_VD, target)
+    if is_coral(folder) and (folder / MANIFEST).exists():
+        manifest, head = own_manifest(folder, target), folder / "head"
+        head_manifest = check_head(head, manifest, target) if head.exists() else None
+    else:  # its head, if it has one, fits a drafter that only its manifest names
+        manifest, head_manifest = foreign_manifest(drafter, _source(name), target), None
     _refuse_replacing(run / "drafter", manifest)
     with stage(run / "drafter", manifest.fingerprint) as work:
         drafter.save(work)
         manifest.write(work)
-    head = folder / "head"
-    if is_coral(folder) and head.exists():
-        with stage(run / "head", Manifest.read(head, "head", "coral export --to hf").fingerprint) as work:
-            shutil.copytree(head, work, dirs_exist_ok=True)
-        return manifest, True
-    return manifest, False
+    if head_manifest is not None:
+        with stage(run / "head", head_manifest.fingerprint) as work:
+            shutil.copytree(folder / "head", work, dirs_exist_ok=True)
+    return manifest, head_manifest is not None
 
 
-def foreign_manifest(drafter: Drafter, path: Path, target: Target) -> Manifest:
+def own_manifest(folder: Path, target: Target) -> Manifest:
+    """Of a drafter that coral made. Raises ArtifactError when it was trained for another target."""
+    manifest = Manifest.read(folder, "drafter", AGAIN)
+    if (made_for := manifest.inputs.get("target")) != target.fingerprint:
+        raise ArtifactError(
+            f"the drafter in {folder} was trained for target {made_for}; this target is {target.fingerprint}. {OWN}"
+        )
+    return manifest
+
+
+def check_head(folder: Path, drafter: Manifest, target: Target) -> Manifest:
+    """The head's manifest. Raises ArtifactError when it is damaged, or was made for another drafter."""
+    manifest = Manifest.read(folder, "head", AGAIN)
+    facts = manifest.facts
+    spec = HeadSpec(groups=facts["groups"], active=facts["active"], clustering=facts["clustering"])
+    fits = {"target_fingerprint": target.fingerprint, "drafter_fingerprint": drafter.fingerprint}
+    load_head(folder, spec, target.lent, **fits)
+    return manifest
+
+
+def foreign_manifest(drafter: Drafter, source: str, target: Target) -> Manifest:
     """What can be said of a drafter that coral did not train: its weights, and the target it is now tied to."""
     facts = {
-        "imported_from": path.parent.name,
+        "imported_from": source,
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
         "drafter_config": dataclasses.asdict(drafter.config),
@@ -62,22 +85,31 @@ def foreign_manifest(drafter: Drafter, path: Path, target: Target) -> Manifest:
     return Manifest(kind="drafter", fingerprint=name, inputs={"target": target.fingerprint}, recipe={}, facts=facts)
 
 
+def _source(name: str) -> str:
+    """A Hub id as it is; of a folder its own name, since the path to it is the user's affair."""
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name
+
+
+def refuse_broken(path: Path, drafter: Drafter) -> None:
+    """Raises ArtifactError, naming the tensor, when a weight is no number: it would load, and guess nothing."""
+    for name, weight in drafter.state_dict().items():
+        if not weight.isfinite().all():
+            raise ArtifactError(f"{path}: tensor '{name}' holds numbers that are not finite. Take another copy of it")
+
+
 def refuse_wrong_target(folder: Path, drafter: Drafter, embed_VD: torch.Tensor | None, target: Target) -> None:
     """Raises ArtifactError when the target's features or words are not those that the drafter was trained on."""
     own_VD = target.lent.embed_VD.detach().cpu()
-    config, (vocabulary, hidden) = drafter.config, own_VD.shape
-    if (config.vocab_size, config.hidden_size) != (vocabulary, hidden):
-        raise ArtifactError(
-            f"the drafter in {folder} is for a vocabulary of {config.vocab_size} and {config.hidden_size} hidden; "
-            f"the target has {vocabulary} and {hidden}. Set target.model to its own"
-        )
+    if misfit := drafter.config.misfit(tuple(own_VD.shape)):
+        raise ArtifactError(f"the drafter in {folder} {misfit}. {OWN}")
     if embed_VD is None:
         return
     distance = float((embed_VD.float() - own_VD.float()).norm() / own_VD.float().norm())
     if not distance <= EMBED_TOLERANCE:
         raise ArtifactError(
             f"the drafter in {folder} was trained for another target: its embed_tokens.weight is {distance:.2g} away "
-            "from the target's, relatively. Set target.model to its own"
+            f"from the target's, relatively. {OWN}"
         )
 
 

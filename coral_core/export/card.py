@@ -135,20 +135,30 @@ def _use(facts: CardFacts) -> str:
 
 
 def _made(facts: CardFacts) -> str:
-    data = facts.trained.get("data", {})
-    counts = f"{data['samples']:,} dialogues, {data['answer_tokens']:,} answer tokens" if data else "not known here"
-    source = facts.recipe.data.prompts
-    prompts = "prompts that the target wrote itself" if source == "self" else f"prompts from `{source}`"
-    lines = [f"Data: {counts}; {prompts}, answered by the target ({facts.recipe.data.regenerate})."]
+    imported = facts.trained.get("imported_from")
+    lines = [f"Data: not known to coral, which imported the drafter from `{imported}`." if imported else _data(facts)]
     if facts.head:
         recall = facts.head.get("recall", {})
         lines.append(
             f"Grouped head: {facts.head['groups']} groups, {facts.head['active']} active; recall of the target's "
             f"argmax {recall.get('argmax', float('nan')):.1%}."
         )
-    commands = [f"coral {verb} recipe.yaml" for verb in ("prepare-data", "train", "group-head", "eval")]
+    verbs = [f"import {imported}"] if imported else ["prepare-data", "train"]
+    if facts.head:
+        verbs += ["prepare-data", "group-head"] if imported else ["group-head"]
+    commands = [f"coral {verb} recipe.yaml" for verb in (*verbs, "eval")]
     lines.append("Made by, with the recipe below:\n\n    " + "\n    ".join(commands))
     last = {key: value for key, value in facts.trained.get("last", {}).items() if key.startswith(("loss", "accuracy"))}
     if last:
         lines.append(f"At the last training step: {json.dumps({k: round(v, 4) for k, v in last.items()})}.")
     return "## How it was made\n\n" + "\n\n".join(lines)
+
+
+def _data(facts: CardFacts) -> str:
+    data, spec = facts.trained.get("data", {}), facts.recipe.data
+    counts = f"{data['samples']:,} dialogues, {data['answer_tokens']:,} answer tokens" if data else "not known here"
+    prompts = "prompts that the target wrote itself" if spec.prompts == "self" else f"prompts from `{spec.prompts}`"
+    answers = (
+        "answers as they were in it" if spec.regenerate == "none" else f"answered by the target ({spec.regenerate})"
+    )
+    return f"Data: {counts}; {prompts}, {answers}."

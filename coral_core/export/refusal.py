@@ -13,9 +13,8 @@ def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:
     config = target.model.config.get_text_config()
     refuse_target(layout, config.model_type, target)
     refuse_drafter(layout, drafter)
-    if target.lent.embed_VD.shape != (wanted := (drafter.config.vocab_size, drafter.config.hidden_size)):
-        shapes = f"{tuple(target.lent.embed_VD.shape)}, and the drafter's are {wanted}"
-        raise ArtifactError(f"the target's embedding is {shapes}. Export it with its own target")
+    if misfit := drafter.config.misfit(tuple(target.lent.embed_VD.shape)):
+        raise ArtifactError(f"the drafter {misfit}. Export it with its own target")
 
 
 def refuse_target(layout: Layout, model_type: str, target: Target) -> None:

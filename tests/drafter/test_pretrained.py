@@ -6,12 +6,13 @@ import json
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from coral_core import Drafter
 from coral_core.drafter import hub
 from coral_core.drafter.checkpoint import read_checkpoint, weights_fingerprint
 from coral_core.errors import ArtifactError
+from coral_core.export.bring_in import bring_in
 from coral_core.export.run import export_engine
 from tests.export.helpers import publish, random_drafter
 from tests.tiny import tiny_target
@@ -96,6 +97,71 @@ def test_checkpoints_of_the_research_repos_are_read(tmp_path, bias, kind):
     assert found.drafter.config.fc_bias is bias
     assert torch.equal(found.embed_VD.float(), target.lent.embed_VD)
     assert same(Drafter.from_pretrained(folder), drafter)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """(The drafter, its folder in EAGLE's layout with the weights in two files and an index.)"""
+    target = tiny_target("llama")
+    drafter = random_drafter(target)
+    folder = export_engine("eagle", publish(tmp_path, target, drafter), target, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
+    for file in set(places.values()):
+        save_file({name: weights[name] for name in places if places[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return drafter, folder
+
+
+def test_a_sharded_checkpoint_is_read_whole(sharded):
+    drafter, folder = sharded
+    assert same(Drafter.from_pretrained(folder), drafter)
+
+
+def test_a_sharded_checkpoint_that_lacks_a_part_is_refused(sharded):
+    _, folder = sharded
+    second = folder / "model-00002-of-00002.safetensors"
+    weights = load_file(second)
+    gone = sorted(weights)[0]
+    save_file({name: weight for name, weight in weights.items() if name != gone}, second)
+    with pytest.raises(ArtifactError, match=f"index.json and its files do not agree on tensor '{gone}'"):
+        Drafter.from_pretrained(folder)
+    second.unlink()
+    with pytest.raises(ArtifactError, match="cannot read .*model-00002-of-00002.safetensors: No such file"):
+        Drafter.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ArtifactError, match="is no index of weights"):
+        Drafter.from_pretrained(folder)
+
+
+def test_others_may_read_the_weights_as_they_may_read_the_config(tmp_path):
+    """safetensors makes files that only their owner can read: a server under another account could not load them."""
+    target = tiny_target("llama")
+    folder = export_engine("vllm", publish(tmp_path, target, random_drafter(target)), target, tmp_path)
+    for made in (folder, tmp_path / "drafter"):
+        assert (made / "model.safetensors").stat().st_mode == (made / "config.json").stat().st_mode
+
+
+def test_a_drafter_saved_without_its_origin_can_be_imported(tmp_path):
+    """EAGLE's, say, read from the Hub and saved again: it has coral's config, and no manifest."""
+    target = tiny_target("llama")
+    drafter = random_drafter(target)
+    drafter.save_pretrained(tmp_path / "saved")
+    manifest, with_head = bring_in(str(tmp_path / "saved"), tmp_path / "run", target)
+    assert not with_head
+    assert manifest.facts["imported_from"] == "saved"
+    assert same(Drafter.load(tmp_path / "run" / "drafter"), drafter)
+
+
+def test_an_imported_drafter_says_where_it_came_from(tmp_path, monkeypatch):
+    """A Hub id as it is: its folder in the cache is named by a commit. The name of a folder, but not the way to it."""
+    target = tiny_target("llama")
+    random_drafter(target).save_pretrained(tmp_path / "cache" / "0123abcd")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "cache" / "0123abcd"))
+    assert bring_in("org/drafter", tmp_path / "a", target)[0].facts["imported_from"] == "org/drafter"
+    monkeypatch.chdir(tmp_path / "cache" / "0123abcd")
+    assert bring_in(".", tmp_path / "b", target)[0].facts["imported_from"] == "0123abcd"
 
 
 def test_the_fingerprint_names_the_weights():

@@ -41,7 +41,9 @@ RESULTS = {
     "benches": {"mt-bench": BENCH},
 }
 HUB_RECIPE = dataclasses.replace(
-    RECIPE, target=TargetSpec(model="org/model", revision="abc"), decode=DecodeSpec(draft_depth=5, draft_nodes=16)
+    RECIPE,
+    target=TargetSpec(model="org/model", revision="abc"),
+    decode=DecodeSpec(draft_depth=5, draft_nodes=16, draft_topk=4),
 )
 
 
@@ -80,6 +82,19 @@ def test_the_card_says_what_was_made_measured_and_how_it_is_served(run):
     ):
         assert words in made.card
     assert made.card == (made.folder / "README.md").read_text()
+
+
+def test_the_card_of_an_imported_drafter_claims_no_data_and_no_training(run):
+    """It said that the target had written the prompts and answered them, out of the recipe's defaults."""
+    path = run / "drafter" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["facts"] = {"parameters": 1000, "imported_from": "org/eagle"}
+    path.write_text(json.dumps(manifest))
+    card = prepare(HUB_RECIPE, run, "me/drafter", "mit").card
+    assert "Imported from `org/eagle` with coral 0.1.0, which did not train it" in card
+    assert "Data: not known to coral" in card
+    assert "coral import org/eagle recipe.yaml\n" in card
+    assert "answered by the target" not in card and "coral train" not in card
 
 
 def test_the_recipe_is_the_one_that_the_stages_read_not_todays(run):

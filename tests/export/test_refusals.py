@@ -14,7 +14,7 @@ from coral_core.errors import ArtifactError, CoralError, TargetError
 from coral_core.export.bring_in import bring_in
 from coral_core.export.folder import check_folder
 from coral_core.export.layouts import LAYOUTS
-from coral_core.export.run import export_engine, open_source
+from coral_core.export.run import export_engine, export_hf, open_source
 from coral_core.target.load import Target
 from tests.export.helpers import RECIPE, publish, random_drafter
 from tests.tiny import FAMILIES, tiny_target
@@ -97,23 +97,103 @@ def test_a_damaged_file_is_named(tmp_path):
     assert "neither model.safetensors nor pytorch_model.bin is there" in refused(tmp_path, folder, target)
 
 
-def test_another_kind_of_drafter_is_told_apart(tmp_path):
+@pytest.mark.parametrize("raw", [b"", b"hello", b"\x80\x02", b"./" + bytes(600), b"version https://git-lfs.github.com"])
+def test_what_is_no_file_of_weights_is_one_line(tmp_path, raw):
+    """torch's unpickler raised IndexError and KeyError, with a traceback, for an empty file and for a page of text."""
     target, folder = exported(tmp_path)
-    rewrite(folder, lambda weights: weights.update({"d2t": torch.zeros(96, dtype=torch.int64)}))
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(raw)
+    assert str(path) in refused(tmp_path, folder, target)
+    torch.save({1: torch.ones(2)}, path)
+    assert "is not a table of named tensors" in refused(tmp_path, folder, target)
+
+
+def test_what_the_pickle_would_call_is_named(tmp_path):
+    """And nothing of torch's page of advice on how to allow it."""
+    target, folder = exported(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"fc.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    assert refused(tmp_path, folder, target).endswith(
+        "reading it could run code (it calls getattr). Import a safetensors file"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(tmp_path, dtype):
+    target, folder = exported(tmp_path)
+    rewrite(folder, lambda weights: weights.update({"fc.weight": weights["fc.weight"].to(dtype)}))
+    assert f"tensor 'fc.weight' is {dtype}" in refused(tmp_path, folder, target)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    target, folder = exported(tmp_path)
+    rewrite(folder, lambda weights: weights["layers.0.mlp.up_proj.weight"].view(-1)[7:8].fill_(value))
+    assert "tensor 'layers.0.mlp.up_proj.weight' holds numbers that are not finite" in refused(tmp_path, folder, target)
+
+
+@pytest.mark.parametrize("name", ["d2t", "midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"])
+def test_another_kind_of_drafter_is_told_apart(tmp_path, name):
+    """Also as vLLM names an EAGLE-3 layer, and where the config promises a bias that only EAGLE-1 has."""
+    target, folder = exported(tmp_path, "eagle")
+    rewrite(folder, lambda weights: weights.update({name: torch.zeros(32)}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bias": True}))
     assert "is an EAGLE-3 drafter" in refused(tmp_path, folder, target)
 
 
-def test_a_config_that_is_no_drafters_is_refused(tmp_path):
-    target, folder = exported(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    for change, words in (
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ):
-        (folder / "config.json").write_text(json.dumps(config | change))
-        assert words in refused(tmp_path, folder, target)
+        ({"hidden_size": "abc"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0}, "is no Llama config"),
+        ({"num_attention_heads": -1}, "num_attention_heads is -1; it must be a whole number above 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "its rope_theta must be a number above 0"),
+        ({"rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}, "which transformers refuses ('x')"),
+    ],
+)
+def test_a_config_that_is_no_drafters_is_refused(tmp_path, change, words):
+    target, folder = exported(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    assert words in refused(tmp_path, folder, target)
     (folder / "config.json").write_text("[]")
     assert "is not a config" in refused(tmp_path, folder, target)
+
+
+def own_format(tmp_path: Path) -> tuple[Target, Path]:
+    target = tiny_target("llama")
+    return target, export_hf(publish(tmp_path / "a", target, random_drafter(target), head=True), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 100}, "is for a vocabulary of 100 and 32 hidden; the target has 96 and 32"),
+        ({"hidden_size": "abc"}, "hidden_size is 'abc'; it must be a whole number above 0"),
+        ({"rope_parameters": {}}, "rope_parameters is {}; its rope_theta must be a number above 0"),
+    ],
+)
+def test_corals_own_config_is_checked_as_well(tmp_path, change, words):
+    """An empty `rope_parameters` was silently replaced by Llama's, another vocabulary noticed only by the export."""
+    target, folder = own_format(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    assert words in refused(tmp_path, folder, target)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x")])
+@pytest.mark.parametrize("name", ["head.safetensors", "manifest.json"])
+def test_a_damaged_head_is_refused_before_the_drafter_is_published(tmp_path, name, damage):
+    """A head without its tensors was taken, and one without its manifest left the drafter behind."""
+    target, folder = own_format(tmp_path)
+    damage(folder / "head" / name)
+    assert str(folder / "head") in refused(tmp_path, folder, target)
 
 
 def test_the_drafter_of_another_target_is_told_by_its_embedding(tmp_path):
@@ -177,7 +257,11 @@ def lent_with(target: Target, **changes: object) -> Target:
         ("vllm", {"head_bias_V": torch.ones(96)}, "LM head has a bias"),
         ("vllm", {"logit_softcap": 30.0}, "caps its logits at 30"),
         ("sglang", {"logit_scale": 0.5}, "scales its logits by 0.5; SGLang would not"),
-        ("sglang", {"embed_VD": torch.ones(95, 32)}, r"the target's embedding is \(95, 32\)"),
+        (
+            "sglang",
+            {"embed_VD": torch.ones(95, 32)},
+            "is for a vocabulary of 96 and 32 hidden; the target has 95 and 32",
+        ),
     ],
 )
 def test_what_an_engine_leaves_out_of_the_logits_is_refused(tmp_path, to, changes, words):
