@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.drafting import Drafting
-from coral_core.decoding.engine import Engine
+from coral_core.decoding.memory import Memory
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
@@ -76,7 +76,7 @@ def test_long_answers_are_lossless(length: int) -> None:
 
 
 def test_the_cache_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are appended in place: however many rounds there are, one allocation per layer and the drafter's."""
+    """Rows are appended in place: however many rounds there are, one allocation for the target and the drafter's."""
     calls: list[int] = []
     allocate = Slots.lazy_initialization
 
@@ -85,8 +85,13 @@ def test_the_cache_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
         allocate(self, *states)
 
     monkeypatch.setattr(Slots, "lazy_initialization", counted)
-    engine = tiny_engine(long_target())
-    assert isinstance(engine, Engine)
-    list(engine.decode(some_prompt(4, 40), Sampler(), 60))
-    assert len(calls) == 3
-    assert max(calls) <= 40 + 60 + 7 + 4 * 3
+    target = long_target()
+    engine, memory = tiny_engine(target), Memory(target)
+    rounds = engine.decode(some_prompt(4, 40), Sampler(), 60, memory)
+    next(rounds)
+    block_LBGKE = memory.cache._block_LBGKE
+    assert block_LBGKE is not None
+    list(rounds)
+    assert memory.cache._block_LBGKE is block_LBGKE
+    assert len(calls) == 1
+    assert max(block_LBGKE.shape[3], *calls) <= 40 + 60 + 7 + 4 * 3
