@@ -5,7 +5,6 @@ eval/results.json  results.md  results.tex  report.html  BENCH-tT.jsonl (every a
 
 import dataclasses
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from coral_core.bench.questions import Bench
 from coral_core.bench.race import Lane, Racers, Turn, fitting, race
 from coral_core.bench.samples import samples
 from coral_core.decoding.assemble import sampler
+from coral_core.decoding.measure import device_name
 from coral_core.errors import ArtifactError
 from coral_core.progress import Progress
 from coral_core.recipe.loader import to_mapping
@@ -253,15 +253,3 @@ def _whole_lines(path: Path) -> list[str]:
 
 def _turn(row: dict[str, Any]) -> Turn:
     return Turn(**{**row, "lanes": {name: Lane(**lane) for name, lane in row["lanes"].items()}})
-
-
-def device_name(device: torch.device) -> str:
-    """What a reader calls the machine: the GPU, or the processor and its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return f"{names[0].strip()} x {len(names)}"
-    return platform.processor() or platform.machine()

@@ -28,7 +28,7 @@ class Method:
     folder: Path
     """Where the drafter came from: a run, or the package's own pico."""
     facts: dict[str, Any]
-    """{method, drafter, head, tree}."""
+    """{method, drafter, head, tree}, and {costs} of a round where the tree is chosen by them."""
 
 
 def load_method(contender: Contender, target: Target) -> Method:
@@ -49,8 +49,10 @@ def load_method(contender: Contender, target: Target) -> Method:
             "fingerprint": assembled.drafter_fingerprint,
         },
         "head": head,
-        "tree": dataclasses.asdict(assembled.engine.shape),
+        "tree": {"kind": contender.recipe.decode.tree, **dataclasses.asdict(assembled.engine.shape)},
     }
+    if assembled.engine.costs is not None:
+        facts["costs"] = assembled.engine.costs.to_json()
     return Method(contender.name, assembled.engine, assembled.folder, facts)
 
 

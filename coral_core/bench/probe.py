@@ -11,6 +11,7 @@ import torch
 from coral_core.bench.race import run_lane
 from coral_core.decoding.assemble import sampler, tree_shape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.measure import measure_costs
 from coral_core.drafter.model import Drafter
 from coral_core.errors import DataError
 from coral_core.head.candidates import Candidates, Head
@@ -57,6 +58,8 @@ class Probe:
         drafter = copy.deepcopy(drafter).to(self.target.device, self.target.dtype)
         watched = Watched(head or FullHead(self.lent))
         engine = Engine(self.target, drafter, watched, tree_shape(self.recipe.decode))
+        if self.recipe.decode.tree == "auto":
+            engine = dataclasses.replace(engine, costs=measure_costs(engine))
         limit = self.recipe.decode.max_new_tokens
         lanes = []
         for number, prompt in enumerate((self.prompts[0], *self.prompts[:PROMPTS])):  # the first warms up

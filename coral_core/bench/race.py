@@ -39,6 +39,8 @@ class Lane:
     """Tokens per round; fewer than accepted_drafts + 1 where the answer ended."""
     seconds: dict[str, float]
     """By phase, prefill apart."""
+    plain_rounds: int = 0
+    """Rounds that drafted nothing: in a drafted lane, because it would not have paid."""
 
 
 Decode = Callable[[list[int]], Lane]
@@ -68,6 +70,7 @@ def run_lane(rounds: Iterable[Round]) -> Lane:
     accepted: list[int] = []
     emitted: list[int] = []
     seconds: dict[str, float] = {}
+    plain_rounds = 0
     begun = first = time.perf_counter()
     for event in rounds:
         if event.kind == "prefill":
@@ -77,8 +80,9 @@ def run_lane(rounds: Iterable[Round]) -> Lane:
                 seconds[phase] = seconds.get(phase, 0.0) + value
             accepted.append(event.accepted_drafts)
             emitted.append(len(event.new_ids))
+            plain_rounds += event.kind == "plain"
         ids += event.new_ids
-    return Lane(ids, first - begun, time.perf_counter() - first, accepted, emitted, seconds)
+    return Lane(ids, first - begun, time.perf_counter() - first, accepted, emitted, seconds, plain_rounds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from coral_core.artifacts import Manifest
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.measure import tuned
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
+from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import DecodeSpec, Recipe
 from coral_core.target.load import PICO, Target
@@ -27,6 +30,7 @@ class Assembled:
 def assemble(recipe: Recipe, run: Path, target: Target) -> Assembled:
     """The engine of a run; with no drafter in the run and pico as the target, the drafter and head that coral ships.
 
+    With `decode.tree: auto`, what a round costs on this device is read from the run, or measured now, in seconds.
     Raises ArtifactError when the drafter is missing, damaged or was trained for another target, and likewise the head.
     """
     folder = PICO if recipe.target.model == "pico" and not (run / "drafter").exists() else run
@@ -45,11 +49,22 @@ def assemble(recipe: Recipe, run: Path, target: Target) -> Assembled:
         target_fingerprint=target.fingerprint,
         drafter_fingerprint=manifest.fingerprint,
     )
-    return Assembled(Engine(target, drafter, head, tree_shape(recipe.decode)), folder, manifest.fingerprint)
+    engine = Engine(target, drafter, head, tree_shape(recipe.decode))
+    if recipe.decode.tree == "auto":
+        of = {"target": target.fingerprint, "drafter": manifest.fingerprint, "head": _head_of(recipe, folder)}
+        engine = tuned(engine, run, of)
+    return Assembled(engine, folder, manifest.fingerprint)
+
+
+def _head_of(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What tells heads apart that differ in their cost."""
+    spec = recipe.head
+    made = "" if spec.kind == "full" else Manifest.read(folder / "head", "head", HEAD_COMMAND).fingerprint
+    return {"kind": spec.kind, "groups": spec.groups, "active": spec.active, "made": made}
 
 
 def tree_shape(decode: DecodeSpec) -> TreeShape:
-    """The recipe's tree."""
+    """The recipe's tree, or the bounds of the one that pays."""
     return TreeShape(
         depth=decode.draft_depth,
         nodes=decode.draft_nodes,

@@ -12,8 +12,10 @@ import torch
 
 from coral_core.decoding import tree
 from coral_core.decoding.cache import Slots
+from coral_core.decoding.paying import Plan
 from coral_core.decoding.rounds import PREFILL_ROWS, Clock
 from coral_core.decoding.sampling import Picker
+from coral_core.decoding.verify import Verdict
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
 from coral_core.lent import Lent
@@ -21,7 +23,10 @@ from coral_core.lent import Lent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TreeShape:
-    """How large a draft is: true numbers of levels, nodes, and nodes expanded per level."""
+    """How large a draft is: true numbers of levels, nodes, and nodes expanded per level.
+
+    As a plan, every draft is this large; where a tree is chosen by what it costs (paying.py), these are its bounds.
+    """
 
     depth: int
     nodes: int
@@ -39,12 +44,28 @@ class TreeShape:
         """The confidence as a score."""
         return math.log(self.confidence) if self.confidence else -math.inf
 
+    @property
+    def shift(self) -> float:
+        return 0.0
+
+    def drafts(self) -> bool:
+        return True
+
+    def width(self, score_N: torch.Tensor) -> int:
+        return int((score_N >= self.floor).sum()) if self.confidence else score_N.numel()
+
+    def count(self, score_N: torch.Tensor) -> int:
+        return min(self.nodes, self.width(score_N))
+
+    def learn(self, draft: tree.Draft, verdict: Verdict) -> None:
+        """A fixed tree learns nothing."""
+
 
 class Drafting:
     """The drafter, its head and its cache, for one answer."""
 
-    def __init__(self, drafter: Drafter, lent: Lent, head: Head, shape: TreeShape, slots: Slots) -> None:
-        self.drafter, self.lent, self.head, self.shape = drafter, lent, head, shape
+    def __init__(self, drafter: Drafter, lent: Lent, head: Head, plan: Plan, slots: Slots) -> None:
+        self.drafter, self.lent, self.head, self.plan = drafter, lent, head, plan
         self.slots = slots
 
     def feed(self, token_T: torch.Tensor, feature_TD: torch.Tensor) -> torch.Tensor:
@@ -62,15 +83,15 @@ class Drafting:
 
     def grow(self, root: int, hidden_1D: torch.Tensor, picker: Picker, clock: Clock) -> tree.Draft:
         """Draft a tree below `root`, from the drafted feature that follows it. Leaves the cache as it was fed."""
-        committed = self.slots.length
+        committed, plan = self.slots.length, self.plan
         logprob_1C, token_1C = self.propose(hidden_1D, picker, committed + 1)
         clock.lap("head")
-        floor = self.shape.floor
-        beam = tree.narrow(tree.plant(logprob_1C[0], token_1C[0], self.shape.topk), floor)
+        beam = tree.plant(logprob_1C[0], token_1C[0], plan.topk)
         hidden_ND = hidden_1D
-        for level in range(1, self.shape.depth):
-            if (width := beam.token_N.numel()) == 0:
+        for level in range(1, plan.depth):
+            if (width := plan.width(beam.score_N)) == 0:
                 break
+            beam = tree.narrow(beam, width)
             sees_NK = torch.cat((beam.slot_NS.new_ones(width, committed), beam.slot_NS), dim=1)
             position_N = torch.full_like(beam.token_N, committed - 1 + level)
             clock.lap("other")
@@ -78,9 +99,9 @@ class Drafting:
             clock.lap("draft")
             logprob_NC, token_NC = self.propose(hidden_ND, picker, committed + 1 + level)
             clock.lap("head")
-            beam = tree.narrow(tree.extend(beam, logprob_NC, token_NC, self.shape.topk), floor)
+            beam = tree.extend(beam, logprob_NC, token_NC, plan.topk)
         self.slots.truncate(committed)
-        draft = tree.rerank(beam, root, self.shape.nodes, floor)
+        draft = tree.rerank(beam, root, plan.count)
         clock.lap("other")
         return draft
 
@@ -88,7 +109,8 @@ class Drafting:
         """For each drafted feature, the tokens that the target will most likely pick at `position`: [N,R] twice."""
         found = self.head.candidates(hidden_ND)
         score_NC = picker.rank(found.logprob_NC, found.token_C, position, self.lent.head_VD.shape[0])
-        return Candidates(score_NC, found.token_C).best(self.shape.topk)
+        logprob_NR, token_NR = Candidates(score_NC, found.token_C).best(self.plan.topk)
+        return (logprob_NR + self.plan.shift).clamp_max(0), token_NR
 
     def _forward(
         self,

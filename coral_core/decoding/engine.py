@@ -10,11 +10,13 @@ from collections.abc import Iterator
 
 import torch
 
-from coral_core.decoding import masks
+from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
+from coral_core.decoding.costs import Costs
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.history import History
 from coral_core.decoding.memory import Memory
+from coral_core.decoding.paying import Paying, Plan
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Picker
 from coral_core.decoding.tree import Draft
@@ -26,12 +28,21 @@ from coral_core.target.load import Target
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A target with the drafter and head that speed it up."""
+    """A target with the drafter and head that speed it up.
+
+    With the `costs` of its rounds on this device (measure.py), the tree is chosen round by round within `shape`, and
+    rounds whose draft would not pay are plain steps; without, every tree has that shape.
+    """
 
     target: Target
     drafter: Drafter
     head: Head
     shape: TreeShape
+    costs: Costs | None = None
+
+    def plan(self) -> Plan:
+        """Who decides on the drafts of one answer."""
+        return self.shape if self.costs is None else Paying(self.costs, self.shape, self.target.device)
 
     @torch.no_grad()
     def decode(
@@ -48,7 +59,8 @@ class Engine:
         capacity = len(prompt) + stop.remaining + self.shape.nodes
         memory = memory or Memory(target)
         kept, cache = memory.recall(prompt, capacity, self.shape.rows), memory.cache
-        drafting = Drafting(self.drafter, target.lent, self.head, self.shape, memory.slots)
+        plan = self.plan()
+        drafting = Drafting(self.drafter, target.lent, self.head, plan, memory.slots)
         prompt_T = torch.tensor(prompt, device=target.device)
         history = History(prompt_T, capacity)
         feature_TD = prefill(target, prompt_T, cache)
@@ -62,19 +74,27 @@ class Engine:
         yield Round(new_ids, "prefill", 0, clock.take())
         while not stop.done:
             clock.restart()
-            hidden_1D = drafting.feed(token_T, feature_TD)
-            clock.lap("draft")
-            draft = drafting.grow(new_ids[-1], hidden_1D, sampler, clock)
-            verdict, feature_TD = self._verify(draft, cache, sampler, history, clock)
-            token_T = verdict.new_A
-            history.extend(token_T)
-            picked = token_T.tolist()
+            if drafted := plan.drafts():
+                hidden_1D = drafting.feed(token_T, feature_TD)
+                clock.lap("draft")
+                draft = drafting.grow(new_ids[-1], hidden_1D, sampler, clock)
+            else:
+                draft = tree.lone(token_T[-1:])
+            verdict, feature_AD = self.verify(draft, cache, sampler, history, clock)
+            history.extend(verdict.new_A)
+            picked = verdict.new_A.tolist()
             memory.ids += picked
             new_ids = stop.cut(picked)
+            if drafted:
+                plan.learn(draft, verdict)
+                token_T, feature_TD = verdict.new_A, feature_AD
+            else:  # the drafter is fed when it is next asked
+                token_T, feature_TD = torch.cat((token_T, verdict.new_A)), torch.cat((feature_TD, feature_AD))
             clock.lap("other")
-            yield Round(new_ids, "draft", min(verdict.accepted_drafts, len(new_ids)), clock.take())
+            accepted = min(verdict.accepted_drafts, len(new_ids))
+            yield Round(new_ids, "draft" if drafted else "plain", accepted, clock.take())
 
-    def _verify(
+    def verify(
         self, draft: Draft, cache: SlotCache, sampler: Picker, history: History, clock: Clock
     ) -> tuple[Verdict, torch.Tensor]:
         """One target forward over the tree; the cache keeps the accepted path, whose features [A,D] are returned."""
@@ -89,7 +109,8 @@ class Engine:
         clock.lap("verify")
         past_ML = history.rows(draft) if sampler.looks_back else None
         verdict = sampler.judge(draft, logits_MV, past + 1, past_ML)
-        cache.keep(verdict.path_A, past)
+        if verdict.path_A.numel() < draft.token_M.numel():
+            cache.keep(verdict.path_A, past)
         feature_AD = feature_MD[verdict.path_A]
         clock.lap("accept")
         return verdict, feature_AD

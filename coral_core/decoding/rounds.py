@@ -24,6 +24,7 @@ class Round:
 
     new_ids: list[int]
     kind: Literal["prefill", "plain", "draft"]
+    """plain: a step of plain decoding, in a drafted answer too, where a draft would not pay."""
     accepted_drafts: int = 0
     """Of `new_ids`, how many were drafted; the others are the target's own."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -5,6 +5,7 @@ before children. Axes: N drafted node or tree row, M tree row (root included), C
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -21,6 +22,8 @@ class Draft:
     """Levels below the root."""
     sees_MM: torch.Tensor
     """True where a row's node is the column's node or descends from it."""
+    score_M: torch.Tensor
+    """What the drafter gives each path: the sum of log-probabilities along it, 0 at the root."""
     levels: int
     """No row is deeper."""
 
@@ -43,16 +46,15 @@ class Beam:
     """Per level: token, score, parent's place in the pool (-1 is the root), each [C]."""
 
 
-def narrow(beam: Beam, floor: float) -> Beam:
-    """The beam without nodes whose score is below `floor`; the best come first, so it is a cut."""
-    alive = int((beam.score_N >= floor).sum())
-    slots = beam.slot_NS.shape[1] - (beam.token_N.numel() - alive)  # the nodes that are cut never get a row
+def narrow(beam: Beam, width: int) -> Beam:
+    """The beam's `width` best nodes; the best come first, so it is a cut."""
+    slots = beam.slot_NS.shape[1] - (beam.token_N.numel() - width)  # the nodes that are cut never get a row
     return Beam(
-        token_N=beam.token_N[:alive],
-        score_N=beam.score_N[:alive],
-        pool_N=beam.pool_N[:alive],
-        row_N=beam.row_N[:alive],
-        slot_NS=beam.slot_NS[:alive, :slots],
+        token_N=beam.token_N[:width],
+        score_N=beam.score_N[:width],
+        pool_N=beam.pool_N[:width],
+        row_N=beam.row_N[:width],
+        slot_NS=beam.slot_NS[:width, :slots],
         pool=beam.pool,
     )
 
@@ -92,16 +94,29 @@ def extend(beam: Beam, logprob_NC: torch.Tensor, token_NC: torch.Tensor, width: 
     )
 
 
-def rerank(beam: Beam, root: int, nodes: int, floor: float = -torch.inf) -> Draft:
-    """Keep the `nodes` best candidates of all levels whose score is not below `floor`; there may be none.
+def lone(root_1: torch.Tensor) -> Draft:
+    """The draft of nothing: verifying it is a plain step."""
+    zero_1 = torch.zeros_like(root_1)
+    return Draft(
+        token_M=root_1,
+        parent_M=zero_1,
+        depth_M=zero_1,
+        sees_MM=torch.ones_like(root_1, dtype=torch.bool)[None],
+        score_M=torch.zeros_like(root_1, dtype=torch.float32),
+        levels=0,
+    )
+
+
+def rerank(beam: Beam, root: int, count: Callable[[torch.Tensor], int]) -> Draft:
+    """Keep the best candidates of all levels; `count` says of their scores, best first, how many. There may be none.
 
     A child never outranks its parent: its score is at most its parent's, and on a tie (a log-probability of exactly
     0) the stable sort keeps the earlier, shallower one first.
     """
     token_C, score_C, parent_C = (torch.cat(parts) for parts in zip(*beam.pool, strict=True))
     level_C = torch.cat([torch.full_like(level[0], depth) for depth, level in enumerate(beam.pool, start=1)])
-    order_C = score_C.sort(descending=True, stable=True).indices
-    chosen_N = order_C[: min(nodes, int((score_C >= floor).sum()))].sort().values
+    ranked_C, order_C = score_C.sort(descending=True, stable=True)
+    chosen_N = order_C[: count(ranked_C)].sort().values
     above_N = parent_C[chosen_N]
     parent_N = torch.where(above_N < 0, 0, torch.searchsorted(chosen_N, above_N) + 1)
     first_1 = token_C.new_zeros(1)
@@ -111,6 +126,7 @@ def rerank(beam: Beam, root: int, nodes: int, floor: float = -torch.inf) -> Draf
         parent_M=parent_M,
         depth_M=torch.cat((first_1, level_C[chosen_N])),
         sees_MM=ancestry(parent_M, len(beam.pool)),
+        score_M=torch.cat((score_C.new_zeros(1), score_C[chosen_N])),
         levels=len(beam.pool),
     )
 
@@ -139,6 +155,7 @@ def pad(drafts: list[Draft]) -> Draft:
         parent_M=first.parent_M.new_zeros(len(drafts), rows),
         depth_M=first.depth_M.new_zeros(len(drafts), rows),
         sees_MM=torch.eye(rows, dtype=torch.bool, device=first.sees_MM.device).repeat(len(drafts), 1, 1),
+        score_M=first.score_M.new_zeros(len(drafts), rows),
         levels=max(draft.levels for draft in drafts),
     )
     for number, draft in enumerate(drafts):
@@ -147,4 +164,5 @@ def pad(drafts: list[Draft]) -> Draft:
         padded.parent_M[number, :own] = draft.parent_M
         padded.depth_M[number, :own] = draft.depth_M
         padded.sees_MM[number, :own, :own] = draft.sees_MM
+        padded.score_M[number, :own] = draft.score_M
     return padded

@@ -178,11 +178,14 @@ class HeadSpec:
 class DecodeSpec:
     """How answers are generated: the tree, the distribution, the limit."""
 
-    draft_depth: int = 5
+    tree: Literal["auto", "fixed"] = "auto"
+    """auto: each round drafts the tree that pays on this device, or none, by what its parts cost (measured once, kept
+    in the run's tree.json); the draft_ keys are its bounds. fixed: every tree is as large as they say."""
+    draft_depth: int = 8
     """Levels of the draft tree."""
-    draft_nodes: int = 8
+    draft_nodes: int = 60
     """Drafted nodes verified per round, the root not counted."""
-    draft_topk: int = 4
+    draft_topk: int = 8
     """Nodes expanded per level, and children each proposes."""
     draft_confidence: float = 0.0
     """Nodes whose path is less likely than this, the drafter says, are not expanded or verified; 0 keeps all."""

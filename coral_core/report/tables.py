@@ -121,6 +121,9 @@ def notes(results: dict[str, Any]) -> list[str]:
             found.append(f"{bench}: plain decoders tried on a few questions, tokens/s: {tried}.")
             if numbers["turns_too_long"]:
                 found.append(f"{bench}: {numbers['turns_too_long']} turns do not fit the target's context; left out.")
+        if plain := numbers.get("plain_rounds"):
+            count = f"{plain} of {numbers['rounds']} rounds"
+            found.append(f"{bench}, {method}: {count} were plain steps: drafting did not pay there.")
         if check := numbers["distribution"]:
             verdict = "as the target's distribution wants" if check["ok"] else "NOT the target's distribution"
             found.append(

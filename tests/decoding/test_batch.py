@@ -134,7 +134,14 @@ def test_the_mask_of_two_trees_behind_pasts_of_different_length() -> None:
 def test_rows_that_fill_up_a_batch_are_never_on_a_path() -> None:
     parents = [torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0])]
     drafts = [
-        tree.Draft(token_M=token_M, parent_M=parent_M, depth_M=depth_M, sees_MM=tree.ancestry(parent_M, 2), levels=2)
+        tree.Draft(
+            token_M=token_M,
+            parent_M=parent_M,
+            depth_M=depth_M,
+            sees_MM=tree.ancestry(parent_M, 2),
+            score_M=torch.zeros(len(token_M)),
+            levels=2,
+        )
         for token_M, parent_M, depth_M in zip(
             [torch.tensor([7, 8, 9, 5]), torch.tensor([4, 6])],
             parents,

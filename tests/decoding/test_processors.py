@@ -80,6 +80,7 @@ def test_a_nodes_past_is_the_answer_and_its_own_branch() -> None:
         parent_M=parent_M,
         depth_M=torch.tensor([0, 1, 1, 2]),
         sees_MM=ancestry(parent_M, 2),
+        score_M=torch.zeros(4),
         levels=2,
     )
     history = History(torch.tensor([3, 4]), capacity=6)

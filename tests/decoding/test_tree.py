@@ -1,9 +1,14 @@
 """Trees, masks, paths and gathers, compared with drawings."""
 
+import dataclasses
+import math
+from collections.abc import Callable
+
 import torch
 
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import Slots
+from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.verify import judge
 
 T, F = True, False
@@ -21,6 +26,7 @@ def a_draft() -> tree.Draft:
         parent_M=parent_M,
         depth_M=torch.tensor([0, 1, 1, 2, 2, 2, 3]),
         sees_MM=tree.ancestry(parent_M, 3),
+        score_M=torch.zeros(7),
         levels=3,
     )
 
@@ -79,6 +85,10 @@ def test_the_path_follows_the_picks_while_they_were_drafted() -> None:
         assert verdict.accepted_drafts == len(path) - 1
 
 
+def first(nodes: int) -> Callable[[torch.Tensor], int]:
+    return TreeShape(depth=1, nodes=nodes, topk=1).count
+
+
 def test_growing_two_levels_by_hand() -> None:
     """Width 2. Level 1: a -0.1, b -1. Level 2: a→c -0.2, a→d -3, b→e -0.1, b→f -2: the best are a→c and b→e."""
     a, b, c, d, e, f = 1, 2, 3, 4, 5, 6
@@ -89,19 +99,22 @@ def test_growing_two_levels_by_hand() -> None:
     assert beam.row_N.tolist() == [0, 1]
     assert beam.pool_N.tolist() == [2, 4]
     assert beam.slot_NS.tolist() == [[T, F, T, F], [F, T, F, T]]
-    draft = tree.rerank(beam, root=9, nodes=3)
+    draft = tree.rerank(beam, root=9, count=first(3))
     assert draft.token_M.tolist() == [9, a, b, c]
     assert draft.parent_M.tolist() == [0, 0, 0, 1]
     assert draft.depth_M.tolist() == [0, 1, 1, 2]
+    torch.testing.assert_close(draft.score_M, torch.tensor([0.0, -0.1, -1.0, -0.3]), rtol=0, atol=1e-6)
 
 
 def test_unlikely_branches_are_cut() -> None:
     beam = tree.plant(torch.tensor([-0.1, -1.0, -2.0]), torch.tensor([1, 2, 3]), width=3)
-    beam = tree.narrow(beam, floor=-1.5)
+    likely = TreeShape(depth=1, nodes=5, topk=3, confidence=math.exp(-1.5))
+    beam = tree.narrow(beam, likely.width(beam.score_N))
     assert beam.token_N.tolist() == [1, 2]
     assert beam.slot_NS.tolist() == [[T, F], [F, T]]
-    assert tree.rerank(beam, root=9, nodes=5, floor=-1.5).token_M.tolist() == [9, 1, 2]
-    nothing = tree.rerank(tree.narrow(beam, floor=-0.05), root=9, nodes=5, floor=-0.05)
+    assert tree.rerank(beam, root=9, count=likely.count).token_M.tolist() == [9, 1, 2]
+    sure = dataclasses.replace(likely, confidence=math.exp(-0.05))
+    nothing = tree.rerank(tree.narrow(beam, sure.width(beam.score_N)), root=9, count=sure.count)
     assert nothing.token_M.tolist() == [9]
     assert nothing.sees_MM.tolist() == [[T]]
 
@@ -112,7 +125,7 @@ def test_a_sure_child_never_ranks_before_its_parent() -> None:
     beam = tree.extend(beam, torch.tensor([[0.0], [0.0]]), torch.tensor([[3], [4]]), width=2)
     beam = tree.extend(beam, torch.tensor([[0.0], [0.0]]), torch.tensor([[5], [6]]), width=2)
     for nodes in range(1, 7):
-        draft = tree.rerank(beam, root=9, nodes=nodes)
+        draft = tree.rerank(beam, root=9, count=first(nodes))
         rows = range(1, nodes + 1)
         assert all(draft.parent_M[row] < row for row in rows)
         assert all(draft.depth_M[draft.parent_M[row]] == draft.depth_M[row] - 1 for row in rows)

@@ -37,10 +37,10 @@ class BatchDrafting:
 
     def grow(self, roots: list[int], hidden_BD: torch.Tensor, past: list[int], picker: Picker) -> list[tree.Draft]:
         """Draft a tree below each root, from the drafted feature that follows it."""
-        topk, floor = self.shape.topk, self.shape.floor
+        topk = self.shape.topk
         position = [rows + 1 for rows in past]
         logprob_BC, token_BC = self._propose(hidden_BD, picker, [1] * len(past), position)
-        beams = [tree.narrow(tree.plant(*row, topk), floor) for row in zip(logprob_BC, token_BC, strict=True)]
+        beams = [self._narrow(tree.plant(*row, topk)) for row in zip(logprob_BC, token_BC, strict=True)]
         used, starts, hidden_ND = [0] * len(beams), list(range(len(beams))), hidden_BD
         for level in range(1, self.shape.depth):
             widths = [beam.token_N.numel() for beam in beams]
@@ -53,11 +53,14 @@ class BatchDrafting:
             proposals = zip(beams, logprob_NC.split(widths), token_NC.split(widths), strict=True)
             starts = [sum(widths[:seat]) for seat in range(len(widths))]
             beams = [
-                tree.narrow(tree.extend(beam, logprob_WC, token_WC, topk), floor) if len(token_WC) else beam
+                self._narrow(tree.extend(beam, logprob_WC, token_WC, topk)) if len(token_WC) else beam
                 for beam, logprob_WC, token_WC in proposals
             ]
             used = [rows + width for rows, width in zip(used, widths, strict=True)]
-        return [tree.rerank(beam, root, self.shape.nodes, floor) for beam, root in zip(beams, roots, strict=True)]
+        return [tree.rerank(beam, root, self.shape.count) for beam, root in zip(beams, roots, strict=True)]
+
+    def _narrow(self, beam: tree.Beam) -> tree.Beam:
+        return tree.narrow(beam, self.shape.width(beam.score_N))
 
     def _propose(
         self, hidden_ND: torch.Tensor, picker: Picker, widths: list[int], position: list[int]

@@ -17,6 +17,7 @@ from coral_core.decoding.batch.cache import BatchCache
 from coral_core.decoding.batch.drafting import BatchDrafting
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.history import History
+from coral_core.decoding.measure import fixed
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.verify import on_path
@@ -63,9 +64,10 @@ class _Batch:
         self.engine, self.target, self.sampler = engine, engine.target, sampler
         self.seats: list[Seat] = []
         self.most = seats
+        self.shape = shape = fixed(engine, seats)
         layers = self.target.model.config.get_text_config().num_hidden_layers
-        self.cache = BatchCache(layers, seats, longest + engine.shape.nodes + 1)
-        self.drafting = BatchDrafting(engine.drafter, self.target.lent, engine.head, engine.shape, seats, longest)
+        self.cache = BatchCache(layers, seats, longest + shape.nodes + 1)
+        self.drafting = BatchDrafting(engine.drafter, self.target.lent, engine.head, shape, seats, longest)
         self.clock = Clock()
 
     @torch.no_grad()
@@ -83,7 +85,7 @@ class _Batch:
         """Read a prompt into the first empty seat, which it keeps unless its first token is its last."""
         target, place = self.target, len(self.seats)
         prompt_T = torch.tensor(prompt, device=target.device)
-        history = History(prompt_T, len(prompt) + stop.remaining + self.engine.shape.nodes)
+        history = History(prompt_T, len(prompt) + stop.remaining + self.shape.nodes)
         feature_TD = prefill(target, prompt_T, self.cache.seat(place))
         position_1 = torch.tensor([len(prompt)], device=target.device)
         root_1 = self.sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())

@@ -1,0 +1,241 @@
+"""Measuring the costs of a round on the device at hand, once: what was measured is kept in the run, by fingerprint.
+
+    RUN/tree.json    {fingerprint: {"of": what was measured, and where, "costs": …}, …}
+
+What is timed is the engine's own code, behind some context, part after part in turn, so that a machine that slows down
+slows all of them. Axes: T position, D hidden, M tree row, N candidate.
+"""
+
+import dataclasses
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coral_core.artifacts import fingerprint, versions, write_text
+from coral_core.decoding import tree
+from coral_core.decoding.cache import SlotCache, Slots
+from coral_core.decoding.costs import Costs, rising
+from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.history import History
+from coral_core.decoding.rounds import Clock, prefill
+from coral_core.decoding.sampling import Sampler
+
+FILE = "tree.json"
+FORM = 1
+"""Of what is measured; another one is measured anew."""
+KEPT = 16
+"""Measurements that a run's file holds, at most; the oldest go first."""
+CONTEXT = 128
+"""Committed rows behind which everything is timed."""
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Rows of a target forward."""
+WIDTHS = (1, 2, 4, 8)
+"""Nodes expanded per level."""
+LEVELS = 4
+"""Levels that are timed together."""
+FED = 3
+"""Rows that a round feeds the drafter."""
+REPEATS, BUDGET_S = (5, 25), 4.0
+"""Each part is timed this often at least and at most, and no more once so many seconds have gone."""
+
+
+def tuned(engine: Engine, run: Path, of: Mapping[str, Any]) -> Engine:
+    """The engine with the costs of its rounds: those kept in the run, or measured now and kept there.
+
+    `of` names target, drafter and head. A folder that is not there is not made, and one that cannot be written to
+    keeps nothing: then they are measured every time.
+    """
+    known = {**of, **_here(engine), "form": FORM}
+    name, kept = fingerprint(known), _read(run / FILE)
+    with suppress(KeyError, TypeError, ValueError):
+        return dataclasses.replace(engine, costs=Costs.from_json(kept[name]["costs"]))
+    costs = measure_costs(engine)
+    kept.pop(name, None)
+    kept[name] = {"of": known, "costs": costs.to_json()}
+    if run.is_dir():
+        with suppress(OSError):
+            write_text(run / FILE, json.dumps(dict(list(kept.items())[-KEPT:]), indent=1) + "\n")
+    return dataclasses.replace(engine, costs=costs)
+
+
+def _here(engine: Engine) -> dict[str, Any]:
+    device = engine.target.device
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "dtype": str(engine.target.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is kept; nothing where there is no file, or a damaged one: it can be measured again."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader calls the machine: the GPU, or the processor and its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return f"{names[0].strip()} x {len(names)}"
+    return platform.processor() or platform.machine()
+
+
+@torch.no_grad()
+def measure_costs(engine: Engine) -> Costs:
+    """Time every part; medians. Takes seconds."""
+    parts = dict(_Bench(engine).parts())
+    spent: dict[tuple[str, int], list[float]] = {part: [] for part in parts}
+    _turn(parts, spent, engine.target.device)  # what is made at the first call is no cost of a round
+    for seconds in spent.values():
+        seconds.clear()
+    begun = time.perf_counter()
+    for turn in range(REPEATS[1]):
+        if turn >= REPEATS[0] and time.perf_counter() - begun > BUDGET_S:
+            break
+        _turn(parts, spent, engine.target.device)
+    return _costs({part: statistics.median(seconds) for part, seconds in spent.items()})
+
+
+def _turn(
+    parts: Mapping[tuple[str, int], Callable[[], None]],
+    spent: Mapping[tuple[str, int], list[float]],
+    device: torch.device,
+) -> None:
+    for part, run in parts.items():
+        _wait(device)
+        begun = time.perf_counter()
+        run()
+        _wait(device)
+        spent[part].append(time.perf_counter() - begun)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _costs(median: Mapping[tuple[str, int], float]) -> Costs:
+    """Seconds of the parts into ratios: a level is what a deep draft takes more than a flat one."""
+    step_s, flat = median["verify", 1], median["flat", 1]
+    forward_s = rising([median["verify", rows] for rows in ROWS])
+    verify = [seconds / forward_s[0] for seconds in forward_s]
+    level = rising([max(0.0, median["deep", width] - flat) / LEVELS / step_s for width in WIDTHS])
+    return Costs(
+        step_s=round(step_s, 6),
+        verify={rows: round(cost, 3) for rows, cost in zip(ROWS, verify, strict=True)},
+        level={width: round(cost, 4) for width, cost in zip(WIDTHS, level, strict=True)},
+        base=round(flat / step_s, 4),
+    )
+
+
+class _Forced:
+    """A plan that expands the same number of nodes on every level, and verifies one."""
+
+    shift = 0.0
+
+    def __init__(self, depth: int, topk: int) -> None:
+        self.depth, self.topk = depth, topk
+
+    def drafts(self) -> bool:
+        return True
+
+    def width(self, score_N: torch.Tensor) -> int:
+        return min(self.topk, score_N.numel())
+
+    def count(self, score_N: torch.Tensor) -> int:
+        return 1
+
+    def learn(self, draft: tree.Draft, verdict: object) -> None:
+        """Nothing."""
+
+
+class _Bench:
+    """Caches that hold some context, to which every part leaves them again."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, target = engine, engine.target
+        self.context = min(CONTEXT, target.max_positions // 2)
+        vocab, self.device = target.lent.embed_VD.shape[0], target.device
+        self.ids_T = torch.arange(1, self.context + ROWS[-1] + 1, device=self.device) * 7919 % vocab
+        self.cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, self.context + ROWS[-1])
+        self.history = History(self.ids_T[: self.context], self.context)
+        self.feature_TD = prefill(target, self.ids_T[: self.context], self.cache)
+        self.slots = Slots(self.context + FED + (1 + LEVELS) * WIDTHS[-1])
+        self._drafting(_Forced(1, 1)).feed(self.ids_T[: self.context], self.feature_TD)
+
+    def parts(self) -> Iterator[tuple[tuple[str, int], Callable[[], None]]]:
+        """Each with its name and its number of rows."""
+        for rows in ROWS:
+            draft = self._bushy(rows)
+            yield ("verify", rows), lambda draft=draft: self._verify(draft)  # type: ignore[misc]
+        yield ("flat", 1), lambda: self._draft(_Forced(1, WIDTHS[-1]))
+        for width in WIDTHS:
+            yield ("deep", width), lambda width=width: self._draft(_Forced(1 + LEVELS, width))  # type: ignore[misc]
+
+    def _drafting(self, plan: _Forced) -> Drafting:
+        engine = self.engine
+        return Drafting(engine.drafter, engine.target.lent, engine.head, plan, self.slots)
+
+    def _bushy(self, rows: int) -> tree.Draft:
+        """A tree in which every node has two children."""
+        parent_M = (torch.arange(rows, device=self.device) - 1).clamp_min(0) // 2
+        depth_M = torch.arange(1, rows + 1, device=self.device).log2().floor().long()
+        return tree.Draft(
+            token_M=self.ids_T[self.context : self.context + rows],
+            parent_M=parent_M,
+            depth_M=depth_M,
+            sees_MM=tree.ancestry(parent_M, rows.bit_length()),
+            score_M=torch.zeros(rows, device=self.device),
+            levels=rows.bit_length() - 1,
+        )
+
+    def _verify(self, draft: tree.Draft) -> None:
+        verdict, _ = self.engine.verify(draft, self.cache, Sampler(), self.history, Clock())
+        verdict.new_A.tolist()
+        self.cache.truncate(self.context)
+
+    def _draft(self, plan: _Forced) -> None:
+        drafting, committed = self._drafting(plan), self.slots.length
+        hidden_1D = drafting.feed(self.ids_T[:FED], self.feature_TD[:FED])
+        drafting.grow(1, hidden_1D, Sampler(), Clock())
+        self.slots.truncate(committed)
+
+
+def fixed(engine: Engine, seats: int) -> TreeShape:
+    """One tree for a whole batch, within the engine's own: the best of all for a drafter as they usually are.
+
+    A path goes on with probability 0.75 per level, and each doubling of the nodes adds 0.65 accepted drafts: EAGLE-2's
+    trees of 8 to 60 nodes, and pico's. Rows of all seats are paid for together.
+    """
+    shape, costs = engine.shape, engine.costs
+    if costs is None:
+        return shape
+    verify = costs.verified(seats * (shape.nodes + 1))
+    level = costs.expanded(seats * shape.topk)[-1]
+
+    def pays(size: tuple[int, int]) -> float:
+        depth, nodes = size
+        drafts = min(3 * (1 - 0.75**depth), 0.65 * math.log2(1 + nodes))
+        return (1 + drafts) / (costs.base + (depth - 1) * level + verify[seats * (nodes + 1) - 1])
+
+    sizes = [(depth, nodes) for depth in range(1, shape.depth + 1) for nodes in range(1, shape.nodes + 1)]
+    depth, nodes = max(sizes, key=pays)
+    return dataclasses.replace(shape, depth=depth, nodes=nodes)

@@ -1,0 +1,183 @@
+"""The tree that pays: how deep, how wide and how large a draft is, round by round, and whether there is one at all.
+
+A round of E expected tokens that costs C plain steps is worth E - rate · C, where `rate` is the tokens that drafted
+rounds bring per plain step: the most tokens per second come from making each round worth as much as can be
+(Dinkelbach's rule for a ratio). E is 1 + Σ over verified nodes of the probability that their path is accepted. So
+
+    a level is drafted with its w best nodes when    goes_on · Σ p  >  rate · (level(w) + w more rows verified)
+    n nodes are verified for the largest             Σ p  -  rate · verify(n)
+
+and where drafted rounds bring less than one token per plain step, rounds are plain steps; now and then a draft is
+tried again. Probabilities are the drafter's own, each conditional one multiplied with its `surety`: accepted over
+expected at the nodes that were reached. Nothing here reads a clock, and nothing outlives an answer: an answer's rounds
+are a function of its tokens and of the costs.
+Axes: N candidate or node, best first; M tree row, root included; W width; R row.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+
+from coral_core.decoding.costs import Costs
+from coral_core.decoding.tree import Draft
+from coral_core.decoding.verify import Verdict
+
+FORGET = 0.95
+"""What the past of an answer keeps of its weight with each drafted round: it spans some twenty."""
+SURETY, GOES_ON, TRIES = 0.85, 0.7, 4.0
+"""What is believed before anything was seen, and the number of reached nodes that it weighs.
+
+pico, trees of 48 nodes in 8 levels, accepted over expected: 0.85 at temperature 0 and 0.98 at 1, about the same at
+every depth and for every probability.
+"""
+RATE, SPENT = 1.5, 2.0
+"""The rate that is believed before anything was seen, and the plain steps that it weighs."""
+LEAST_SURE, SUREST = 0.02, 1.25
+"""No drafter is believed less, or taken for more modest."""
+REST, LONGEST_REST = 4, 64
+"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them."""
+
+
+class Plan(Protocol):
+    """Who decides on the size of a draft: a TreeShape, always the same way, or a Paying."""
+
+    @property
+    def topk(self) -> int:
+        """Nodes expanded per level at most, and children each proposes."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Levels at most."""
+        ...
+
+    @property
+    def shift(self) -> float:
+        """What is added to each conditional log-probability."""
+        ...
+
+    def drafts(self) -> bool:
+        """Whether the next round drafts; asked once per round."""
+        ...
+
+    def width(self, score_N: torch.Tensor) -> int:
+        """How many of the newest level's nodes are expanded."""
+        ...
+
+    def count(self, score_N: torch.Tensor) -> int:
+        """How many of all candidates are verified."""
+        ...
+
+    def learn(self, draft: Draft, verdict: Verdict) -> None:
+        """What came of a drafted round."""
+        ...
+
+
+class Bounds(Protocol):
+    """What of a TreeShape the choice must keep to."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def topk(self) -> int: ...
+    @property
+    def floor(self) -> float: ...
+
+
+def best_prefix(gain_N: torch.Tensor, cost_N: torch.Tensor) -> int:
+    """How many of the gains to take, in their order: the n with the largest sum of n gains less cost_N[n], n from 0.
+
+    The first such n on a tie. Costs may rise in any way: every prefix is looked at.
+    """
+    worth_N = gain_N.new_zeros(gain_N.numel() + 1)
+    torch.cumsum(gain_N, 0, out=worth_N[1:])
+    return int((worth_N - cost_N).argmax())
+
+
+class Paying:
+    """The plan of one answer."""
+
+    def __init__(self, costs: Costs, bounds: Bounds, device: torch.device) -> None:
+        self.bounds = bounds
+        self.topk, self.depth = bounds.topk, bounds.depth
+        self.base = costs.base
+        self.verify, self.level = costs.verified(bounds.nodes + bounds.topk), costs.expanded(bounds.topk)
+        self.verify_R = torch.tensor(self.verify, device=device)
+        self.level_W = torch.tensor(self.level, device=device)
+        self.hits, self.expected, self.tries = TRIES * GOES_ON, TRIES * GOES_ON / SURETY, TRIES
+        self.tokens, self.spent = RATE * SPENT, SPENT
+        self.rest = REST
+        self.plain_left = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new draft: nothing spent, no node expanded."""
+        self.drafting, self.expanded = self.base, 0
+
+    @property
+    def surety(self) -> float:
+        """Accepted over expected: what the drafter's probabilities are worth."""
+        return min(SUREST, max(LEAST_SURE, self.hits / self.expected))
+
+    @property
+    def goes_on(self) -> float:
+        """How often a reached node with children has the right one among them."""
+        return self.hits / self.tries
+
+    @property
+    def rate(self) -> float:
+        """Tokens of drafted rounds per plain step; a plain step itself brings one."""
+        return max(1.0, self.tokens / self.spent)
+
+    @property
+    def shift(self) -> float:
+        return math.log(self.surety)
+
+    def drafts(self) -> bool:
+        if self.plain_left:
+            self.plain_left -= 1
+            return False
+        self._begin()
+        return True
+
+    def width(self, score_N: torch.Tensor) -> int:
+        first, wide = min(self.expanded, self.bounds.nodes), score_N.numel()
+        cost_N = self.level_W[: wide + 1] + self.verify_R[first : first + wide + 1] - self.verify[first]
+        width = best_prefix(self._probable(score_N) * self.goes_on, cost_N * self.rate)
+        self.expanded += width
+        self.drafting += self.level[width]
+        return width
+
+    def count(self, score_N: torch.Tensor) -> int:
+        """One node at least, unless it is below the floor: without a trial nothing would be learnt."""
+        probable_N = self._probable(score_N[: self.bounds.nodes])
+        count = best_prefix(probable_N, self.verify_R[: probable_N.numel() + 1] * self.rate)
+        return count or int(probable_N[0] > 0)
+
+    def learn(self, draft: Draft, verdict: Verdict) -> None:
+        """Weigh what was accepted against what was expected at the nodes that were reached, and against its cost."""
+        accepted, nodes = verdict.accepted_drafts, draft.token_M.numel() - 1
+        parent_N = draft.parent_M[1:]
+        reached_M = torch.zeros_like(draft.sees_MM[0]).index_fill_(0, verdict.path_A, True)
+        chance_N = (draft.score_M[1:] - draft.score_M[parent_N]).exp() * reached_M[parent_N]
+        failed_N = (parent_N == verdict.path_A[-1]).to(chance_N.dtype)
+        expected, failed = torch.stack((chance_N.sum(), failed_N.sum())).tolist()
+        surety = self.surety
+        self.hits = FORGET * self.hits + accepted
+        self.expected = FORGET * self.expected + expected / surety
+        self.tries = FORGET * self.tries + accepted + (failed > 0)
+        spent = self.drafting + self.verify[nodes]
+        self.tokens = FORGET * self.tokens + accepted + 1
+        self.spent = FORGET * self.spent + spent
+        if self.tokens >= self.spent or accepted + 1 >= spent:
+            self.rest = REST
+        else:
+            self.plain_left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+
+    def _probable(self, score_N: torch.Tensor) -> torch.Tensor:
+        """Probabilities of paths; 0 below the recipe's confidence."""
+        probable_N = score_N.exp()
+        return probable_N if self.bounds.floor == -math.inf else probable_N * (score_N >= self.bounds.floor)

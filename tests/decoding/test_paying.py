@@ -1,0 +1,361 @@
+"""The tree that pays: never another word, never much slower than plain steps, as large as its costs deserve."""
+
+import dataclasses
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from coral_core.decoding import measure, tree
+from coral_core.decoding.batch.engine import BatchEngine
+from coral_core.decoding.costs import Costs, rising
+from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.measure import fixed, measure_costs, tuned
+from coral_core.decoding.memory import Memory
+from coral_core.decoding.paying import LONGEST_REST, Paying, best_prefix
+from coral_core.decoding.plain import plain
+from coral_core.decoding.rounds import Round
+from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.verify import judge
+from coral_core.head.candidates import Candidates
+from coral_core.target.load import Target
+from tests.decoding.test_lossless import SAMPLERS, ids_of, some_prompt
+from tests.tiny import FAMILIES, VOCAB, OracleHead, tiny_drafter, tiny_engine, tiny_target
+
+CPU = torch.device("cpu")
+BOUNDS = TreeShape(depth=6, nodes=24, topk=3)
+
+
+def costs(row: float, level: float, base: float = 0.1) -> Costs:
+    """A device where one more row costs `row` plain steps, and a level of any width `level`."""
+    return Costs(step_s=0.01, verify={1: 1.0, 2: 1.0 + row}, level={1: level, 8: level}, base=base)
+
+
+CHEAP = costs(row=0.001, level=0.01)
+"""A GPU: rows are free."""
+PLAIN_CPU = costs(row=0.05, level=0.1)
+DEAR = costs(row=1.0, level=0.3)
+"""Two rows cost two steps: no tree can pay."""
+FREE_DRAFTER = costs(row=0.05, level=0.0, base=0.0)
+COSTS = {"cheap": CHEAP, "cpu": PLAIN_CPU, "dear": DEAR, "free drafter": FREE_DRAFTER}
+
+
+class FrankHead(OracleHead):
+    """An oracle that says how sure it is: the answer's token comes first, with its own probability."""
+
+    def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
+        place, self.level = self.start + self.level, self.level + 1
+        tokens = self.random.sample(range(3, VOCAB), self.count)
+        right = place < len(self.answer) and self.random.random() < self.right
+        tokens = [token for token in tokens if token != (self.answer[place] if place < len(self.answer) else -1)]
+        tokens = ([self.answer[place]] if right else []) + tokens
+        rest = (1 - self.right) / self.count + 1e-3
+        chance_C = torch.tensor([max(self.right, 1e-3)] + [rest] * (len(tokens) - 1))
+        return Candidates(chance_C.log().expand(hidden_ND.shape[0], -1), torch.tensor(tokens))
+
+
+def drafted_with(
+    head: OracleHead, target: Target, prompt: list[int], paid: Costs, sampler: Sampler, new: int
+) -> list[Round]:
+    engine = Engine(target, tiny_drafter(target), head, BOUNDS, paid)
+    return [head.follow(event) for event in engine.decode(prompt, sampler, new)]
+
+
+def share_drafted(rounds: list[Round]) -> float:
+    later = [event for event in rounds if event.kind != "prefill"]
+    return sum(event.kind == "draft" for event in later) / len(later)
+
+
+@pytest.fixture
+def endless() -> Target:
+    return dataclasses.replace(tiny_target("llama"), stop_ids=frozenset())
+
+
+@pytest.mark.parametrize("right", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("paid", COSTS.values(), ids=COSTS.keys())
+def test_the_answer_is_the_plain_one_whatever_a_tree_costs(right: float, paid: Costs, endless: Target) -> None:
+    for seed, name in enumerate(("greedy", "T=0.7,p=0.9", "T=1.0")):
+        prompt, sampler = some_prompt(seed, 3 + seed), SAMPLERS[name]
+        expected = ids_of(list(plain(endless, prompt, sampler, 24)))
+        assert ids_of(drafted_with(OracleHead(expected, right), endless, prompt, paid, sampler, 24)) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_whose_masks_and_caches_differ(family: str) -> None:
+    """Falling back and coming back: the oracle is right only in the middle of the answer."""
+    target = dataclasses.replace(tiny_target(family), stop_ids=frozenset())
+    prompt = some_prompt(4, 9)
+    expected = ids_of(list(plain(target, prompt, Sampler(), 90)))
+    wrong = [3 + (token + 7) % (VOCAB - 3) for token in expected]
+    head = OracleHead(wrong[:30] + expected[30:75], right=1.0)
+    rounds = drafted_with(head, target, prompt, costs(row=0.05, level=0.1, base=0.4), Sampler(), 90)
+    assert ids_of(rounds) == expected
+    kinds = [kind for kind, _ in itertools.groupby(event.kind for event in rounds)]
+    assert kinds.count("draft") >= 2 and kinds.count("plain") >= 2
+
+
+@pytest.mark.parametrize("paid", [PLAIN_CPU, DEAR], ids=["cpu", "dear"])
+def test_a_drafter_that_is_never_right_leaves_plain_steps(paid: Costs, endless: Target) -> None:
+    prompt = some_prompt(8, 4)
+    expected = ids_of(list(plain(endless, prompt, Sampler(), 150)))
+    rounds = drafted_with(OracleHead([], right=0.0), endless, prompt, paid, Sampler(), 150)
+    assert ids_of(rounds) == expected
+    later = [event.kind for event in rounds[1:]]
+    assert later[0] == "draft"
+    assert later.count("draft") / len(later) < 0.1
+    assert later[40:].count("draft") / len(later[40:]) < 0.04, "trials become rare"
+
+
+def test_where_rows_are_dear_even_a_good_drafter_is_left_alone(endless: Target) -> None:
+    prompt = some_prompt(2, 4)
+    expected = ids_of(list(plain(endless, prompt, Sampler(), 120)))
+    assert share_drafted(drafted_with(FrankHead(expected, 0.7), endless, prompt, DEAR, Sampler(), 120)) < 0.3
+    assert share_drafted(drafted_with(FrankHead(expected, 0.7), endless, prompt, CHEAP, Sampler(), 120)) == 1.0
+
+
+def test_a_perfect_drafter_is_followed_to_the_bound(endless: Target) -> None:
+    prompt = some_prompt(3, 4)
+    expected = ids_of(list(plain(endless, prompt, Sampler(), 120)))
+    rounds = drafted_with(FrankHead(expected, 1.0), endless, prompt, PLAIN_CPU, Sampler(), 120)
+    accepted = [event.accepted_drafts for event in rounds[1:-1]]
+    assert all(event.kind == "draft" for event in rounds[1:])
+    assert accepted[-3:] == [BOUNDS.depth] * 3
+
+
+@pytest.mark.parametrize("paid", COSTS.values(), ids=COSTS.keys())
+@pytest.mark.parametrize("right", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_no_answer_costs_much_more_than_plain_steps(right: float, paid: Costs, endless: Target) -> None:
+    """In modelled plain steps per token; at a cost where nothing pays, trials are all that is lost."""
+    spent = tokens = 0.0
+    for seed in range(2):
+        prompt = some_prompt(20 + seed, 4)
+        expected = ids_of(list(plain(endless, prompt, Sampler(), 150)))
+        head = FrankHead(expected, right)
+        engine = Spying(endless, tiny_drafter(endless), head, BOUNDS, paid)
+        rounds = [head.follow(event) for event in engine.decode(prompt, Sampler(), 150)]
+        tokens += len(expected) - 1
+        spent += sum(event.kind == "plain" for event in rounds) + engine.spent[0]
+    assert spent / tokens < 1.06
+    if right >= 0.5 and paid is not DEAR:
+        assert spent / tokens < 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spying(Engine):
+    """Notes what drafted rounds cost by its own table."""
+
+    spent: list[float] = dataclasses.field(default_factory=lambda: [0.0])
+
+    def plan(self) -> Paying:
+        plan, spent = super().plan(), self.spent
+        assert isinstance(plan, Paying)
+        learn = plan.learn
+
+        def noting(draft: tree.Draft, verdict: object) -> None:
+            spent[0] += plan.drafting + plan.verify[draft.token_M.numel() - 1]
+            learn(draft, verdict)  # type: ignore[arg-type]
+
+        plan.learn = noting  # type: ignore[method-assign]
+        return plan
+
+
+def test_two_runs_take_the_same_rounds(endless: Target) -> None:
+    prompt, sampler = some_prompt(5, 6), Sampler(temperature=1.0, seed=7)
+    engine = dataclasses.replace(tiny_engine(endless, depth=5, nodes=20, topk=4), costs=PLAIN_CPU)
+    first, second = (
+        [(event.kind, event.new_ids, event.accepted_drafts) for event in engine.decode(prompt, sampler, 60)]
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_a_dialogue_goes_on_behind_plain_steps(endless: Target) -> None:
+    """The drafter's cache lags when an answer ends in plain steps; the next turn makes up for it."""
+    memory, said = Memory(endless), some_prompt(1, 9)
+    for right in (0.0, 1.0, 0.0, 1.0):
+        expected = ids_of(list(plain(endless, said, Sampler(), 25)))
+        head = OracleHead(expected, right)
+        engine = Engine(endless, tiny_drafter(endless), head, BOUNDS, DEAR if right == 0 else CHEAP)
+        rounds = [head.follow(event) for event in engine.decode(said, Sampler(), 25, memory)]
+        assert ids_of(rounds) == expected
+        said = [*said, *expected, 5, 6]
+
+
+# ---- the choice itself
+
+
+def test_the_best_prefix_is_that_of_brute_force() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        gains = sorted((draw.random() for _ in range(draw.randrange(0, 9))), reverse=True)
+        steps = [draw.choice([0.0, 0.1, 0.5, draw.random()]) for _ in range(len(gains) + 1)]
+        spent = list(itertools.accumulate(steps))
+        worth = [sum(gains[:n]) - spent[n] for n in range(len(gains) + 1)]
+        chosen = best_prefix(torch.tensor(gains, dtype=torch.float64), torch.tensor(spent, dtype=torch.float64))
+        assert worth[chosen] == pytest.approx(max(worth), abs=1e-9)
+
+
+def test_nodes_by_hand() -> None:
+    """Path probabilities 0.8 0.4 0.2 0.1 at 1.5 tokens per step: rows up to 0.13 steps pay for all but the last."""
+    scores_N = torch.tensor([0.8, 0.4, 0.2, 0.1]).log()
+    counts = {row: Paying(costs(row=row, level=0.1), BOUNDS, CPU).count(scores_N) for row in (0.01, 0.13, 0.2, 0.4, 2)}
+    assert counts == {0.01: 4, 0.13: 3, 0.2: 2, 0.4: 1, 2: 1}
+
+
+def test_a_step_in_the_cost_is_stepped_over_where_it_pays() -> None:
+    """A device that takes rows by fours: the fifth row is dear, the sixth to eighth come with it."""
+    stairs = Costs(step_s=1, verify={1: 1.0, 4: 1.0, 5: 1.3, 8: 1.3}, level={1: 0.1, 8: 0.1}, base=0.1)
+    plan = Paying(stairs, BOUNDS, CPU)
+    assert plan.count(torch.tensor([0.8, 0.4, 0.2, 0.15, 0.1]).log()) == 3
+    assert plan.count(torch.tensor([0.8, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2]).log()) == 7
+
+
+def test_a_level_is_drafted_with_the_nodes_that_pay_or_not_at_all() -> None:
+    """goes_on 0.7, 1.5 tokens per step, rows at 0.05, a level at 0.2: nodes below 0.11 never pay, nor do 0.5 in all."""
+    plan = Paying(costs(row=0.05, level=0.2), BOUNDS, CPU)
+    assert plan.width(torch.tensor([0.6, 0.2, 0.1]).log()) == 2
+    assert plan.drafting == pytest.approx(0.1 + 0.2) and plan.expanded == 2
+    assert plan.width(torch.tensor([0.4, 0.05, 0.02]).log()) == 0
+    assert plan.drafting == pytest.approx(0.3), "no level, no cost"
+
+
+def test_nothing_below_the_recipes_confidence_is_drafted() -> None:
+    plan = Paying(CHEAP, dataclasses.replace(BOUNDS, confidence=0.15), CPU)
+    scores_N = torch.tensor([0.8, 0.2, 0.1]).log()
+    assert (plan.width(scores_N), plan.count(scores_N)) == (2, 2)
+    assert plan.count(torch.tensor([0.1]).log()) == 0
+
+
+def chain(*chances: float) -> tree.Draft:
+    """A chain of nodes 1 2 3 …, each with its conditional probability."""
+    parent_M = torch.tensor([0, *range(len(chances))])
+    return tree.Draft(
+        token_M=torch.arange(len(chances) + 1),
+        parent_M=parent_M,
+        depth_M=torch.arange(len(chances) + 1),
+        sees_MM=tree.ancestry(parent_M, len(chances)),
+        score_M=torch.tensor([1.0, *itertools.accumulate(chances, lambda a, b: a * b)]).log(),
+        levels=len(chances),
+    )
+
+
+def test_surety_is_accepted_over_expected_at_the_nodes_that_were_reached() -> None:
+    """Drafted 0.9 0.5 0.8, the first accepted: 1 of 1.4 expected at two nodes; the third was never tried."""
+    plan = Paying(PLAIN_CPU, BOUNDS, CPU)
+    hits, expected, tries, surety = plan.hits, plan.expected, plan.tries, plan.surety
+    plan.learn(chain(0.9, 0.5, 0.8), judge(chain(0.9, 0.5, 0.8), torch.tensor([1, 9, 9, 9])))
+    assert plan.hits == pytest.approx(0.95 * hits + 1)
+    assert plan.expected == pytest.approx(0.95 * expected + 1.4 / surety)
+    assert plan.tries == pytest.approx(0.95 * tries + 2)
+
+
+def test_surety_follows_a_drafter_that_is_too_sure_and_one_that_is_not() -> None:
+    plan = Paying(PLAIN_CPU, BOUNDS, CPU)
+    for picked, times in ((9, 60), (1, 60)):
+        for _ in range(times):
+            draft = chain(0.9 * plan.surety)
+            plan.learn(draft, judge(draft, torch.tensor([picked, 9])))
+        assert plan.surety < 0.1 if picked == 9 else plan.surety > 0.8
+
+
+def test_trials_are_further_and_further_apart_and_one_that_pays_ends_the_rest() -> None:
+    plan, draft = Paying(DEAR, BOUNDS, CPU), chain(0.9)
+    rounds = []
+    for _ in range(400):
+        rounds.append(plan.drafts())
+        if rounds[-1]:
+            plan.learn(draft, judge(draft, torch.tensor([9, 9])))
+    rests = [len(list(run)) for drafts, run in itertools.groupby(rounds) if not drafts]
+    assert rests[:5] == [4, 8, 16, 32, LONGEST_REST] and set(rests[5:-1]) == {LONGEST_REST}
+    plan = Paying(PLAIN_CPU, BOUNDS, CPU)
+    for picks in [[9, 9]] * 20:
+        plan.learn(draft, judge(draft, torch.tensor(picks)))
+    plan.plain_left = 0
+    assert plan.drafts()
+    plan.learn(draft, judge(draft, torch.tensor([1, 9])))
+    assert plan.rate == 1.0 and plan.drafts(), "two tokens for 1.15 steps"
+
+
+# ---- the costs
+
+
+def test_costs_between_and_beyond_the_measured_rows() -> None:
+    measured = Costs(step_s=1, verify={1: 1.0, 2: 1.2, 4: 1.4}, level={1: 0.1, 4: 0.4}, base=0.1)
+    assert measured.verified(6) == pytest.approx([1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7])
+    assert measured.expanded(5) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rising([1.0, 1.4, 1.2, 2.0]) == pytest.approx([1.0, 1.3, 1.3, 2.0])
+    assert rising([3.0, 2.0, 1.0]) == pytest.approx([2.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
+def test_measuring_leaves_nothing_behind(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "REPEATS", (1, 1))
+    engine = tiny_engine(tiny_target(family))
+    before = ids_of(list(engine.decode([5, 6, 7], Sampler(), 12)))
+    found = measure_costs(engine)
+    assert set(found.verify) == set(measure.ROWS) and set(found.level) == set(measure.WIDTHS)
+    assert found.verify[1] == 1.0 and list(found.verify.values()) == sorted(found.verify.values())
+    assert Costs.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert ids_of(list(dataclasses.replace(engine, costs=found).decode([5, 6, 7], Sampler(), 12))) == before
+
+
+def test_costs_are_kept_in_the_run_and_measured_again_for_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def measured(engine: Engine) -> Costs:
+        calls.append(len(calls))
+        return dataclasses.replace(PLAIN_CPU, base=0.1 + len(calls))
+
+    monkeypatch.setattr(measure, "measure_costs", measured)
+    engine, of = tiny_engine(tiny_target()), {"target": "t", "drafter": "d", "head": "h"}
+    first = tuned(engine, tmp_path, of)
+    assert tuned(engine, tmp_path, of).costs == first.costs and calls == [0]
+    for key in of:
+        assert tuned(engine, tmp_path, {**of, key: "another"}).costs != first.costs
+    assert calls == [0, 1, 2, 3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    tuned(engine, tmp_path, of)
+    assert len(calls) == 5, "another number of threads"
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "measure_costs", measured)
+    assert tuned(engine, tmp_path, of).costs == first.costs, "the others did not push it out"
+    for damage in ("{", "[]", json.dumps({name: {"costs": {}} for name in json.loads(read(tmp_path))})):
+        (tmp_path / measure.FILE).write_text(damage)
+        count = len(calls)
+        assert tuned(engine, tmp_path, of).costs is not None and len(calls) == count + 1
+        assert tuned(engine, tmp_path, of).costs is not None and len(calls) == count + 1, "mended"
+
+
+def read(run: Path) -> str:
+    return (run / measure.FILE).read_text(encoding="utf-8")
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "measure_costs", lambda engine: PLAIN_CPU)
+    assert tuned(tiny_engine(tiny_target()), tmp_path / "no", {}).costs == PLAIN_CPU
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_batch_takes_one_tree_that_is_smaller_where_rows_are_dear_and_seats_many() -> None:
+    engine = tiny_engine(tiny_target(), depth=8, nodes=60, topk=4)
+    assert fixed(engine, 4) == engine.shape
+    large = fixed(dataclasses.replace(engine, costs=CHEAP), 1)
+    small = fixed(dataclasses.replace(engine, costs=PLAIN_CPU), 1)
+    crowded = fixed(dataclasses.replace(engine, costs=PLAIN_CPU), 8)
+    assert large.nodes > small.nodes >= crowded.nodes >= 1
+    assert large.depth > small.depth >= crowded.depth >= 1
+
+
+def test_a_batch_says_what_one_says(endless: Target) -> None:
+    engine = dataclasses.replace(tiny_engine(endless, depth=4, nodes=40, topk=8), costs=PLAIN_CPU)
+    prompts = [some_prompt(seed, 3 + seed) for seed in range(4)]
+    said: list[list[int]] = [[] for _ in prompts]
+    for number, event in BatchEngine(engine, 3).decode(prompts, Sampler(), 20):
+        said[number] += event.new_ids
+    assert said == [ids_of(list(plain(endless, prompt, Sampler(), 20))) for prompt in prompts]
