@@ -17,6 +17,8 @@ import torch
 StreamAttention = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.Tensor]
 """(query_BHRE, keys of each stream, values of each stream) -> out_BHRE."""
 
+_SHORT = 512
+"""Rows below which a CPU's 16-bit backward is slower than float32's: 3.7 times at 105 rows, 0.56 at 2,048 (AMX)."""
 _ALIGN = 32
 """Rows to which the memory-efficient CUDA kernel pads its log-sum-exp."""
 
@@ -146,7 +148,11 @@ def flash_backward(
     inputs = (grad_BHRE.contiguous(), query_BHRE, key_BHRE, value_BHRE)
     rows = query_BHRE.shape[2]
     if query_BHRE.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, out_BHRE, lse_BHR, 0.0, True)
+        dtype = query_BHRE.dtype
+        wide = torch.float32 if rows < _SHORT and dtype.itemsize == 2 else dtype
+        given = [x.to(wide) for x in (*inputs, out_BHRE)]
+        found = aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, lse_BHR, 0.0, True)
+        return found[0].to(dtype), found[1].to(dtype), found[2].to(dtype)
     unused = torch.zeros((), dtype=torch.int64, device=query_BHRE.device)  # dropout's seed and offset
     if _efficient(query_BHRE):
         padded = torch.nn.functional.pad(lse_BHR, (0, -rows % _ALIGN), value=torch.inf)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from coral_core.lent import Lent
+from coral_core.training.rows import missing_rows
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Elements of one [chunk, V] tensor, half as many again at most; four or five live at once. Near a CPU's cache."""
@@ -41,7 +42,14 @@ def topk(hidden_ND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent, k: int) 
 
 def logits(lent: Lent, hidden_ND: torch.Tensor) -> torch.Tensor:
     """float32 logits [N,V]; the product runs in the head's dtype."""
-    return lent.logits(hidden_ND.to(lent.head_VD.dtype)).float()
+    return lent.logits(_for_head(hidden_ND, lent))[: len(hidden_ND)].float()
+
+
+def _for_head(x_NX: torch.Tensor, lent: Lent) -> torch.Tensor:
+    """Rows as a product with the head takes them: in its dtype, filled up where that is faster."""
+    dtype = lent.head_VD.dtype
+    missing = missing_rows(len(x_NX), x_NX.device, dtype)
+    return torch.nn.functional.pad(x_NX.to(dtype), (0, 0, 0, missing)) if missing else x_NX.to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +138,7 @@ def _chunk(hidden_ND: torch.Tensor, aim: _Aim, lent: Lent, grad_ND: torch.Tensor
     d_logits_NV = q_NV.mul_(aim.g_NV.sum(-1, keepdim=True)).sub_(aim.g_NV)
     if slope_NV is not None:
         d_logits_NV *= slope_NV
-    grad_ND.copy_(d_logits_NV.to(lent.head_VD.dtype) @ lent.head_VD)
+    grad_ND.copy_((_for_head(d_logits_NV, lent) @ lent.head_VD)[: len(grad_ND)])
     return parts_P
 
 

@@ -4,7 +4,8 @@ Row r reads token r+1 and a feature of position r, and predicts the target's fea
 the target's features; after step j the output, moved down one row and detached, is stream j. `attention` says what a
 row sees of the streams. Not for decoding: nothing here is cached between calls.
 
-Axes: B batch, T position, R row = T-1 (the last position has no next token), D hidden, H head, G key/value head.
+Axes: B batch, T position, R row = T-1 (the last position has no next token), D hidden, H head, G key/value head,
+N row that is computed, P the same filled up to whole multiples.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from coral_core.drafter.model import Drafter
 from coral_core.lent import Lent
 from coral_core.store.batches import Batch
 from coral_core.training.attention import StreamAttention, attend_fast
+from coral_core.training.rows import computing_dtype, missing_rows
 
 
 def loss_rows(batch: Batch) -> torch.Tensor:
@@ -49,33 +51,39 @@ def unroll_rows(
     stream_BRD = feature_BRD
     for mask_BR in rows:
         row_N = mask_BR.flatten().nonzero()[:, 0]
+        missing = missing_rows(len(row_N), feature_BRD.device, computing_dtype(feature_BRD))
+        row_P = torch.nn.functional.pad(row_N, (0, missing))
 
         def attend(
-            query_1HNE: torch.Tensor, key_1GNE: torch.Tensor, value_1GNE: torch.Tensor, row_N: torch.Tensor = row_N
+            query_1HPE: torch.Tensor,
+            key_1GPE: torch.Tensor,
+            value_1GPE: torch.Tensor,
+            row_N: torch.Tensor = row_N,
+            row_P: torch.Tensor = row_P,
         ) -> torch.Tensor:
-            repeats = query_1HNE.shape[1] // key_1GNE.shape[1]
-            keys.append(_by_sequence(key_1GNE, row_N, shape).repeat_interleave(repeats, dim=1))
-            values.append(_by_sequence(value_1GNE, row_N, shape).repeat_interleave(repeats, dim=1))
-            out_BHRE = attention(_by_sequence(query_1HNE, row_N, shape), keys, values)
-            return out_BHRE.transpose(1, 2).flatten(0, 1)[row_N].transpose(0, 1)[None]
+            repeats = query_1HPE.shape[1] // key_1GPE.shape[1]
+            keys.append(_by_sequence(key_1GPE, row_N, shape).repeat_interleave(repeats, dim=1))
+            values.append(_by_sequence(value_1GPE, row_N, shape).repeat_interleave(repeats, dim=1))
+            out_BHRE = attention(_by_sequence(query_1HPE, row_N, shape), keys, values)
+            return out_BHRE.transpose(1, 2).flatten(0, 1)[row_P].transpose(0, 1)[None]
 
-        embed_1ND, stream_1ND = (x_BRD.flatten(0, 1)[row_N][None] for x_BRD in (embed_BRD, stream_BRD))
-        out_1ND = drafter(embed_1ND, stream_1ND, (row_N % shape[1])[None], attend)
-        out_BRD = _scatter(out_1ND[0], row_N, shape)
+        embed_1PD, stream_1PD = (x_BRD.flatten(0, 1)[row_P][None] for x_BRD in (embed_BRD, stream_BRD))
+        out_1PD = drafter(embed_1PD, stream_1PD, (row_P % shape[1])[None], attend)
+        out_BRD = _scatter(out_1PD[0], row_N, shape)
         outputs.append(out_BRD)
         stream_BRD = torch.cat((feature_BRD[:, :1], out_BRD[:, :-1].detach()), dim=1)
     return outputs
 
 
-def _by_sequence(x_1HNE: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _by_sequence(x_1HPE: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """[B,H,R,E] from the rows side by side; 0 where there is none."""
-    return _scatter(x_1HNE[0].transpose(0, 1), row_N, shape).transpose(1, 2)
+    return _scatter(x_1HPE[0].transpose(0, 1), row_N, shape).transpose(1, 2)
 
 
-def _scatter(x_NX: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """[B,R,...] with x at the flat rows `row_N`, and 0 elsewhere."""
-    whole = x_NX.new_zeros(shape.numel(), *x_NX.shape[1:])
-    return whole.index_copy(0, row_N, x_NX).unflatten(0, shape)
+def _scatter(x_PX: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[B,R,...] with the first of x at the flat rows `row_N`, and 0 elsewhere."""
+    whole = x_PX.new_zeros(shape.numel(), *x_PX.shape[1:])
+    return whole.index_copy(0, row_N, x_PX[: len(row_N)]).unflatten(0, shape)
 
 
 def needed_rows(valid_BR: torch.Tensor, wanted_BR: torch.Tensor | None, steps: int) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from coral_core.training import losses
 from coral_core.training.alignment import Alignment
 from coral_core.training.objective import Objective, pack
-from coral_core.training.unroll import loss_rows, unroll
+from coral_core.training.unroll import Unroll, loss_rows, unroll
 from tests.training.helpers import tiny_batch, tiny_drafter, tiny_lent
 
 CORAL = Objective(topk_weight=1.0, topk=5, csra_weight=0.1, alignment=Alignment(include_target=True))
@@ -82,3 +82,34 @@ def test_pack_drawn():
     assert row_BA[0].tolist() == [1, 3]
     assert row_BA[2, 0].item() == 2
     assert present_BA.tolist() == [[T, T], [F, F], [T, F]]
+
+
+def test_bf16_products_on_a_cpu_have_few_shapes():
+    """oneDNN compiles a kernel for each new shape: dialogues of other lengths must not bring new ones, 5 ms each."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in func.name() and args[0].dtype == torch.bfloat16:
+                self.seen.add((func.name(), *(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))))
+            return func(*args, **(kwargs or {}))
+
+    lent, drafter = tiny_lent().to("cpu", torch.bfloat16), tiny_drafter()
+    seen, pairs = [], {}
+    for lengths in ([14, 9], [13, 7]):
+        batch = tiny_batch(lengths, answers=[(2, length) for length in lengths])
+        with Shapes() as shapes:
+            with torch.autocast("cpu", torch.bfloat16):
+                hiddens = Unroll(drafter, 3)(lent, batch)
+            loss, _ = Objective(topk_weight=1.0)(hiddens, batch, lent)
+            loss.backward()
+        seen.append(shapes.seen)
+        exact, _ = Objective(topk_weight=1.0)(Unroll(drafter, 3)(tiny_lent(), batch), batch, tiny_lent())
+        pairs[loss.item()] = exact.item()
+    assert seen[0] == seen[1] != set()
+    for mixed, exact in pairs.items():
+        assert mixed == pytest.approx(exact, rel=2e-2)

@@ -4,6 +4,9 @@ Axes: B batch, R row, D hidden, H head, G key/value head, E head dimension, K ca
 """
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 from coral_core.training import attention, unroll
 from tests.training.helpers import HIDDEN, tiny_batch, tiny_drafter, tiny_lent
 
+ROOT = Path(__file__).parents[2]
 BATCH = tiny_batch([14, 9, 12], answers=[(5, 14), (1, 9), (8, 11)], pad_to=17)
 
 
@@ -163,6 +167,37 @@ def test_memory_of_the_fast_attention_does_not_grow_with_the_square():
         largest[attend] = max(saved)
     assert largest[attention.attend_fast] <= 2 * rows * 8
     assert largest[attention.attend_eager] >= 2 * rows * rows
+
+
+LONG = """
+import pathlib, torch
+from coral_core.training.attention import attend_fast
+
+def status(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+def tensors(rows):
+    return [torch.randn(1, 2, rows, 16, requires_grad=True) for _ in range(7)]
+
+def step(query, *streams):
+    attend_fast(query, streams[:3], streams[3:]).square().sum().backward()
+
+torch.set_num_threads(1)
+step(*tensors(64))
+inputs = tensors(8192)
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+step(*inputs)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_of_forward_and_backward_at_8192_rows():
+    """One head's scores alone would be 256 MiB; the 7 inputs and as many gradients are 14 MiB."""
+    done = subprocess.run([sys.executable, "-c", LONG], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert int(done.stdout) < 64 << 20
 
 
 def test_streams_are_detached_but_their_keys_learn():
