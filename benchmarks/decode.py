@@ -11,7 +11,7 @@ machine's own floor. oracle: acceptance forced, the engine's own overhead apart 
 replace their own rows of results/decode.json; gpu writes results/decode-gpu.json, and skips aloud without CUDA, where
 `--part gpu --shape tiny` runs its code on the CPU and records nothing.
 
-[RECIPE.YAML] [section.key=value ...] choose target and tree, as in every command.
+[RECIPE.YAML] [section.key=value ...] choose target and tree, as in every command; the oracle's tree is fixed.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Form:
 
 def forms(recipe: Recipe, options: argparse.Namespace) -> Iterator[Form]:
     """One per --dtype."""
-    named = [text.partition("=")[::2] for text in options.drafter or [f"{recipe.name}={recipe.name}"]]
+    named = [text.partition("=")[::2] for text in options.drafter] if options.drafter else [(recipe.name, "")]
     for dtype in options.dtype:
         own = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, dtype=dtype))
         target = load_target(own.target)
@@ -66,7 +66,7 @@ def forms(recipe: Recipe, options: argparse.Namespace) -> Iterator[Form]:
 
 def _methods(recipe: Recipe, run: Path, name: str, folder: str, target: Target) -> Iterator[tuple[str, Method]]:
     """A drafter with each head; one without a grouped head of its own goes with the full one alone."""
-    for contender in contenders(recipe, run, [folder], HEADS):
+    for contender in contenders(recipe, run, [folder] if folder else [], HEADS):
         kind = contender.recipe.head.kind
         try:
             yield f"{name} {kind}", load_method(contender, target)
@@ -79,8 +79,7 @@ def _methods(recipe: Recipe, run: Path, name: str, folder: str, target: Target) 
 def race(found: list[Form], options: argparse.Namespace) -> Iterator[Row]:
     racers = []
     for form in found:
-        engines = {name: method.engine for name, method in form.methods.items()}
-        racers += list(decode_race.entries(form.target, engines, options.tokens, options.assistant_layers))
+        racers += list(decode_race.entries(form.target, form.methods, options.tokens, options.assistant_layers))
 
     def told(done: int) -> None:
         print(f"race: {done} of {len(found[0].prompts)} prompts", file=sys.stderr, flush=True)
@@ -100,7 +99,7 @@ def oracle(found: list[Form], options: argparse.Namespace) -> Iterator[Row]:
     for form in found:
         engine = next(iter(form.methods.values())).engine
         some = form.prompts[: max(1, len(form.prompts) // 4)]
-        yield from decode_oracle.measure(form.target, engine.drafter, engine.shape, some, options.tokens)
+        yield from decode_oracle.measure(form.target, engine.drafter, decode_oracle.TREE, some, options.tokens)
 
 
 def gpu(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.paired import ratio_ci95
+from coral_core.bench.methods import Method
 from coral_core.bench.race import Decode, Lane, run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
@@ -81,8 +82,8 @@ def first_layers(model: Any, layers: int) -> Any:
     return short
 
 
-def entries(target: Target, engines: dict[str, Engine], tokens: int, assistant_layers: int) -> Iterator[Entry]:
-    """All lanes on one form of the target; `engines` by "drafter head"."""
+def entries(target: Target, methods: dict[str, Method], tokens: int, assistant_layers: int) -> Iterator[Entry]:
+    """All lanes on one form of the target; `methods` by "drafter head"."""
     dtype = str(target.dtype).removeprefix("torch.")
 
     def lane(name: str, kind: str, decode: Callable[[list[int]], Lane], **facts: Any) -> Entry:
@@ -98,13 +99,12 @@ def entries(target: Target, engines: dict[str, Engine], tokens: int, assistant_l
         short = first_layers(target.model, assistant_layers)
         what = f"the target's first {assistant_layers} layers, untrained as a model"
         yield lane("assisted", "transformers", generate(assistant_model=short), draft_model=what)
-    for name, engine in engines.items():
+    for name, method in methods.items():
 
-        def decode(prompt: list[int], engine: Engine = engine) -> Lane:
+        def decode(prompt: list[int], engine: Engine = method.engine) -> Lane:
             return run_lane(engine.decode(prompt, Sampler(), tokens))
 
-        drafter, head = name.rsplit(" ", 1)
-        yield lane(name, "coral", decode, drafter=drafter, head=head, tree=dataclasses.asdict(engine.shape))
+        yield lane(name, "coral", decode, **{key: value for key, value in method.facts.items() if key != "method"})
 
 
 def race(racers: Sequence[Entry], prompts: Sequence[list[int]], told: Callable[[int], None]) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ import argparse
 import dataclasses
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import decode, decode_cost, decode_gpu, decode_oracle, decode_race
 from benchmarks.decode_steps import Machine, Parts, level_work, target_work
+from coral_core.bench.methods import Method
 from coral_core.bench.race import Lane
 from coral_core.decoding.drafting import TreeShape
 from coral_core.head.full import FullHead
@@ -27,7 +29,8 @@ def prompts(count: int) -> list[list[int]]:
 
 def test_every_lane_says_what_plain_says() -> None:
     target = tiny_target("llama")
-    racers = list(decode_race.entries(target, {"coral full": tiny_engine(target)}, 24, 1))
+    method = Method("coral full", tiny_engine(target), Path(), {"method": "run full", "tree": {"depth": 4}})
+    racers = list(decode_race.entries(target, {"coral full": method}, 24, 1))
     assert [racer.facts["method"] for racer in racers] == [
         "plain",
         "generate",
