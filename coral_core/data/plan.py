@@ -27,7 +27,7 @@ from coral_core.target.template import Encoded, encode, keeps_turns, prompt_ids,
 
 PROMPTS = "prompts.jsonl"
 PLAN = "plan.json"
-SPARE = 4
+SPARE = 2
 """Dialogues drawn from a file for each one wanted: some turn out too long."""
 TURN_TOKENS = 32
 """What a template puts around a user's words, at most, where it is only estimated."""
