@@ -1,5 +1,6 @@
 """Which targets are taken, which are refused and how, and what is known of them."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,12 @@ def test_the_fingerprint_tells_a_fine_tuned_copy_and_not_a_dtype() -> None:
     with torch.no_grad():
         again.model.model.layers[1].mlp.down_proj.weight[0, 3] += 0.5
     assert wrap(again.model, None).fingerprint != target.fingerprint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_with_a_cache_gives_no_warning(family: str) -> None:
+    """transformers renames arguments model by model, and would tell every user of coral so."""
+    target = tiny_target(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.forward(torch.tensor([[3, 4, 5]]), cache=transformers.DynamicCache())
