@@ -88,7 +88,7 @@ def large(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str,
 def recipe_of(options: argparse.Namespace, name: str, folder: Path, *keys: str) -> Recipe:
     """A recipe for one target of the benchmark; float32 on the CPU unless there is a GPU."""
     tree = ["decode.draft_depth=6", "decode.draft_nodes=16", "decode.draft_topk=4", "decode.draft_confidence=0.03"]
-    head = ["head.groups=64", "head.active=8", "head.router_steps=400", "head.router_learning_rate=3e-3"]
+    head = ["head.groups=128", "head.active=16", "head.router_steps=400", "head.router_learning_rate=3e-3"]
     data = ["data.holdout=48", "data.max_new_tokens=64", "data.max_length=256", "data.batch_size=32"]
     limit = f"decode.max_new_tokens={options.tokens}"
     return load_recipe(None, [f"name={name}", f"target.model={folder}", *tree, *head, *data, limit, *keys])

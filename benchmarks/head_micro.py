@@ -4,12 +4,14 @@ Weights are random, so that any machine can run it; which groups the random rout
 are scattered. Axes: N row, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
+from coral_core.head.candidates import Head
 from coral_core.head.clustering import by_id
 from coral_core.head.cost import time_calls
 from coral_core.head.full import FullHead
@@ -19,10 +21,10 @@ from coral_core.head.static import StaticHead
 from coral_core.lent import Lent
 
 SHAPES = {"llama-2-7b": (32000, 4096), "llama-3-8b": (128256, 4096), "qwen2.5-7b": (152064, 3584)}
-GROUPS = 64
+GROUPS = 128
 SHARES = (4, 8, 16)
 ROWS = (1, 10)
-BANDWIDTH_BYTES = 1 << 29
+READ_BYTES = 1 << 28
 
 
 def measure(devices: list[str], shapes: list[str]) -> Iterator[dict[str, Any]]:
@@ -34,48 +36,52 @@ def measure(devices: list[str], shapes: list[str]) -> Iterator[dict[str, Any]]:
                     yield {"part": "micro", "device": device.type, "dtype": str(dtype)[6:], "shape": name, **row}
 
 
-def bandwidth(device: torch.device) -> float:
-    """Bytes per second of the fastest reading of a large buffer that PyTorch offers here: its largest element."""
-    buffer_E = torch.zeros(BANDWIDTH_BYTES // 4, device=device)
-    (seconds,) = time_calls([buffer_E.amax], device, repeats=7)
-    return BANDWIDTH_BYTES / seconds
-
-
 @torch.no_grad()
 def _shape(device: torch.device, dtype: torch.dtype, vocabulary: int, hidden: int) -> Iterator[dict[str, Any]]:
+    """All heads in turns, with two ways to read memory: neighbours on the machine slow all of them alike."""
     torch.manual_seed(0)
     some_RD = torch.randn(997, hidden, device=device, dtype=dtype) / hidden**0.5
     head_VD = some_RD.repeat(-(-vocabulary // 997), 1)[:vocabulary].contiguous()
     lent = Lent(head_VD, head_VD)
-    per_s = bandwidth(device)
-    # Two forms of the full head: as coral decodes with it, and packed as the grouped head's blocks are. The faster one
-    # is what the others are compared with. They are measured first, so that their copies can be let go.
-    full: dict[int, float] = {}
-    for form, head in (("full", FullHead(lent)), ("full, packed", StaticHead(lent, torch.arange(vocabulary)))):
-        for rows, seconds in _times(head, hidden, device, dtype):
-            full[rows] = min(seconds, full.get(rows, seconds))
-            floor_s = head_VD.nbytes / per_s
-            yield _row(form, 1, rows, seconds, floor_s, None) | {"bandwidth_bytes_per_s": per_s}
-    lent.__dict__.pop("_packed_VD", None)
-    groups = by_id(vocabulary, GROUPS)
-    for inner in (False, True):
-        router = Router(hidden, GROUPS, inner=inner)
-        grouped = GroupedHead(lent, groups, router, 1)
-        router_bytes = sum(weight.nbytes for weight in grouped.router.parameters())
-        for share in SHARES:
-            grouped.active = GROUPS // share
-            read_bytes = groups.start_G[grouped.active] * hidden * head_VD.element_size() + router_bytes
-            for rows, seconds in _times(grouped, hidden, device, dtype):
-                name = "grouped, the paper's router" if inner else "grouped"
-                yield _row(name, share, rows, seconds, read_bytes / per_s, full[rows])
-        del grouped
-
-
-def _times(head: Any, hidden: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, float]]:
+    whole: dict[str, Head] = {"full": FullHead(lent)}
+    if head_VD.device.type == "cpu" and dtype == torch.bfloat16:
+        # float32 is packed by the full head itself; the faster form is what the others are compared with.
+        whole["full, packed"] = StaticHead(lent, torch.arange(vocabulary))
+    parts = dict(_grouped(lent))
+    reads = _reads(device)
     for rows in ROWS:
         hidden_ND = torch.randn(rows, hidden, device=device, dtype=dtype)
-        (seconds,) = time_calls([partial(_step, head, hidden_ND)], device, repeats=9)
-        yield rows, seconds
+        calls = [partial(_step, head, hidden_ND) for head in (*whole.values(), *parts.values())]
+        seconds = time_calls([*reads, *calls], device, repeats=9)
+        per_s = READ_BYTES / min(seconds[: len(reads)])
+        full_s, part_s = seconds[len(reads) :][: len(whole)], seconds[len(reads) + len(whole) :]
+        for name, spent_s in zip(whole, full_s, strict=True):
+            yield _row(name, 1, rows, spent_s, head_VD.nbytes / per_s, None) | {"bandwidth_bytes_per_s": per_s}
+        for (inner, share), head, spent_s in zip(parts, parts.values(), part_s, strict=True):
+            router_bytes = sum(weight.nbytes for weight in head.router.parameters())
+            read_bytes = head.start_G[head.active] * hidden * head_VD.element_size() + router_bytes
+            name = "grouped, the paper's router" if inner else "grouped"
+            yield _row(name, share, rows, spent_s, read_bytes / per_s, min(full_s))
+
+
+def _grouped(lent: Lent) -> Iterator[tuple[tuple[bool, int], GroupedHead]]:
+    """By the router's form and the share of rows; one copy of the rows serves all."""
+    vocabulary, hidden = lent.head_VD.shape
+    first = GroupedHead(lent, by_id(vocabulary, GROUPS), Router(hidden, GROUPS), 1)
+    for inner in (False, True):
+        router = Router(hidden, GROUPS, inner=inner).to(lent.head_VD.device, lent.head_VD.dtype)
+        for share in SHARES:
+            head = copy.copy(first)
+            head.router, head.active = router, GROUPS // share
+            yield (inner, share), head
+
+
+def _reads(device: torch.device) -> list[Callable[[], object]]:
+    """Readings of READ_BYTES from memory, of which the faster one says what a byte costs: the largest element of a
+    buffer, and a matrix times one vector."""
+    buffer_RD = torch.zeros(READ_BYTES // 4 // 4096, 4096, device=device)
+    vector_D = torch.zeros(4096, device=device)
+    return [buffer_RD.amax, partial(torch.mv, buffer_RD, vector_D)]
 
 
 def _step(head: Any, hidden_ND: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ from coral_core.training.router import Rows, Source, answer_counts, drafted, gat
 
 SECTIONS = ("seed", "head")
 """What of a recipe decides the head, besides drafter and data."""
-GROUPS = (32, 64, 128)
+GROUPS = (64, 128, 256)
 """Numbers of groups that are tried where the recipe leaves it open."""
 SHARES = (4, 8, 16, 32)
 """One group in so many is active, where the recipe leaves it open."""

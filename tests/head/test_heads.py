@@ -156,7 +156,7 @@ def test_tied_untied_and_biased_heads_are_read_alike(tied: bool, biased: bool) -
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("rows", [1, 3, 4, 10])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 10])
 def test_packed_blocks_multiply_as_plain_ones(dtype: torch.dtype, atol: float, rows: int) -> None:
     """Blocks of 2,100 and 2,000 rows are large enough to be packed, where the processor can."""
     generator = torch.Generator().manual_seed(0)
