@@ -37,6 +37,7 @@ from coral_core.recipe.schema import Recipe
 from coral_core.target.load import Target, load_target
 
 HEADS = ("full", "grouped")
+DTYPES = ("float32", "bfloat16")
 Row = dict[str, Any]
 
 
@@ -53,7 +54,7 @@ class Form:
 def forms(recipe: Recipe, options: argparse.Namespace) -> Iterator[Form]:
     """One per --dtype."""
     named = [text.partition("=")[::2] for text in options.drafter] if options.drafter else [(recipe.name, "")]
-    for dtype in options.dtype:
+    for dtype in options.dtype or DTYPES:
         own = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, dtype=dtype))
         target = load_target(own.target)
         methods: dict[str, Method] = {}
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=[*PARTS, "gpu"], help="all by default")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--drafter", action="append", metavar="NAME=RUN", help="the recipe's own run by default")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="both by default")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts; a quarter of them for the oracle")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer, at most")
     parser.add_argument("--assistant-layers", type=int, default=4, help="of the target, as a draft model; 0: none")

@@ -5,6 +5,7 @@ wrong one. The drafter's layer runs as always and its output is not looked at; t
 Axes: N row, D hidden, C candidate token.
 """
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -71,7 +72,8 @@ def forced(
 def measure(
     target: Target, drafter: Drafter, shape: TreeShape, prompts: list[list[int]], tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """A row per probability; plain decoding takes its turn at every prompt."""
+    """A row per probability; plain decoding takes its turn at every prompt. Answers do not stop before `tokens`."""
+    target = dataclasses.replace(target, stop_ids=frozenset())
     lanes: dict[float, list[Lane]] = {right: [] for right in RIGHT}
     plains: list[Lane] = []
     for number, prompt in enumerate((prompts[0], *prompts)):

@@ -8,7 +8,7 @@ from tests.tiny import tiny_drafter, tiny_target
 
 
 def test_a_rounded_drafter_turns_heads_by_the_same_angles() -> None:
-    """`Drafter.to(bfloat16)` once rounded the frequencies too: at position 500 a head was turned a radian too far."""
+    """`Drafter.to(bfloat16)` once rounded the frequencies too: for pico 0.2 radian too far at position 500."""
     exact = tiny_drafter(tiny_target("llama"))
     rounded = copy.deepcopy(exact).to(torch.bfloat16)
     assert rounded.fc.weight.dtype == torch.bfloat16
