@@ -27,13 +27,14 @@ from coral_core.target.template import prompt_ids
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]
 """What a user says, a dialogue as `messages`, or token ids that are taken as they are."""
 TREE = TreeShape(depth=5, nodes=16, topk=4)
+HEAD = "coral group-head"
 
 
 class Generator:
     """Answers that equal the target's own, token for token, only sooner."""
 
     def __init__(self, target: Target, drafter: Drafter, tree: TreeShape = TREE) -> None:
-        """With the grouped head where the drafter's folder has one, else with the full head.
+        """With the grouped head in or beside the drafter's folder, where there is one, else with the full head.
 
         Raises ArtifactError when drafter or head were made for another target.
         """
@@ -93,14 +94,11 @@ def _refuse_stranger(target: Target, drafter: Drafter) -> None:
 def _head(target: Target, drafter: Drafter) -> Head:
     if drafter.folder is None or drafter.manifest is None:
         return FullHead(target.lent)
-    folder = drafter.folder / "head"
+    folder, name = drafter.folder / "head", drafter.manifest.fingerprint
     if not (folder / MANIFEST).exists():
-        return FullHead(target.lent)
-    made_by = Manifest.read(folder, "head", "coral group-head").recipe["head"]
-    return load_head(
-        folder,
-        HeadSpec(**made_by),
-        target.lent,
-        target_fingerprint=target.fingerprint,
-        drafter_fingerprint=drafter.manifest.fingerprint,
-    )
+        folder = drafter.folder.parent / "head"  # where a run has it; it may be an older drafter's
+        if not (folder / MANIFEST).exists() or Manifest.read(folder, "head", HEAD).inputs.get("drafter") != name:
+            return FullHead(target.lent)
+    made_by = HeadSpec(**Manifest.read(folder, "head", HEAD).recipe["head"])
+    fits = {"target_fingerprint": target.fingerprint, "drafter_fingerprint": name}
+    return load_head(folder, made_by, target.lent, **fits)

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,12 +44,25 @@ def test_ten_lines_stream_what_plain_decoding_says():
     assert "".join(pieces) == target.tokenizer.decode(expected, skip_special_tokens=True)
 
 
+@pytest.mark.skipif(not (PICO / "drafter").exists(), reason="coral ships no drafter in this checkout")
+def test_the_ten_lines_of_the_readme_run_as_they_stand(capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = next(part.split("```")[0] for part in text.split("```python")[1:] if "from coral_core import" in part)
+    assert len(code.strip().splitlines()) <= 10
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 3
+
+
 def test_the_head_comes_along_with_the_folder_that_has_one(tmp_path):
     target = dataclasses.replace(tiny_target("llama"), stop_ids=frozenset())
     source = publish(tmp_path, target, random_drafter(target), head=True)
     whole = Generator(target, Drafter.from_pretrained(export_hf(source, tmp_path)))
+    in_run = Generator(target, Drafter.from_pretrained(tmp_path / "drafter"))
+    for made in (whole, in_run):
+        assert isinstance(made.engine.head, GroupedHead) and made.engine.head.active == 2
+    manifest = tmp_path / "head" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("e" * 16, "0" * 16))  # an older drafter's
     alone = Generator(target, Drafter.from_pretrained(tmp_path / "drafter"))
-    assert isinstance(whole.engine.head, GroupedHead) and whole.engine.head.active == 2
     assert isinstance(alone.engine.head, FullHead)
     answers = [[t for r in made.rounds([1, 5, 9], max_new_tokens=15) for t in r.new_ids] for made in (whole, alone)]
     assert answers[0] == answers[1] == [t for r in plain(target, [1, 5, 9], Sampler(), 15) for t in r.new_ids]
