@@ -45,7 +45,7 @@ def hub_target(recipe: Recipe) -> str:
 
 def card_text(facts: CardFacts) -> str:
     """README.md of the repository."""
-    licence = facts.licence or "Not said yet."
+    licence = f"{facts.licence or 'Not said yet'}."
     sections = [
         _front(facts),
         _opening(facts),
@@ -122,7 +122,7 @@ def _speedup(numbers: dict[str, Any]) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    target = hub_target(facts.recipe) or "TARGET"
+    target = hub_target(facts.recipe) or ("pico" if facts.recipe.target.model == "pico" else "TARGET")
     code = (
         "```python\nfrom coral_core import Drafter, Generator, Target\n\n"
         f'target = Target.from_pretrained("{target}")\n'

@@ -1,8 +1,8 @@
 """What each engine's loader accepts of a drafter: read in vLLM 0.33.0, SGLang 0.5.23 and EAGLE's cnets1.py.
 
 Tensor names and shapes, config keys, the RoPE variants that it computes as the drafter was trained with them, and the
-targets that its classes can lend an embedding and a head from. vLLM's and SGLang's own loaders are run on the folders in
-tests/export/test_engines.py.
+targets that its classes can lend an embedding and a head from. vLLM's and SGLang's own loaders
+are run on the folders by tests/export/test_engines.py.
 Axes: V vocabulary, D hidden.
 """
 

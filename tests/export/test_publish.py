@@ -75,6 +75,7 @@ def test_the_card_says_what_was_made_measured_and_how_it_is_served(run):
         "10 dialogues, 200 answer tokens",
         "8 groups, 2 active; recall of the target's argmax 90.0%",
         "coral group-head recipe.yaml",
+        "apache-2.0. The target has a licence of its own",
         'Drafter.from_pretrained("me/drafter")',
         '"num_speculative_tokens": 5',
         "--speculative-num-steps 5 --speculative-eagle-topk 4 --speculative-num-draft-tokens 17 "
