@@ -95,6 +95,8 @@ def _status(session: Session) -> str:
         parts.append(f"tau {tau:.2f}")
     if speedup := session.speedup():
         parts.append(f"drafting is {speedup[0]:.2f}x plain decoding ({speedup[1]})")
+    if answer.drafted and (plain := answer.tally.plain_rounds):
+        parts.append(f"{plain} of {len(answer.tally.accepted)} rounds were plain steps: drafting did not pay")
     ended = {
         "stopped": "stopped",
         "limit": f"cut at decode.max_new_tokens={session.max_new_tokens}",

@@ -119,6 +119,8 @@ def _told(name: str, tally: Tally) -> str:
         shares = [sum(n >= depth for n in tally.accepted) / rounds for depth in range(1, deepest + 1)]
         if shares:
             parts.append("accepted by depth " + " ".join(f"{share:.0%}" for share in shares))
+        if tally.plain_rounds:
+            parts.append(f"{tally.plain_rounds} of {rounds} rounds were plain steps: drafting did not pay")
     return ", ".join(parts)
 
 

@@ -48,6 +48,8 @@ class Tally:
     elapsed_s: float = 0.0
     accepted: list[int] = dataclasses.field(default_factory=list)
     """Accepted drafts of each round; 0 where nothing was drafted, because it would not have paid."""
+    plain_rounds: int = 0
+    """How many those were."""
 
     def count(self, event: Round, elapsed_s: float) -> None:
         """Add a round; a prefill is none."""
@@ -55,6 +57,7 @@ class Tally:
             self.tokens += len(event.new_ids)
             self.elapsed_s += elapsed_s
             self.accepted.append(event.accepted_drafts)
+            self.plain_rounds += event.kind == "plain"
 
     def add(self, other: Tally) -> None:
         """Add an answer's tally."""
@@ -62,6 +65,7 @@ class Tally:
         self.tokens += other.tokens
         self.elapsed_s += other.elapsed_s
         self.accepted += other.accepted
+        self.plain_rounds += other.plain_rounds
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -3,7 +3,9 @@
     RUN/tree.json    {fingerprint: {"of": what was measured, and where, "costs": …}, …}
 
 What is timed is the engine's own code, behind some context, part after part in turn, so that a machine that slows down
-slows all of them. Axes: T position, D hidden, M tree row, N candidate.
+slows all of them. On a CPU the clock is the thread's own processor time, which stands still while another process has
+the core. Threads that wait for each other still burn it: costs that were measured on a busy machine are measured again
+once a plain step takes a third of what it took then. Axes: T position, D hidden, M tree row, N candidate.
 """
 
 import dataclasses
@@ -30,10 +32,12 @@ from coral_core.decoding.rounds import Clock, prefill
 from coral_core.decoding.sampling import Sampler
 
 FILE = "tree.json"
-FORM = 1
+FORM = 2
 """Of what is measured; another one is measured anew."""
 KEPT = 16
 """Measurements that a run's file holds, at most; the oldest go first."""
+BUSY = 3.0
+"""How much slower a plain step was when the costs were measured, for them to be measured again."""
 CONTEXT = 128
 """Committed rows behind which everything is timed."""
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -44,7 +48,7 @@ LEVELS = 4
 """Levels that are timed together."""
 FED = 3
 """Rows that a round feeds the drafter."""
-REPEATS, BUDGET_S = (5, 25), 4.0
+REPEATS, BUDGET_S = (4, 25), 4.0
 """Each part is timed this often at least and at most, and no more once so many seconds have gone."""
 
 
@@ -57,7 +61,9 @@ def tuned(engine: Engine, run: Path, of: Mapping[str, Any]) -> Engine:
     known = {**of, **_here(engine), "form": FORM}
     name, kept = fingerprint(known), _read(run / FILE)
     with suppress(KeyError, TypeError, ValueError):
-        return dataclasses.replace(engine, costs=Costs.from_json(kept[name]["costs"]))
+        costs = Costs.from_json(kept[name]["costs"])
+        if costs.step_s < BUSY * step_s(engine):
+            return dataclasses.replace(engine, costs=costs)
     costs = measure_costs(engine)
     kept.pop(name, None)
     kept[name] = {"of": known, "costs": costs.to_json()}
@@ -101,7 +107,7 @@ def device_name(device: torch.device) -> str:
 @torch.no_grad()
 def measure_costs(engine: Engine) -> Costs:
     """Time every part; medians. Takes seconds."""
-    parts = dict(_Bench(engine).parts())
+    parts = dict(_Bench(engine, CONTEXT).parts())
     spent: dict[tuple[str, int], list[float]] = {part: [] for part in parts}
     _turn(parts, spent, engine.target.device)  # what is made at the first call is no cost of a round
     for seconds in spent.values():
@@ -114,22 +120,33 @@ def measure_costs(engine: Engine) -> Costs:
     return _costs({part: statistics.median(seconds) for part, seconds in spent.items()})
 
 
+@torch.no_grad()
+def step_s(engine: Engine) -> float:
+    """Seconds of a plain step at its quickest, behind next to no context."""
+    name, step = next(_Bench(engine, 8).parts())
+    spent: dict[tuple[str, int], list[float]] = {name: []}
+    for _ in range(REPEATS[0]):
+        _turn({name: step}, spent, engine.target.device)
+    return min(spent[name])
+
+
 def _turn(
     parts: Mapping[tuple[str, int], Callable[[], None]],
     spent: Mapping[tuple[str, int], list[float]],
     device: torch.device,
 ) -> None:
     for part, run in parts.items():
-        _wait(device)
-        begun = time.perf_counter()
+        begun = _now(device)
         run()
-        _wait(device)
-        spent[part].append(time.perf_counter() - begun)
+        spent[part].append(_now(device) - begun)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _now(device: torch.device) -> float:
+    """Seconds, of the device or of this thread."""
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def _costs(median: Mapping[tuple[str, int], float]) -> Costs:
@@ -170,9 +187,9 @@ class _Forced:
 class _Bench:
     """Caches that hold some context, to which every part leaves them again."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, context: int) -> None:
         self.engine, target = engine, engine.target
-        self.context = min(CONTEXT, target.max_positions // 2)
+        self.context = min(context, target.max_positions // 2)
         vocab, self.device = target.lent.embed_VD.shape[0], target.device
         self.ids_T = torch.arange(1, self.context + ROWS[-1] + 1, device=self.device) * 7919 % vocab
         self.cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, self.context + ROWS[-1])

@@ -8,9 +8,14 @@ import pytest
 
 from coral_cli.talk.commands import run
 from coral_cli.talk.session import Session
+from coral_core.decoding.costs import Costs
+from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.sampling import Sampler
 from coral_core.errors import CoralError
 from tests.cli.test_chat_session import counting, session, told
 from tests.data.helpers import make_target
+from tests.tiny import PlainHead, tiny_drafter
 
 NO_SYSTEM = "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
 NO_SYSTEM += "{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -94,6 +99,17 @@ def test_stats_tell_both_ways_of_decoding_and_the_speedup(talk: Session) -> None
     assert re.search(r"plain: 1 answer, 13 tokens after the first, [\d.]+ tokens/s", stats)
     assert re.search(r"speedup: [\d.]+x plain decoding, against 13 plain tokens of this session", stats)
     assert f"dialogue: 2 turns, {talk.length} of 600 tokens" in stats
+
+
+def test_stats_say_how_many_rounds_drafted_nothing() -> None:
+    target = counting()
+    dear = Costs(step_s=1, verify={1: 1.0, 2: 2.0}, level={1: 1.0}, base=1.0)
+    engine = Engine(target, tiny_drafter(target), PlainHead(target), TreeShape(depth=3, nodes=6, topk=2), dear)
+    talk = Session(target, Sampler(), 14, lambda: engine, drafted=True)
+    told(talk.answer("Hello!"))
+    plain_rounds, rounds = talk.drafted.plain_rounds, len(talk.drafted.accepted)
+    assert 0 < plain_rounds < rounds
+    assert f"{plain_rounds} of {rounds} rounds were plain steps: drafting did not pay" in run(talk, "/stats")
 
 
 def test_save_writes_the_messages_once(talk: Session, tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ import torch
 
 from coral_core.decoding import measure, tree
 from coral_core.decoding.batch.engine import BatchEngine
+from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.costs import Costs, rising
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import fixed, measure_costs, tuned
 from coral_core.decoding.memory import Memory
 from coral_core.decoding.paying import LONGEST_REST, Paying, best_prefix
 from coral_core.decoding.plain import plain
-from coral_core.decoding.rounds import Round
+from coral_core.decoding.rounds import Round, prefill
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.verify import judge
 from coral_core.head.candidates import Candidates
@@ -144,19 +145,29 @@ def test_no_answer_costs_much_more_than_plain_steps(right: float, paid: Costs, e
         assert spent / tokens < 1.0
 
 
+def test_trees_shrink_as_a_drafter_turns_out_to_be_too_sure(endless: Target) -> None:
+    """The oracle gives its tokens 0.8 and is never right. Rows cost next to nothing; what is left is the one trial."""
+    engine = Spying(endless, tiny_drafter(endless), OracleHead([], right=0.0), BOUNDS, FREE_DRAFTER)
+    list(engine.decode(some_prompt(8, 4), Sampler(), 150))
+    assert engine.nodes[0] >= 4
+    assert engine.nodes[-1] == 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Spying(Engine):
-    """Notes what drafted rounds cost by its own table."""
+    """Notes what drafted rounds cost by its own table, and how many nodes they verified."""
 
     spent: list[float] = dataclasses.field(default_factory=lambda: [0.0])
+    nodes: list[int] = dataclasses.field(default_factory=list)
 
     def plan(self) -> Paying:
-        plan, spent = super().plan(), self.spent
+        plan, spent, nodes = super().plan(), self.spent, self.nodes
         assert isinstance(plan, Paying)
         learn = plan.learn
 
         def noting(draft: tree.Draft, verdict: object) -> None:
             spent[0] += plan.drafting + plan.verify[draft.token_M.numel() - 1]
+            nodes.append(draft.token_M.numel() - 1)
             learn(draft, verdict)  # type: ignore[arg-type]
 
         plan.learn = noting  # type: ignore[method-assign]
@@ -183,6 +194,25 @@ def test_a_dialogue_goes_on_behind_plain_steps(endless: Target) -> None:
         rounds = [head.follow(event) for event in engine.decode(said, Sampler(), 25, memory)]
         assert ids_of(rounds) == expected
         said = [*said, *expected, 5, 6]
+
+
+def test_the_drafter_is_fed_what_plain_steps_left_out(endless: Target) -> None:
+    """Behind any drafted round its cache holds what reading the whole answer at once would have left."""
+    prompt, memory, drafter = some_prompt(6, 7), Memory(endless), tiny_drafter(endless)
+    engine = Engine(endless, drafter, OracleHead([], right=0.0), BOUNDS, DEAR)
+    kinds = []
+    for event in engine.decode(prompt, Sampler(), 60, memory):
+        kinds.append(event.kind)
+        if event.kind == "draft" and "plain" in kinds and len(kinds) > 30:
+            break
+    assert kinds[-2:] == ["plain", "draft"]
+    length, ids_T = memory.slots.length, torch.tensor(memory.ids)
+    assert length == len(memory.ids) - 2, "the last token of the round waits, with the feature before it"
+    slots, cache = Slots(length), SlotCache(2, length + 1)
+    feature_TD = prefill(endless, ids_T[:length], cache)
+    Drafting(drafter, endless.lent, engine.head, BOUNDS, slots).feed(ids_T[1 : length + 1], feature_TD)
+    assert slots.keys is not None and memory.slots.keys is not None
+    torch.testing.assert_close(memory.slots.keys[:, :, :length], slots.keys, rtol=0, atol=1e-5)
 
 
 # ---- the choice itself
@@ -313,6 +343,7 @@ def test_costs_are_kept_in_the_run_and_measured_again_for_what_differs(
         return dataclasses.replace(PLAIN_CPU, base=0.1 + len(calls))
 
     monkeypatch.setattr(measure, "measure_costs", measured)
+    monkeypatch.setattr(measure, "step_s", lambda engine: PLAIN_CPU.step_s)
     engine, of = tiny_engine(tiny_target()), {"target": "t", "drafter": "d", "head": "h"}
     first = tuned(engine, tmp_path, of)
     assert tuned(engine, tmp_path, of).costs == first.costs and calls == [0]
@@ -324,12 +355,33 @@ def test_costs_are_kept_in_the_run_and_measured_again_for_what_differs(
     assert len(calls) == 5, "another number of threads"
     monkeypatch.undo()
     monkeypatch.setattr(measure, "measure_costs", measured)
+    monkeypatch.setattr(measure, "step_s", lambda engine: PLAIN_CPU.step_s)
     assert tuned(engine, tmp_path, of).costs == first.costs, "the others did not push it out"
     for damage in ("{", "[]", json.dumps({name: {"costs": {}} for name in json.loads(read(tmp_path))})):
         (tmp_path / measure.FILE).write_text(damage)
         count = len(calls)
         assert tuned(engine, tmp_path, of).costs is not None and len(calls) == count + 1
         assert tuned(engine, tmp_path, of).costs is not None and len(calls) == count + 1, "mended"
+
+
+def test_costs_of_a_busy_hour_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a fifth of what it took then; the other way round, it is this hour that is busy."""
+    engine = tiny_engine(tiny_target())
+    now_s = measure.step_s(engine)
+    assert 0 < now_s < 1
+    for slower, times in ((5, 2), (0.2, 1)):
+        calls = []
+
+        def measured(engine: Engine, slower: float = slower, calls: list[int] = calls) -> Costs:
+            calls.append(1)
+            return dataclasses.replace(PLAIN_CPU, step_s=slower * 0.01)
+
+        monkeypatch.setattr(measure, "measure_costs", measured)
+        monkeypatch.setattr(measure, "step_s", lambda engine: 0.01)
+        of = {"target": str(slower)}
+        tuned(engine, tmp_path, of)
+        tuned(engine, tmp_path, of)
+        assert len(calls) == times
 
 
 def read(run: Path) -> str:
