@@ -79,7 +79,7 @@ def large(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str,
     store = prepare(Job(recipe, target, run / "data"), progress)
     train_drafter(recipe, run, progress)
     drafter = Drafter.load(run / "drafter").float()
-    other = head_target.prompts(options.corpora, head_target.UNSEEN, 0, 10 * options.prompts)
+    other = head_target.prompts(options.corpora, head_target.UNSEEN, 0, 2 * options.tau_prompts)
     unseen = [prompt_ids(target.tokenizer, messages) for messages in other]
     yield {"part": "large", "method": "target", **facts, "samples": len(store), "drafter_steps": options.steps}
     yield from compare("large", Parts(recipe, target, store, drafter, unseen), options, progress)
@@ -87,7 +87,13 @@ def large(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str,
 
 def recipe_of(options: argparse.Namespace, name: str, folder: Path, *keys: str) -> Recipe:
     """A recipe for one target of the benchmark; float32 on the CPU unless there is a GPU."""
-    tree = ["decode.draft_depth=6", "decode.draft_nodes=16", "decode.draft_topk=4", "decode.draft_confidence=0.03"]
+    tree = [
+        "decode.tree=fixed",
+        "decode.draft_depth=6",
+        "decode.draft_nodes=16",
+        "decode.draft_topk=4",
+        "decode.draft_confidence=0.03",
+    ]
     head = ["head.groups=128", "head.active=16", "head.router_steps=400", "head.router_learning_rate=3e-3"]
     data = ["data.holdout=48", "data.max_new_tokens=64", "data.max_length=256", "data.batch_size=32"]
     limit = f"decode.max_new_tokens={options.tokens}"
@@ -112,11 +118,13 @@ def compare(part: str, parts: Parts, options: argparse.Namespace, progress: Prog
     racers = list(head_race.entries(trial, target.lent))
     room = target.max_positions - options.tokens
     for domain, prompts in (("seen", store.holdout_prompts), ("unseen", parts.unseen)):
-        some = [prompt for prompt in prompts if len(prompt) < min(room, 400)][: options.prompts]
+        many = [prompt for prompt in prompts if len(prompt) < min(room, 400)][: options.tau_prompts]
+        some = many[: options.prompts]
         probe = Probe(recipe, target, some, progress)
         said = head_race.predictions(probe, trial, racers) if domain == "seen" else {}
-        for row in head_race.race(probe, trial, racers, some):
-            row |= {"part": part, "domain": domain, "predicted": said.get((row["method"], row["share"]))}
+        counted = head_race.taus(probe, trial, racers, many)
+        for row, own in zip(head_race.race(probe, trial, racers, some), counted, strict=True):
+            row |= own | {"part": part, "domain": domain, "predicted": said.get((row["method"], row["share"]))}
             print(json.dumps(row), flush=True)
             yield row
 
@@ -145,8 +153,11 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
             found[f"tau_kept_{name}_unseen{suffix}"] = best[routed]["unseen"]
             found[f"end_to_end_gain_{name}{suffix}"] = best[routed]["gain"]
             found[f"best_{name}{suffix}"] = routed
+        # Tokens per round from many prompts, seconds per round from those that were timed.
         errors = [
-            abs(row["predicted"][key] / row[key] - 1) for row in raced if row["predicted"] for key in ("tokens_per_s",)
+            abs(row["predicted"]["speedup"] * row["round_of_full"] / row["tau_kept"] - 1)
+            for row in raced
+            if row["predicted"]
         ]
         if errors:
             found[f"prediction_error_worst{suffix}"] = max(errors)
@@ -179,7 +190,8 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=list(PARTS))
     parser.add_argument("--work", type=Path, help="where the large target is kept; by default a temporary folder")
     parser.add_argument("--shape", action="append", choices=list(head_micro.SHAPES), help="of micro; all by default")
-    parser.add_argument("--prompts", type=int, default=10, help="of each kind")
+    parser.add_argument("--prompts", type=int, default=10, help="of each kind, to time rounds on")
+    parser.add_argument("--tau-prompts", type=int, default=48, help="of each kind, to count rounds on")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
     parser.add_argument("--samples", type=int, default=800, help="dialogues to learn from")
     parser.add_argument("--steps", type=int, default=400, help="of the large target's drafter")

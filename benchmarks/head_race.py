@@ -1,10 +1,18 @@
-"""Every head on one target and drafter: tokens per round, and tokens per second, on the same prompts in turns."""
+"""Every head on one target and drafter: tokens per round by replay, and tokens per second by decoding in turns.
+
+A tau is a ratio of counts, so it is taken from many prompts, where the target only repeats its answers (replay.py);
+what a round takes is measured on fewer, with the target itself.
+"""
 
 import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
+from benchmarks import paired, replay
+from coral_core.bench.acceptance import emitted_by_prompt
 from coral_core.bench.probe import Probe
 from coral_core.bench.race import Lane, run_lane
 from coral_core.decoding.assemble import sampler, tree_shape
@@ -63,6 +71,32 @@ def _routed(trial: Trial, lent: Any, clustering: str, inner: bool) -> Iterator[E
         yield Entry(name, share, sized, {"rows_read": groups.start_G[active], "recall": found})
 
 
+def taus(probe: Probe, trial: Trial, racers: list[Entry], prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """By head, tokens per round on these prompts, and what share of the full head's that is."""
+    target, recipe = probe.target, probe.recipe
+    drafter = copy.deepcopy(trial.drafter).to(target.device, target.dtype)
+    picks, limit, shape = sampler(recipe), recipe.decode.max_new_tokens, tree_shape(recipe.decode)
+    tokens_RP, rounds_RP = np.zeros((len(racers), len(prompts))), np.zeros((len(racers), len(prompts)))
+    for number, answer in enumerate(replay.plain_answers(target, prompts, picks, limit)):
+        repeating = replay.repeating(target, prompts[number], answer)
+        for place, racer in enumerate(racers):
+            engine = Engine(repeating, drafter, racer.head, shape)
+            (emitted,) = emitted_by_prompt(engine, prompts[number : number + 1], picks, limit)
+            tokens_RP[place, number], rounds_RP[place, number] = sum(emitted), len(emitted)
+        trial.progress("count rounds", number + 1, len(prompts), {})
+    counts: list[paired.Counts] = list(zip(tokens_RP[:, None], rounds_RP[:, None], strict=True))
+    return [
+        {
+            "tau": paired.tau(own),
+            "tau_kept": paired.ratio(own, counts[0]),
+            "tau_kept_ci95": paired.ratio_ci95(own, counts[0]),
+            "tau_prompts": len(prompts),
+            "tau_rounds": int(own[1].sum()),
+        }
+        for own in counts
+    ]
+
+
 def race(probe: Probe, trial: Trial, racers: list[Entry], prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Decode each prompt with each head, a different one first each time; one row per head."""
     target, recipe = probe.target, probe.recipe
@@ -81,11 +115,11 @@ def race(probe: Probe, trial: Trial, racers: list[Entry], prompts: list[list[int
 
 
 def _row(racer: Entry, own: list[Lane], full: list[Lane]) -> dict[str, Any]:
-    def tau(lanes: list[Lane]) -> float:
-        return sum(sum(lane.emitted) for lane in lanes) / max(1, sum(len(lane.emitted) for lane in lanes))
-
     def per_s(lanes: list[Lane]) -> float:
         return sum(sum(lane.emitted) for lane in lanes) / sum(lane.decode_s for lane in lanes)
+
+    def round_s(lanes: list[Lane]) -> float:
+        return sum(lane.decode_s for lane in lanes) / max(1, sum(len(lane.emitted) for lane in lanes))
 
     rounds = sum(len(lane.emitted) for lane in own)
     seconds: dict[str, float] = {}
@@ -99,11 +133,10 @@ def _row(racer: Entry, own: list[Lane], full: list[Lane]) -> dict[str, Any]:
         "answers": len(own),
         "equal_to_full": sum(mine.ids == theirs.ids for mine, theirs in zip(own, full, strict=True)),
         "rounds": rounds,
-        "tau": tau(own),
-        "tau_kept": tau(own) / tau(full),
         "tokens_per_s": per_s(own),
         "gain": per_s(own) / per_s(full),
-        "round_ms": 1e3 * sum(lane.decode_s for lane in own) / max(1, rounds),
+        "round_ms": 1e3 * round_s(own),
+        "round_of_full": round_s(own) / round_s(full),
         "ms_by_phase": {phase: 1e3 * value / max(1, rounds) for phase, value in seconds.items()},
     }
 
