@@ -4,14 +4,16 @@
 
 What is timed is the engine's own code, behind some context, part after part in turn, so that a machine that slows down
 slows all of them. On a CPU the clock is the thread's own processor time, which stands still while another process has
-the core. Threads that wait for each other still burn it: costs that were measured on a busy machine are measured again
-once a plain step takes a third of what it took then. Axes: T position, D hidden, M tree row, N candidate.
+the core. Threads that wait for each other still burn it: where one part takes now this long and now that, nothing is
+believed or kept, and typical costs serve; kept ones are measured again once a plain step takes a third of what it took
+then. Axes: T position, D hidden, M tree row, N candidate.
 """
 
 import dataclasses
 import json
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -35,6 +37,10 @@ FORM = 2
 """Of what is measured; another one is measured anew."""
 KEPT = 16
 """Measurements that a run's file holds, at most; the oldest go first."""
+TYPICAL = Costs(step_s=0.0, verify={1: 1.0, 2: 1.05, 8: 1.3, 16: 1.6, 64: 2.7}, level={1: 0.07, 8: 0.09}, base=0.13)
+"""pico's on a processor, in float32."""
+STEADY = 1.25
+"""Median over least time of a part, in the median over the parts, up to which a machine counts as steady."""
 BUSY = 3.0
 """How much slower a plain step was when the costs were measured, for them to be measured again."""
 CONTEXT = 128
@@ -66,7 +72,7 @@ def tuned(engine: Engine, run: Path, of: Mapping[str, Any]) -> Engine:
     costs = measure_costs(engine)
     kept.pop(name, None)
     kept[name] = {"of": known, "costs": costs.to_json()}
-    if run.is_dir():
+    if run.is_dir() and costs != TYPICAL:
         with suppress(OSError):
             write_text(run / FILE, json.dumps(dict(list(kept.items())[-KEPT:]), indent=1) + "\n")
     return dataclasses.replace(engine, costs=costs)
@@ -105,7 +111,10 @@ def device_name(device: torch.device) -> str:
 
 @torch.no_grad()
 def measure_costs(engine: Engine) -> Costs:
-    """Time every part, at its quickest: whatever else a machine does only adds to it. Takes seconds."""
+    """Time every part, at its quickest: whatever else a machine does only adds to it. Takes seconds.
+
+    TYPICAL where the machine is too busy to tell.
+    """
     parts = dict(_Bench(engine, CONTEXT).parts())
     spent: dict[tuple[str, int], list[float]] = {part: [] for part in parts}
     _turn(parts, spent, engine.target.device)  # what is made at the first call is no cost of a round
@@ -116,7 +125,9 @@ def measure_costs(engine: Engine) -> Costs:
         if turn >= REPEATS[0] and time.perf_counter() - begun > BUDGET_S:
             break
         _turn(parts, spent, engine.target.device)
-    return _costs({part: min(seconds) for part, seconds in spent.items()})
+    least = {part: min(seconds) for part, seconds in spent.items()}
+    wavers = statistics.median(statistics.median(spent[part]) / least[part] for part in parts)
+    return _costs(least) if wavers <= STEADY else TYPICAL
 
 
 @torch.no_grad()

@@ -384,6 +384,21 @@ def test_costs_of_a_busy_hour_are_measured_again(tmp_path: Path, monkeypatch: py
         assert len(calls) == times
 
 
+def test_a_machine_that_wavers_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, clock = tiny_engine(tiny_target()), itertools.count()
+    monkeypatch.setattr(measure, "REPEATS", (4, 4))
+
+    def wavering(device: torch.device) -> float:
+        """Every part takes 1, 1, 3 and 3 seconds by turns."""
+        call = next(clock)
+        turn = call // 2 // 12
+        return call * 100.0 + (call % 2) * (-99.0 if turn % 4 < 2 else -97.0)
+
+    monkeypatch.setattr(measure, "_now", wavering)
+    assert tuned(engine, tmp_path, {}).costs == measure.TYPICAL
+    assert not (tmp_path / measure.FILE).exists(), "next time it may be quiet"
+
+
 def read(run: Path) -> str:
     return (run / measure.FILE).read_text(encoding="utf-8")
 
