@@ -182,6 +182,7 @@ def terminal(tmp_path: Path) -> Iterator[type[Terminal]]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.slow  # on a busy machine a key is sometimes lost between the answer's end and the line editor
 def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: type[Terminal]) -> None:
     """With history (the key Up), Markdown, and a hint where Ctrl-C finds no answer."""
     chat = terminal()
@@ -195,9 +196,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: type[Terminal]) -> N
     chat.wait_for("Talk!")
     chat.type("\x01No \x05 Ctrl-A and -E.\r")  # to the line's ends
     chat.wait_for("word word")
-    chat.type("\x03\x03")
+    chat.type("\x03")
     assert "] stopped" in chat.wait_for("> ")
-    chat.type("half a li\x03")
+    chat.type("half a li")
+    chat.wait_for("half a li")  # the line editor listens
+    chat.type("\x03")
     chat.wait_for("(/exit or Ctrl-D leaves)")
     chat.type("/save said.json\r")
     chat.wait_for("4 messages saved")
