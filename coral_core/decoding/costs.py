@@ -16,7 +16,7 @@ class Costs:
     """Ratios to a plain step, by number of rows; between the measured numbers they are read off a line."""
 
     step_s: float
-    """Seconds of the plain step, for readers: nothing depends on it."""
+    """Seconds of the plain step: no tree depends on it, only whether the costs are measured again (measure.py)."""
     verify: Mapping[int, float]
     """A target forward of so many rows, root included, with masks, picks and kept rows."""
     level: Mapping[int, float]
