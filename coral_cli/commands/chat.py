@@ -28,7 +28,7 @@ def chat(
 ) -> None:
     """Talk with the target: answers stream; after each, tokens/s, tau and the speedup against plain decoding."""
     from coral_cli.console import err, out
-    from coral_cli.talk import commands, keyboard, views
+    from coral_cli.talk import keyboard, views
 
     session = _session(open_run(arguments, runs), speculative)
     keyboard.prepare()
@@ -36,16 +36,28 @@ def chat(
     if show_drafts:
         marked = isinstance(views.view(out, drafts=True), views.DraftView)
         err.print(views.legend(out) if marked else "--show-drafts needs a terminal; answers are plain text here")
-    while (line := keyboard.read_line()) is not None and (words := line.strip()) != "/exit":
-        try:
-            if words.startswith("/"):
-                err.print(commands.run(session, words), style="dim", markup=False, soft_wrap=True)
-            elif words:
-                _turn(session, words, show_drafts)
-        except CoralError as error:
-            err.print(str(error), markup=False, soft_wrap=True)
-        except KeyboardInterrupt:  # pressed once more, after the answer had ended
-            err.print("(stopped)", style="dim")
+    with keyboard.listening():
+        while True:
+            try:
+                line = keyboard.read_line()
+                if line is None or line.strip() == "/exit":
+                    return
+                _heed(session, line.strip(), show_drafts)
+            except CoralError as error:
+                err.print(str(error), markup=False, soft_wrap=True)
+            except KeyboardInterrupt:  # pressed once more, after the answer had ended
+                err.print("(stopped)", style="dim")
+
+
+def _heed(session: Session, words: str, show_drafts: bool) -> None:
+    """Do what a line asks for: a command, an answer, or nothing."""
+    from coral_cli.console import err
+    from coral_cli.talk import commands
+
+    if words.startswith("/"):
+        err.print(commands.run(session, words), style="dim", markup=False, soft_wrap=True)
+    elif words:
+        _turn(session, words, show_drafts)
 
 
 def _session(run: Run, speculative: bool) -> Session:

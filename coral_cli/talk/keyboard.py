@@ -19,9 +19,14 @@ def prepare() -> None:
     """Line editing and history where there is someone to use them; bytes that are no text become a sign for it."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if _edited():
         with contextlib.suppress(ImportError):  # Windows has none, and edits lines by itself
             import readline  # noqa: F401  # `input` uses it once it is loaded
+
+
+def _edited() -> bool:
+    """Whether `input` edits lines: it does so on a terminal only."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def read_line() -> str | None:
@@ -30,7 +35,7 @@ def read_line() -> str | None:
         return sys.stdin.readline() or None
     try:
         sys.stderr.write("\n")
-        if sys.stdout.isatty():
+        if _edited():
             return input("> ")
         sys.stderr.write("> ")  # stdout is the answer, and goes elsewhere
         sys.stderr.flush()
@@ -85,8 +90,30 @@ class Interrupts:
 
 
 @contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Every key is kept for the line editor, also one that is pressed before it is there.
+
+    The editor takes keys one by one; a terminal that still gathers lines when it begins swallows a Ctrl-D.
+    """
+    if not _edited():
+        yield
+        return
+    with _without("ICANON"):
+        yield
+
+
+@contextlib.contextmanager
 def unechoed() -> Iterator[None]:
-    """What is typed while an answer is drawn must not be mixed into it; it is kept for the next line."""
+    """What is typed while an answer is drawn must not be mixed into it; it is kept for the next line.
+
+    For the answer only: the line editor echoes nothing where it finds the terminal so.
+    """
+    with _without("ECHO"):
+        yield
+
+
+@contextlib.contextmanager
+def _without(flag: str) -> Iterator[None]:
     try:
         import termios
 
@@ -94,9 +121,9 @@ def unechoed() -> Iterator[None]:
     except (ImportError, OSError, ValueError, termios.error):  # no terminal, or none of this kind
         yield
         return
-    quiet = before.copy()
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, quiet)
+    changed = before.copy()
+    changed[3] &= ~getattr(termios, flag)
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, changed)
     try:
         yield
     finally:
