@@ -3,10 +3,10 @@
     python -m recipes.pico.prompts --corpora DIR --benchmarks DIR --to runs/pico-prompts.jsonl
     coral prepare-data data.prompts=runs/pico-prompts.jsonl=4,self=1
 
-Prompts that pico writes itself (`self`) are short, and so are its answers to them: 23 tokens on average, with next to no
-sums or code. A drafter is measured on what users ask, so it learns from that too. Only the users' words are taken, the
-answers are pico's; what shares ten words in a row with a benchmark question is left out, and so is what pico's own
-held-out split holds.
+Prompts that pico writes itself (`self`) are short, and so are its answers to them: 23 tokens on average, with next to
+no sums or code. A drafter is measured on what users ask, so it learns from that too. Only the users' words are taken,
+the answers are pico's; what shares ten words in a row with a benchmark question is left out, and so is what pico's
+own held-out split holds.
 """
 
 import argparse

@@ -395,8 +395,11 @@ def test_a_machine_that_wavers_is_not_believed(tmp_path: Path, monkeypatch: pyte
         return call * 100.0 + (call % 2) * (-99.0 if turn % 4 < 2 else -97.0)
 
     monkeypatch.setattr(measure, "_now", wavering)
-    assert tuned(engine, tmp_path, {}).costs == measure.TYPICAL
-    assert not (tmp_path / measure.FILE).exists(), "next time it may be quiet"
+    costs = tuned(engine, tmp_path, {}).costs
+    assert costs == dataclasses.replace(measure.TYPICAL, step_s=1.0)
+    monkeypatch.setattr(measure, "measure_costs", lambda engine: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "step_s", lambda engine: 0.5)
+    assert tuned(engine, tmp_path, {}).costs == costs, "the next evaluation has the same trees"
 
 
 def read(run: Path) -> str:
