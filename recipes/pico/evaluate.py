@@ -29,6 +29,8 @@ PROMPTS = [
     ["A train travels 60 miles in one hour. How far does it travel in 3 hours?"],
     ["What are the symptoms of asthma?"],
 ]
+TEMPERATURE = 0.7
+"""Of the sample dialogues: greedily, a model this small goes round in circles."""
 
 
 @torch.no_grad()
@@ -49,7 +51,7 @@ def converse(model: torch.nn.Module, tokenizer, questions: list[str]) -> list[di
     for question in questions:
         messages.append({"role": "user", "content": question})
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**ids, max_new_tokens=96, do_sample=False)
+        out = model.generate(**ids, max_new_tokens=96, do_sample=True, temperature=TEMPERATURE)
         answer = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
         messages.append({"role": "assistant", "content": answer.strip()})
     return messages
@@ -86,6 +88,7 @@ def main() -> None:
                     ),
                     flush=True,
                 )
+        torch.manual_seed(0)
         for questions in PROMPTS:
             print(
                 "\n".join(f"{m['role']}: {m['content']}" for m in converse(model, tokenizer, questions)) + "\n",
