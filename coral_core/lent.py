@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from coral_core.artifacts import write_tensors
 
 PACKED_ROWS = 64
 """Rows up to which the packed head is used on a CPU."""
@@ -90,7 +91,7 @@ class Lent:
             tensors["head_bias"] = self.head_bias_V.contiguous()
         # One metadata value: safetensors writes several in random order, and the file's checksum would never repeat.
         scalars = {key: getattr(self, key) for key in ("logit_scale", "logit_softcap")}
-        save_file(tensors, path, metadata={"scalars": json.dumps(scalars)})
+        write_tensors(tensors, path, {"scalars": json.dumps(scalars)})
 
     @classmethod
     def load(cls, path: Path) -> "Lent":

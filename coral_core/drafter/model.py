@@ -5,7 +5,6 @@ head room turns the outputs into logits. Axes: B batch, T position, D hidden.
 """
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from coral_core.artifacts import MANIFEST, Manifest
+from coral_core.artifacts import MANIFEST, Manifest, write_tensors
 from coral_core.drafter.blocks import Attend, DraftLayer, Rope
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.hub import fetch, upload
@@ -70,7 +69,7 @@ class Drafter(nn.Module):
         """Write config.json and model.safetensors; the embedding is the target's and is not repeated."""
         self.config.save(folder)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_weights(weights, folder / "model.safetensors")
+        write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
 
     @classmethod
     def load(cls, folder: Path) -> "Drafter":
@@ -148,9 +147,3 @@ class Drafter(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(Path(folder), repo_id, **options)
-
-
-def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """One safetensors file beside a config.json, as readable as that: safetensors lets only its owner read it."""
-    save_file(dict(weights), path, metadata={"format": "pt"})
-    shutil.copymode(path.with_name("config.json"), path)

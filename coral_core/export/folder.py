@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from coral_core.artifacts import write_tensors
 from coral_core.drafter.checkpoint import EMBED, FC_BIAS, read_checkpoint
 from coral_core.drafter.config import DrafterConfig
-from coral_core.drafter.model import Drafter, write_weights
+from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.export.layouts import Layout, config_values, tensor_shapes
 from coral_core.lent import Lent
@@ -36,7 +37,7 @@ def write_folder(layout: Layout, drafter: Drafter, lent: Lent, folder: Path) -> 
     scale, name = lent.logit_scale, str(dtype).removeprefix("torch.")
     config = config_values(layout, drafter.config, dtype=name, logit_scale=scale)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_weights(weights, folder / WEIGHTS)
+    write_tensors(weights, folder / WEIGHTS, {"format": "pt"})
     check_folder(layout, drafter.config, folder)
     _check_bits(drafter, lent, folder)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from coral_core.artifacts import Manifest
+from coral_core.artifacts import Manifest, write_tensors
 from coral_core.errors import ArtifactError
 from coral_core.head.candidates import Head
 from coral_core.head.full import FullHead
@@ -28,7 +28,7 @@ def save_head(folder: Path, groups: Groups, router: Router, frequent_V: torch.Te
     """Write head.safetensors."""
     tensors = {f"router.{name}": value.detach().cpu().contiguous() for name, value in router.state_dict().items()}
     tensors |= {"token_GR": groups.token_GR.contiguous(), "frequent_V": frequent_V.cpu().contiguous()}
-    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    write_tensors(tensors, folder / FILE, {"format": "pt"})
 
 
 def load_head(folder: Path, spec: HeadSpec, lent: Lent, *, target_fingerprint: str, drafter_fingerprint: str) -> Head:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from coral_core.artifacts import write_tensors
 from coral_core.errors import ArtifactError, DataError
 
 FP8 = torch.float8_e4m3fn
@@ -87,8 +87,7 @@ def write_shard(
     }
     path = folder / shard_name(number)
     temporary = folder / f".{path.name}.tmp"
-    save_file(tensors, temporary)
-    temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+    write_tensors(tensors, temporary)
     sha256 = file_sha256(temporary)
     os.replace(temporary, path)
     return ShardFacts(
@@ -119,13 +118,6 @@ def _unpack(feature_ND: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
     bits_ND = feature_ND.view(torch.int8).to(torch.int16)
     half_ND = (((bits_ND << 7) & 0x3F80) | (bits_ND & -0x8000)).view(torch.float16)
     return half_ND.float() * (scale_N * 256.0)[:, None]
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 class Shard:
