@@ -16,15 +16,12 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from coral_core import __version__
 from coral_core.errors import ArtifactError, CoralError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MANIFEST = "manifest.json"
 
@@ -97,16 +94,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def write_tensors(tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file as readable as any other; the library lets only its owner read it."""
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), path, metadata=metadata)
-    mask = os.umask(0o077)  # the process's mask can only be read by setting it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager

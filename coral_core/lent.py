@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from coral_core.artifacts import write_tensors
+from coral_core.tensors import write_tensors
 
 PACKED_ROWS = 64
 """Rows up to which the packed head is used on a CPU."""

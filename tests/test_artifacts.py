@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from coral_core import __version__, artifacts
@@ -211,15 +210,3 @@ def test_a_fingerprint_is_of_the_value_not_of_its_order():
     assert fingerprint({"a": 1, "b": [2.5]}) == fingerprint(json.loads('{"b": [2.5], "a": 1}'))
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert len(fingerprint(None)) == 16
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
-def test_tensors_are_as_readable_as_the_process_allows(tmp_path):
-    before = os.umask(0o027)
-    try:
-        artifacts.write_tensors({"one": torch.ones(1)}, tmp_path / "a.safetensors")
-        (tmp_path / "text").touch()
-    finally:
-        os.umask(before)
-    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
-    assert modes == {0o640}

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from coral_core.artifacts import MANIFEST, Manifest, write_tensors
+from coral_core.artifacts import MANIFEST, Manifest
 from coral_core.drafter.blocks import Attend, DraftLayer, Rope
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
+from coral_core.tensors import write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of weights that can be computed with as they are; quantized ones mean something else by their numbers."""

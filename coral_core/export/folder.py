@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from coral_core.artifacts import write_tensors
 from coral_core.drafter.checkpoint import EMBED, FC_BIAS, read_checkpoint
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.export.layouts import Layout, config_values, tensor_shapes
 from coral_core.lent import Lent
+from coral_core.tensors import write_tensors
 
 WEIGHTS = "model.safetensors"
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from coral_core.artifacts import Manifest, write_tensors
+from coral_core.artifacts import Manifest
 from coral_core.errors import ArtifactError
 from coral_core.head.candidates import Head
 from coral_core.head.full import FullHead
@@ -19,6 +19,7 @@ from coral_core.head.router import Router
 from coral_core.head.static import StaticHead
 from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec
+from coral_core.tensors import write_tensors
 
 COMMAND = "coral group-head"
 FILE = "head.safetensors"

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from coral_core.artifacts import write_tensors
 from coral_core.errors import ArtifactError, DataError
+from coral_core.tensors import write_tensors
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
