@@ -6,12 +6,15 @@ for text in generator.stream("Hello!"): ...
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coral_core.artifacts import MANIFEST, Manifest
+from coral_core.decoding.assemble import tree_shape
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.measure import measure_costs
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.stream import TextStream
@@ -20,28 +23,31 @@ from coral_core.errors import ArtifactError
 from coral_core.head.candidates import Head
 from coral_core.head.full import FullHead
 from coral_core.head.load import load_head
-from coral_core.recipe.schema import HeadSpec
+from coral_core.recipe.schema import DecodeSpec, HeadSpec
 from coral_core.target.load import Target
 from coral_core.target.template import prompt_ids
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]
 """What a user says, a dialogue as `messages`, or token ids that are taken as they are."""
-TREE = TreeShape(depth=5, nodes=16, topk=4)
 HEAD = "coral group-head"
 
 
 class Generator:
     """Answers that equal the target's own, token for token, only sooner."""
 
-    def __init__(self, target: Target, drafter: Drafter, tree: TreeShape = TREE) -> None:
+    def __init__(self, target: Target, drafter: Drafter, tree: TreeShape | None = None) -> None:
         """With the grouped head in or beside the drafter's folder, where there is one, else with the full head.
 
-        Raises ArtifactError when drafter or head were made for another target.
+        Without a `tree`, each round drafts what pays on this device, within a recipe's default bounds: what a round's
+        parts cost is measured here, in some seconds. Raises ArtifactError when drafter or head were made for another
+        target.
         """
         _refuse_stranger(target, drafter)
         head = _head(target, drafter)
         # `to` changes a module in place: a drafter that is saved later would be rounded to the target's dtype.
-        self.engine = Engine(target, copy.deepcopy(drafter).to(target.device, target.dtype), head, tree)
+        drafter = copy.deepcopy(drafter).to(target.device, target.dtype)
+        engine = Engine(target, drafter, head, tree or tree_shape(DecodeSpec()))
+        self.engine = engine if tree else dataclasses.replace(engine, costs=measure_costs(engine))
 
     def rounds(
         self,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coral_core import Drafter, Generator, Target
+from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import ArtifactError
@@ -74,6 +75,15 @@ def test_the_users_drafter_keeps_its_own_dtype():
     drafter = random_drafter(target).double()
     Generator(target, drafter)
     assert drafter.fc.weight.dtype == torch.float64
+
+
+def test_the_tree_is_what_pays_here_unless_one_is_given(monkeypatch):
+    target = tiny_target("llama")
+    drafter, costs = random_drafter(target), object()
+    monkeypatch.setattr("coral_core.decoding.generator.measure_costs", lambda engine: costs)
+    assert Generator(target, drafter).engine.costs is costs
+    given = Generator(target, drafter, TreeShape(depth=2, nodes=3, topk=1)).engine
+    assert given.costs is None and given.shape.nodes == 3
 
 
 def test_the_drafter_of_another_target_is_refused(tmp_path):
