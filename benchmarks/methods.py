@@ -76,8 +76,8 @@ def ablations() -> Iterator[tuple[str, dict[str, Any]]]:
     yield from (("top-K", {"topk_weight": weight}) for weight in (0.0, 1.0))
     yield from (("unroll", {"unroll_steps": steps}) for steps in (1, 2, 4, 5))
     for weight in (0.1, 0.3, 0.03):
-        for temperature in (0.07, 0.2, 0.03):
-            if (weight, temperature) != (0.1, 0.07):  # the preset's own
+        for temperature in (0.2, 0.07, 0.5):
+            if (weight, temperature) != (0.1, 0.2):  # the preset's own
                 yield "weight x temperature", {"csra_weight": weight, "csra_temperature": temperature}
     yield "gradient side", {"csra_gradient": "query"}
     yield "false negatives", {"csra_mask_same_token": True}

@@ -116,7 +116,7 @@ class TrainSpec:
     """Tokens in the top-K loss."""
     csra_weight: float = 0.1
     """Weight of cross-step representation alignment (InfoNCE over the unroll steps' outputs)."""
-    csra_temperature: float = 0.07
+    csra_temperature: float = 0.2
     """Temperature of the alignment's cosine similarities."""
     csra_negatives: int = 256
     """Other positions each position is contrasted with, at most: bounds memory."""
