@@ -18,7 +18,7 @@ import torch
 class Alignment:
     """How rows are contrasted."""
 
-    temperature: float = 0.07
+    temperature: float = 0.2
     negatives: int = 256
     """M: rows of the sequence that each row is contrasted with, at most; drawn for each batch when there are more."""
     include_target: bool = False
