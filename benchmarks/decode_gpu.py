@@ -47,7 +47,7 @@ TREE = TreeShape(depth=6, nodes=60, topk=10)
 """The usual one (EAGLE-2)."""
 SIZES = (1, 2, 4, 8, 16, 32, 61)
 """Rows of a verification; 60 nodes and their root are 61."""
-GROUPS, ACTIVE = 64, 8
+GROUPS, ACTIVE = 256, 32
 CONTEXT = 512
 PUBLISHED = {
     "EAGLE-2, Llama-3-8B": 4.52,

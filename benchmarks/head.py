@@ -94,7 +94,7 @@ def recipe_of(options: argparse.Namespace, name: str, folder: Path, *keys: str) 
         "decode.draft_topk=4",
         "decode.draft_confidence=0.03",
     ]
-    head = ["head.groups=128", "head.active=16", "head.router_steps=400", "head.router_learning_rate=3e-3"]
+    head = ["head.groups=256", "head.active=32", "head.router_steps=600"]
     data = ["data.holdout=48", "data.max_new_tokens=64", "data.max_length=256", "data.batch_size=32"]
     limit = f"decode.max_new_tokens={options.tokens}"
     return load_recipe(None, [f"name={name}", f"target.model={folder}", *tree, *head, *data, limit, *keys])

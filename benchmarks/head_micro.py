@@ -21,7 +21,7 @@ from coral_core.head.static import StaticHead
 from coral_core.lent import Lent
 
 SHAPES = {"llama-2-7b": (32000, 4096), "llama-3-8b": (128256, 4096), "qwen2.5-7b": (152064, 3584)}
-GROUPS = 128
+GROUPS = 256
 SHARES = (4, 8, 16)
 ROWS = (1, 10)
 READ_BYTES = 1 << 28

@@ -71,17 +71,20 @@ class Variant:
 
 
 def ablations() -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is varied around CORAL, one thing at a time except for CSRA's weight and temperature: a grid."""
+    """What is varied around CORAL. CSRA's other choices were searched at the temperature that was the default then."""
     yield "target feature", {"csra_include_target": True}
     yield from (("top-K", {"topk_weight": weight}) for weight in (0.0, 1.0))
     yield from (("unroll", {"unroll_steps": steps}) for steps in (1, 2, 4, 5))
-    for weight in (0.1, 0.3, 0.03):
-        for temperature in (0.2, 0.07, 0.5):
-            if (weight, temperature) != (0.1, 0.2):  # the preset's own
-                yield "weight x temperature", {"csra_weight": weight, "csra_temperature": temperature}
-    yield "gradient side", {"csra_gradient": "query"}
-    yield "false negatives", {"csra_mask_same_token": True}
-    yield "negatives", {"csra_negatives": 32}
+    yield "temperature", {"csra_temperature": 0.5}
+    searched: list[tuple[str, dict[str, Any]]] = [
+        ("temperature", {}),
+        ("weight", {"csra_weight": 0.03}),
+        ("weight", {"csra_weight": 0.3}),
+        ("target feature", {"csra_include_target": True}),
+        ("gradient side", {"csra_gradient": "query"}),
+        ("false negatives", {"csra_mask_same_token": True}),
+    ]
+    yield from ((part, {**changes, "csra_temperature": 0.07}) for part, changes in searched)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,9 +162,9 @@ class HeadSpec:
     """Groups of equal size; 0: the number that `coral group-head` predicts to be fastest here."""
     active: int = 0
     """Groups multiplied per level; 0: likewise. For `static`, the share active / groups of the vocabulary is kept."""
-    router_steps: int = 400
+    router_steps: int = 600
     """Optimizer steps of the router's training."""
-    router_learning_rate: float = 3e-3
+    router_learning_rate: float = 1e-3
     """Peak rate of AdamW for the router."""
 
     def __post_init__(self) -> None:

@@ -34,7 +34,17 @@ from coral_core.recipe.loader import section_fingerprint, to_mapping
 from coral_core.recipe.schema import HeadSpec, Recipe
 from coral_core.store.store import Store, Tap
 from coral_core.training.publish import open_data
-from coral_core.training.router import Rows, Source, answer_counts, drafted, gather, held_out_rows, recall, train_router
+from coral_core.training.router import (
+    Rows,
+    Source,
+    answer_counts,
+    drafted,
+    first_router,
+    gather,
+    held_out_rows,
+    recall,
+    train_router,
+)
 
 SECTIONS = ("seed", "head")
 """What of a recipe decides the head, besides drafter and data."""
@@ -146,7 +156,7 @@ class Trial:
         count_V = answer_counts(store, vocabulary)
         rows = gather(source, store, seed=recipe.seed, progress=progress)
         unseen = held_out_rows(source, store) if store.holdout_indices else rows
-        found_SM = drafted(lent, unseen, min(recipe.decode.draft_topk, vocabulary))
+        found_SM = drafted(unseen, recipe.decode.draft_topk)
         return cls(recipe, drafter, lent, count_V, rows, unseen, found_SM, progress)
 
     def cluster(self, groups: int) -> Groups:
@@ -186,7 +196,8 @@ def try_settings(trial: Trial, probe: Probe | None) -> tuple[list[Setting], Sett
     cost = probe.measure(trial.drafter) if probe else None
     for total in open_groups(spec, len(trial.count_V)):
         groups = trial.cluster(total)
-        router = train_router(trial.rows, groups, spec, seed=trial.recipe.seed, progress=progress)
+        router = first_router(groups, trial.lent)
+        train_router(router, trial.rows, groups, spec, seed=trial.recipe.seed, progress=progress)
         for active in open_active(spec, total):
             found = recall(router, trial.unseen, groups, active, trial.drafted_SM)
             rows_read = groups.start_G[active]

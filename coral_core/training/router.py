@@ -1,8 +1,14 @@
 """The router's training: the second stage, with the drafter frozen.
 
 It learns on the drafter's own outputs of all unroll steps, which is what it reads when decoding, to predict how much
-of the target's probability lies in each group:  y_g = Σ_{v in g} p(v),  L = −Σ_g y_g log p_router(g).
-Axes: S unroll step, M feature, N = S·M row, D hidden, K one of the target's most likely tokens, G group, V vocabulary.
+of the drafter's probability with the full head lies in each group:
+
+    y_g = Σ_{v in g} q(v),   L = −Σ_g y_g log p_router(g)
+
+CORAL's labels are the target's probabilities. What reading fewer rows loses is what the full head would have drafted,
+and q is a function of what the router reads: on kinds of text that it never saw, an eighth of the rows kept 97.6 % of
+what the drafter gets right, and 96.7 with the target's labels (LOG.md).
+Axes: S unroll step, M feature, N = S·M row, D hidden, K one of the most likely tokens, G group, V vocabulary.
 """
 
 import dataclasses
@@ -30,7 +36,7 @@ ROWS = 1024
 CHUNK = 2048
 """Rows whose vocabulary-sized probabilities exist at once."""
 TOP = 64
-"""Of the target's tokens after each feature, so many are kept: the labels of any grouping come from them."""
+"""Of the tokens after each feature, so many are kept: the labels of any grouping come from them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,9 @@ class Rows:
     """The target's probabilities of its TOP most likely tokens, best first, summing to 1."""
     token_MK: torch.Tensor
     """These tokens."""
+    own_prob_SMK: torch.Tensor
+    """Likewise the drafter's, with the full head."""
+    own_token_SMK: torch.Tensor
 
 
 def collect(source: Source, samples: Iterable[Batch]) -> Iterator[Rows]:
@@ -62,15 +71,20 @@ def collect(source: Source, samples: Iterable[Batch]) -> Iterator[Rows]:
         wanted_BR = loss_rows(batch)
         outputs = unroll(source.drafter, source.lent, batch, source.steps, wanted_BR=wanted_BR)
         feature_MD = batch.feature_BTD[:, 1:][wanted_BR]
-        best = [_most_likely(source.lent, part_MD) for part_MD in feature_MD.split(CHUNK)]
-        prob_MK, token_MK = (torch.cat(part) for part in zip(*best, strict=True))
-        yield Rows(torch.stack([out_BRD[wanted_BR] for out_BRD in outputs]), feature_MD, prob_MK, token_MK)
+        hidden_SMD = torch.stack([out_BRD[wanted_BR] for out_BRD in outputs])
+        own = [_most_likely(source.lent, hidden_MD) for hidden_MD in hidden_SMD]
+        own_prob_SMK, own_token_SMK = (torch.stack(part) for part in zip(*own, strict=True))
+        yield Rows(hidden_SMD, feature_MD, *_most_likely(source.lent, feature_MD), own_prob_SMK, own_token_SMK)
 
 
-def _most_likely(lent: Lent, feature_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    p_MV = lent.logits(feature_MD).float().softmax(-1)
-    prob_MK, token_MK = p_MV.topk(min(TOP, p_MV.shape[1]))
-    return prob_MK / prob_MK.sum(-1, keepdim=True), token_MK
+def _most_likely(lent: Lent, hidden_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prob_MK, token_MK), best first."""
+    found = []
+    for part_ND in hidden_MD.split(CHUNK):
+        prob_NK, token_NK = lent.logits(part_ND).float().softmax(-1).topk(min(TOP, lent.head_VD.shape[0]))
+        found.append((prob_NK / prob_NK.sum(-1, keepdim=True), token_NK))
+    prob_MK, token_MK = (torch.cat(part) for part in zip(*found, strict=True))
+    return prob_MK, token_MK
 
 
 @torch.no_grad()
@@ -100,32 +114,45 @@ def held_out_rows(source: Source, store: Store) -> Rows:
 
 
 def _concat(parts: list[Rows]) -> Rows:
-    return Rows(
-        torch.cat([part.hidden_SMD for part in parts], dim=1),
-        *(torch.cat([getattr(part, name) for part in parts]) for name in ("feature_MD", "prob_MK", "token_MK")),
-    )
+    """All rows; M is the last axis but one of every field."""
+    names = [field.name for field in dataclasses.fields(Rows)]
+    return Rows(**{name: torch.cat([getattr(part, name) for part in parts], dim=-2) for name in names})
 
 
 def group_mass(rows: Rows, groups: Groups) -> torch.Tensor:
-    """The labels [M,G]: the target's probability of each group."""
-    group_MK = groups.group_V.to(rows.token_MK.device)[rows.token_MK]
-    return rows.prob_MK.new_zeros(len(group_MK), groups.count).scatter_add_(1, group_MK, rows.prob_MK)
+    """The labels [N,G]: the drafter's probability of each group."""
+    prob_NK, token_NK = rows.own_prob_SMK.flatten(0, 1), rows.own_token_SMK.flatten(0, 1)
+    group_NK = groups.group_V.to(token_NK.device)[token_NK]
+    return prob_NK.new_zeros(len(group_NK), groups.count).scatter_add_(1, group_NK, prob_NK)
+
+
+def first_router(groups: Groups, lent: Lent, *, inner: bool = False) -> Router:
+    """A router that scores a group by the mean logit of its rows, to be trained.
+
+    From random weights it learns the texts that it is shown as well, and others less: on kinds of text that it never
+    saw, an eighth of the rows kept 95.7 % of what the drafter gets right, so 97.6 (LOG.md).
+    """
+    router = Router(lent.head_VD.shape[1], groups.count, inner=inner).to(lent.head_VD.device)
+    group_V = groups.group_V.to(lent.head_VD.device)
+    sum_GD = torch.zeros_like(router.w2.weight).index_add_(0, group_V, lent.head_VD.float())
+    router.w2.weight.data = lent.logit_scale * sum_GD / group_V.bincount(minlength=groups.count)[:, None]
+    for unused in (router.w2.bias, *(router.w1.parameters() if router.w1 else ())):
+        unused.data.zero_()
+    return router
 
 
 def train_router(
-    rows: Rows, groups: Groups, spec: HeadSpec, *, seed: int, inner: bool = False, progress: Progress = silent
+    router: Router, rows: Rows, groups: Groups, spec: HeadSpec, *, seed: int, progress: Progress = silent
 ) -> Router:
-    """A router for frozen drafter outputs. AdamW, cosine to zero, soft-label cross-entropy."""
-    torch.manual_seed(seed)
-    mass_MG, hidden_ND = group_mass(rows, groups), rows.hidden_SMD.flatten(0, 1)
+    """The router, trained for frozen drafter outputs. AdamW, cosine to zero, soft-label cross-entropy."""
+    mass_NG, hidden_ND = group_mass(rows, groups), rows.hidden_SMD.flatten(0, 1)
     device = hidden_ND.device
-    router = Router(hidden_ND.shape[1], groups.count, inner=inner).to(device)
     optimizer = torch.optim.AdamW(router.parameters(), lr=spec.router_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.router_steps)
     draw = torch.Generator().manual_seed(seed)
     for step in range(1, spec.router_steps + 1):
         some_N = torch.randint(len(hidden_ND), (ROWS,), generator=draw).to(device)
-        loss = -(mass_MG[some_N % len(mass_MG)] * router(hidden_ND[some_N]).log_softmax(-1)).sum(-1).mean()
+        loss = -(mass_NG[some_N] * router(hidden_ND[some_N]).log_softmax(-1)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -135,14 +162,9 @@ def train_router(
     return router.requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def drafted(lent: Lent, rows: Rows, topk: int) -> torch.Tensor:
-    """[S,M] whether the drafter, with the full head, has the target's argmax among its `topk` best."""
-    found = []
-    for hidden_MD in rows.hidden_SMD:
-        best_MK = torch.cat([lent.logits(part_MD).topk(topk).indices for part_MD in hidden_MD.split(CHUNK)])
-        found.append((best_MK == rows.token_MK[:, :1]).any(-1))
-    return torch.stack(found)
+def drafted(rows: Rows, topk: int) -> torch.Tensor:
+    """[S,M] whether the drafter, with the full head, has the target's argmax among its `topk` best (TOP at most)."""
+    return (rows.own_token_SMK[..., :topk] == rows.token_MK[:, :1]).any(-1)
 
 
 @torch.no_grad()

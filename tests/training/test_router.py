@@ -1,5 +1,6 @@
 """The router learns where the target's probability lies."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from coral_core.head.clustering import by_id
 from coral_core.head.groups import Groups
+from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec
 from coral_core.store.batches import collate
 from coral_core.store.shard import Sample
@@ -15,6 +17,7 @@ from coral_core.training.router import (
     Source,
     answer_counts,
     drafted,
+    first_router,
     gather,
     group_mass,
     held_out_rows,
@@ -45,32 +48,45 @@ def test_a_separable_toy_is_learnt_whole(inner: bool) -> None:
     token_M = torch.randint(20, (4000,))
     groups = by_id(20, 5)
     hidden_MD = torch.eye(5, 16)[groups.group_V[token_M]] * 4 + 0.3 * torch.randn(4000, 16)
-    rows = Rows(hidden_MD[None], hidden_MD, torch.ones(4000, 1), token_M[:, None])
+    certain_M1 = torch.ones(4000, 1)
+    rows = Rows(hidden_MD[None], hidden_MD, certain_M1, token_M[:, None], certain_M1[None], token_M[None, :, None])
     spec = HeadSpec(groups=5, active=1, router_steps=150, router_learning_rate=1e-2)
-    router = train_router(rows, groups, spec, seed=0, inner=inner)
+    lent = Lent(torch.zeros(20, 16), torch.zeros(20, 16))
+    router = train_router(first_router(groups, lent, inner=inner), rows, groups, spec, seed=0)
     everywhere_SM = torch.ones(1, 4000, dtype=torch.bool)
     assert recall(router, rows, groups, 1, everywhere_SM)["argmax"] > 0.99
 
 
-def test_labels_are_the_targets_mass_per_group(tmp_path: Path) -> None:
+def test_a_router_begins_with_the_mean_logit_of_each_groups_rows() -> None:
+    lent = dataclasses.replace(tiny_lent(), logit_scale=0.5)
+    groups = by_id(VOCABULARY, 7)
+    hidden_ND = torch.randn(3, HIDDEN)
+    expected = [lent.logits(hidden_ND)[:, groups.group_V == g].mean(1) for g in range(7)]
+    for inner in (False, True):
+        scored_NG = first_router(groups, lent, inner=inner)(hidden_ND)
+        torch.testing.assert_close(scored_NG, torch.stack(expected, 1), rtol=0, atol=1e-5)
+
+
+def test_labels_are_the_drafters_mass_per_group(tmp_path: Path) -> None:
     """The vocabulary of 48 is below the 64 tokens that are kept, so the labels are exact."""
     lent, drafter, groups = tiny_lent(), tiny_drafter().requires_grad_(False), by_id(VOCABULARY, 6)
     samples = some_samples(5)
     store = make_store(tmp_path / "data", samples, lent=lent, holdout=2)
     rows = gather(Source(drafter, lent, 3), store, seed=0)
     assert rows.hidden_SMD.shape[:2] == (3, 8 * 7)  # three steps, a full batch of dialogues, seven rows each
-    torch.testing.assert_close(group_mass(rows, groups).sum(1), torch.ones(56), rtol=0, atol=1e-5)
+    torch.testing.assert_close(group_mass(rows, groups).sum(1), torch.ones(3 * 56), rtol=0, atol=1e-5)
     unseen = held_out_rows(Source(drafter, lent, 2), store)
     batch = collate(samples[3:])
     wanted_BR = loss_rows(batch)
     p_MV = lent.logits(batch.feature_BTD[:, 1:][wanted_BR]).softmax(-1)
-    torch.testing.assert_close(group_mass(unseen, groups), p_MV.unflatten(1, (6, 8)).sum(-1), rtol=0, atol=1e-5)
     assert torch.equal(unseen.token_MK[:, 0], p_MV.argmax(1))
     outputs = unroll(drafter, lent, batch, 2, wanted_BR=wanted_BR)
     expected_SMD = torch.stack([out[wanted_BR] for out in outputs])
     torch.testing.assert_close(unseen.hidden_SMD, expected_SMD, rtol=0, atol=1e-5)
-    best_SM = lent.logits(expected_SMD).argmax(-1)
-    assert torch.equal(drafted(lent, unseen, 1), best_SM == p_MV.argmax(1))
+    q_NV = lent.logits(expected_SMD.flatten(0, 1)).softmax(-1)
+    torch.testing.assert_close(group_mass(unseen, groups), q_NV.unflatten(1, (6, 8)).sum(-1), rtol=0, atol=1e-5)
+    best_SM = q_NV.argmax(-1).view(2, -1)
+    assert torch.equal(drafted(unseen, 1), best_SM == p_MV.argmax(1))
 
 
 def test_only_the_training_answers_are_counted(tmp_path: Path) -> None:
@@ -90,6 +106,6 @@ def test_recall_by_hand() -> None:
     groups = Groups(torch.tensor([[0, 1], [2, -1], [3, -1]]))
     hidden_SMD = torch.zeros(1, 2, 4)
     prob_MK, token_MK = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[2, 3], [3, 1]])
-    rows = Rows(hidden_SMD, hidden_SMD[0], prob_MK, token_MK)
+    rows = Rows(hidden_SMD, hidden_SMD[0], prob_MK, token_MK, prob_MK[None], token_MK[None])
     found = recall(router, rows, groups, 2, torch.tensor([[True, False]]))  # type: ignore[arg-type]
     assert found == {"argmax": 0.5, "top10": 0.5, "mass": 0.625, "kept": 1.0}
