@@ -140,6 +140,7 @@ class Terminal:
         self.process, self.file = pty.fork()
         if self.process == 0:
             os.chdir(folder)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would this
             os.execve(command[0], command, environment())
         self.seen = ""
 
