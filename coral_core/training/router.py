@@ -136,8 +136,8 @@ def first_router(groups: Groups, lent: Lent, *, inner: bool = False) -> Router:
     group_V = groups.group_V.to(lent.head_VD.device)
     sum_GD = torch.zeros_like(router.w2.weight).index_add_(0, group_V, lent.head_VD.float())
     router.w2.weight.data = lent.logit_scale * sum_GD / group_V.bincount(minlength=groups.count)[:, None]
-    for unused in (router.w2.bias, *(router.w1.parameters() if router.w1 else ())):
-        unused.data.zero_()
+    for silent_at_first in (router.w2.bias, *(router.w1.parameters() if router.w1 else ())):
+        silent_at_first.data.zero_()
     return router
 
 
