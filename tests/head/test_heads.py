@@ -158,10 +158,10 @@ def test_tied_untied_and_biased_heads_are_read_alike(tied: bool, biased: bool) -
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 10])
 def test_packed_blocks_multiply_as_plain_ones(dtype: torch.dtype, atol: float, rows: int) -> None:
-    """Blocks of 2,100 and 2,000 rows are large enough to be packed, where the processor can."""
+    """Blocks of 2,100 and 2,000 rows of 512 are large enough to be packed, where the processor can."""
     generator = torch.Generator().manual_seed(0)
-    rows_VD = (torch.randn(6100, 128, generator=generator) / 128**0.5).to(dtype)
-    hidden_ND = torch.randn(rows, 128, generator=generator).to(dtype)
+    rows_VD = (torch.randn(6100, 512, generator=generator) / 512**0.5).to(dtype)
+    hidden_ND = torch.randn(rows, 512, generator=generator).to(dtype)
     blocks = Blocks(rows_VD, [0, 2100, 4100, 6100])
     assert bool(blocks.packed) == _packs(rows_VD)
     expected_NC = torch.cat((rows_VD[:2100], rows_VD[4100:])).float() @ hidden_ND.float().T
