@@ -109,9 +109,11 @@ def gpu(options: argparse.Namespace) -> None:
         print("gpu: skipped, this machine has no CUDA device; --shape tiny runs the code on the CPU", file=sys.stderr)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = list(decode_gpu.measure(options.shape, device, torch.bfloat16, options.repeats))
-    for row in rows:
-        print(json.dumps(row), flush=True)
+    rows: list[Row] = []
+    for graphs in (False, True) if device.type == "cuda" else (False,):
+        for row in decode_gpu.measure(options.shape, device, torch.bfloat16, options.repeats, graphs):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     found = decode_gpu.figures(rows)
     print(json.dumps(found, indent=1))
     if device.type == "cuda" and options.shape != "tiny":

@@ -5,6 +5,7 @@ published numbers of tokens per round imply at these costs are projections, and 
 Axes: V vocabulary, D hidden, G group.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,30 +61,33 @@ PAPER_SPEEDUP = (2.50, 4.07)
 """What CORAL's paper reports, over three families and three benchmarks."""
 
 
-def parts(shape: str, device: torch.device, dtype: torch.dtype) -> Parts:
-    """Target, drafter and both heads with random weights, made on the device."""
+def parts(shape: str, device: torch.device, dtype: torch.dtype, graphs: bool) -> Parts:
+    """Target, drafter and both heads with random weights, made on the device; with its forwards recorded or not."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, eos_token_id=None)
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         drafter = Drafter(DrafterConfig(**drafter_shape(config))).to(dtype)
         router = Router(config.hidden_size, GROUPS)
-    target = wrap(model, None)
+    target = dataclasses.replace(wrap(model, None), graphs=graphs)
     groups = by_id(config.vocab_size, GROUPS)
     heads = {"full": FullHead(target.lent), "grouped": GroupedHead(target.lent, groups, router, ACTIVE)}
     return Parts(target, drafter.requires_grad_(False).eval(), heads, TREE, CONTEXT)
 
 
-def measure(shape: str, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Any]]:
+def measure(
+    shape: str, device: torch.device, dtype: torch.dtype, repeats: int, graphs: bool = False
+) -> Iterator[dict[str, Any]]:
     """A row per piece, then the projections."""
-    found = parts(shape, device, dtype)
+    found = parts(shape, device, dtype, graphs)
     work = target_work(found.target, found.context)
     machine = measure_machine(device, dtype, work.read_bytes())
     calls = found.verify(SIZES) | found.steps()
     for name in found.heads:
         calls |= found.level(name, TREE.topk)
     seconds = in_turns(calls, device, repeats)
-    shared = {"shape": shape, "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    dtype_name = str(dtype).removeprefix("torch.")
+    shared = {"shape": shape, "device": device.type, "dtype": dtype_name, "graphs": graphs}
     speeds = {"bytes_per_s": machine.bytes_per_s, "flops_per_s": machine.flops_per_s}
     yield {**shared, "what": "machine", "read_bytes": work.read_bytes(), **speeds}
 
@@ -109,7 +113,8 @@ def measure(shape: str, device: torch.device, dtype: torch.dtype, repeats: int) 
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the README quotes."""
+    """What the README quotes: with graphs, where they were measured."""
+    rows = [row for row in rows if row["graphs"] == rows[-1]["graphs"]]
     plain = next(row for row in rows if row["what"] == "plain step")
     verify = next(row for row in rows if row["what"] == "verify" and row["nodes"] == TREE.nodes)
     rounds = {row["head"]: row for row in rows if row["what"] == "round"}

@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 
-from coral_core.decoding import masks
+from coral_core.decoding import masks, replayed
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.graphs import Graphs, padded_rows
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Clock, Round, prefill
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.head.grouped import GroupedHead
@@ -140,24 +142,39 @@ class Parts:
     def verify(self, sizes: Sequence[int]) -> dict[str, Callable[[], object]]:
         """The target over N rows of a tree, the token at each of them, and the cache cut again."""
         target, rows = self.target, max(sizes)
-        cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, self.context + rows)
+        layers = target.model.config.get_text_config().num_hidden_layers
+        cache = SlotCache(layers, self.context + padded_rows(rows), Graphs() if target.graphs else None)
         prefill(target, self.prompt_T, cache)
 
         def call(size: int) -> None:
-            depth_N = torch.arange(size, device=target.device)
-            sees_NN = depth_N[:, None] >= depth_N
-            mask = masks.for_target(target, self.context, depth_N, sees_NN)
-            position_BN = (depth_N + self.context).clamp_max(target.max_positions - 1)[None]
-            ids_BN = self.prompt_T.repeat(-(-size // self.context))[None, :size]
-            feature_BND = target.forward(ids_BN, position_BT=position_BN, mask=mask, cache=cache)
-            target.lent.logits(feature_BND[0]).argmax(-1).tolist()
+            chain = self.chain(size)
+            if target.graphs:
+                logits_NV = replayed.verify(target, cache, chain)[1]
+            else:
+                mask = masks.for_target(target, self.context, chain.depth_M, chain.sees_MM)
+                position_BN = (chain.depth_M + self.context).clamp_max(target.max_positions - 1)[None]
+                feature_BND = target.forward(chain.token_M[None], position_BT=position_BN, mask=mask, cache=cache)
+                logits_NV = target.lent.logits(feature_BND[0])
+            logits_NV.argmax(-1).tolist()
             cache.truncate(self.context)
 
         return {f"verify {size}": lambda size=size: call(size) for size in sizes}  # type: ignore[misc]
 
+    def chain(self, rows: int) -> Draft:
+        """Nodes one below the other."""
+        depth_N = torch.arange(rows, device=self.target.device)
+        return Draft(
+            token_M=self.prompt_T.repeat(-(-rows // self.context))[:rows],
+            parent_M=(depth_N - 1).clamp_min(0),
+            depth_M=depth_N,
+            sees_MM=depth_N[:, None] >= depth_N,
+            score_M=torch.zeros(rows, device=self.target.device),
+            levels=rows - 1,
+        )
+
     def level(self, name: str, width: int) -> dict[str, Callable[[], object]]:
         """Drafts of one level and of 1 + LEVELS, `width` nodes expanded on each; `level_s` is their difference."""
-        slots = Slots(self.context + (1 + LEVELS) * width)
+        slots = Slots(self.context + (1 + LEVELS) * width, Graphs() if self.target.graphs else None)
         found: dict[str, Callable[[], object]] = {}
         generator = torch.Generator().manual_seed(0)
         hidden = self.drafter.config.hidden_size

@@ -76,6 +76,11 @@ def ablations() -> Iterator[tuple[str, dict[str, Any]]]:
     yield from (("top-K", {"topk_weight": weight}) for weight in (0.0, 1.0))
     yield from (("unroll", {"unroll_steps": steps}) for steps in (1, 2, 4, 5))
     yield "temperature", {"csra_temperature": 0.5}
+    yield from (
+        ("weight", {"csra_weight": weight, "csra_temperature": temperature})
+        for weight in (0.03, 0.3)
+        for temperature in (0.2, 0.5)
+    )
     searched: list[tuple[str, dict[str, Any]]] = [
         ("temperature", {}),
         ("weight", {"csra_weight": 0.03}),
@@ -290,6 +295,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ablation-seeds", type=int, default=1, help="at most --seeds; 0 leaves the ablations out")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the equal-step rows")
+    parser.add_argument("--results", default="methods", help="name of the file under results/; here %(default)s")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
     workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -320,7 +326,7 @@ def main() -> None:
             newest = shown(found)[-1]
             print(f"{newest['part']} | {newest['name']} | seed {newest['seed']} | {newest['tau']:.3f}", flush=True)
             figures = compare(found, "methods") | {"equal_time": compare(found, "equal time")}
-            path = record("methods", figures, shown(found))
+            path = record(options.results, figures, shown(found))
     except CoralError as error:
         sys.exit(f"error: {error}")
     finally:

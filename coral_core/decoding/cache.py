@@ -8,6 +8,9 @@ A worked example, five rows of which three are committed and two are drafted sib
     truncate(3)        rows a b c . .      length 3
     reserve(8)         rows a b c . . . . .
 
+For a recorded forward (graphs.py), whose shapes may not depend on the length, `place` says in a tensor where the next
+rows go.
+
 Layers that look alike share one block of memory, so that a path is kept in all of them by one gather: with a storage
 each, 24 layers took 160 small operations a round, and 32 would take some 130 launches on a GPU.
 Axes: L layer's keys, then its values, B batch, G key/value head, K cached position, E head dimension.
@@ -18,6 +21,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from coral_core.decoding.graphs import Graphs
+
 
 class Slots(CacheLayerMixin):
     """Keys and values of one layer. Every row is kept, in sliding layers too: the mask hides, the cache never drops."""
@@ -26,10 +31,13 @@ class Slots(CacheLayerMixin):
     keys: torch.Tensor | None
     values: torch.Tensor | None
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, graphs: Graphs | None = None) -> None:
         super().__init__()
         self.capacity = capacity
         self.length = 0
+        self.graphs = graphs
+        """Recordings of forwards over this storage; none where forwards run as they come."""
+        self.placed: tuple[torch.Tensor, int] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate once the first rows show heads, width, dtype and device."""
@@ -41,16 +49,29 @@ class Slots(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows [B,G,T,E] and return all rows [B,G,K,E], as views."""
+        """Append rows [B,G,T,E] and return all rows [B,G,K,E], as views; or write them where `place` said."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
+        if self.placed is not None:
+            column_T, end = self.placed
+            self.keys.index_copy_(2, column_T, key_states)
+            self.values.index_copy_(2, column_T, value_states)
+            return self.keys[:, :, :end], self.values[:, :, :end]
         end = self.length + key_states.shape[-2]
         assert end <= self.capacity, f"cache of {self.capacity} rows cannot hold {end}"
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def place(self, column_T: torch.Tensor | None, end: int = 0) -> None:
+        """The next rows go to these columns and are read with all below `end`, and `length` stays as it is.
+
+        With None, rows are appended again.
+        """
+        assert end <= self.capacity, f"cache of {self.capacity} rows has no column {end - 1}"
+        self.placed = None if column_T is None else (column_T, end)
 
     def keep(self, rows_N: torch.Tensor, start: int) -> None:
         """Of the rows from `start` on, keep the given ones (ascending, counted from `start`), in that order."""
@@ -69,6 +90,8 @@ class Slots(CacheLayerMixin):
         """Make room for at least `capacity` rows; what is held is copied once."""
         if capacity <= self.capacity:
             return
+        if self.graphs is not None:
+            self.graphs.forget()
         keys, values = self.keys, self.values
         if keys is not None and values is not None:
             self.keys, self.values = self._grown(keys, capacity), self._grown(values, capacity)
@@ -96,13 +119,25 @@ class SlotCache(Cache):
     _block_LBGKE: torch.Tensor | None = None
     """What all layers' keys and values are views of; none before the first rows, nor where layers differ in shape."""
 
-    def __init__(self, layers: int, capacity: int) -> None:
+    def __init__(self, layers: int, capacity: int, graphs: Graphs | None = None) -> None:
         super().__init__(layers=[Slots(capacity) for _ in range(layers)])
+        self.graphs = graphs
+        """As in `Slots`."""
 
     @property
     def length(self) -> int:
         """Rows held."""
         return self.layers[0].length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        for layer in self.layers:
+            layer.length = length
+
+    @property
+    def capacity(self) -> int:
+        """Rows that there is room for."""
+        return self.layers[0].capacity
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -142,6 +177,11 @@ class SlotCache(Cache):
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
+    def place(self, column_T: torch.Tensor | None, end: int = 0) -> None:
+        """`Slots.place` in every layer."""
+        for layer in self.layers:
+            layer.place(column_T, end)
+
     def keep(self, rows_N: torch.Tensor, start: int) -> None:
         """`Slots.keep` in every layer."""
         if self._block_LBGKE is None:
@@ -151,8 +191,7 @@ class SlotCache(Cache):
         end = start + rows_N.numel()
         kept_LBGNE = self._block_LBGKE[:, :, :, start : self.length].index_select(3, rows_N)
         self._block_LBGKE[:, :, :, start:end] = kept_LBGNE
-        for layer in self.layers:
-            layer.length = end
+        self.length = end
 
     def truncate(self, length: int) -> None:
         """`Slots.truncate` in every layer."""
@@ -161,6 +200,8 @@ class SlotCache(Cache):
 
     def reserve(self, capacity: int) -> None:
         """`Slots.reserve` in every layer."""
+        if self.graphs is not None and capacity > self.capacity:
+            self.graphs.forget()
         old_LBGKE = self._block_LBGKE
         if old_LBGKE is None or capacity <= old_LBGKE.shape[3]:
             for layer in self.layers:

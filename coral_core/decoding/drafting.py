@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from coral_core.decoding import tree
+from coral_core.decoding import replayed, tree
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.paying import Plan
 from coral_core.decoding.rounds import PREFILL_ROWS, Clock
@@ -107,7 +107,7 @@ class Drafting:
 
     def propose(self, hidden_ND: torch.Tensor, picker: Picker, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For each drafted feature, the tokens that the target will most likely pick at `position`: [N,R] twice."""
-        found = self.head.candidates(hidden_ND)
+        found = replayed.candidates(self.slots, self.head, hidden_ND)
         score_NC = picker.rank(found.logprob_NC, found.token_C, position, self.lent.head_VD.shape[0])
         logprob_NR, token_NR = Candidates(score_NC, found.token_C).best(self.plan.topk)
         return (logprob_NR + self.plan.shift).clamp_max(0), token_NR
@@ -118,6 +118,14 @@ class Drafting:
         feature_TD: torch.Tensor,
         position_T: torch.Tensor,
         sees_TK: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.slots.graphs is None or token_T.numel() > replayed.LEVEL_ROWS:
+            return self._layer(token_T, feature_TD, position_T, sees_TK)
+        inputs = {"token_T": token_T, "feature_TD": feature_TD, "position_T": position_T}
+        return replayed.level(self.slots, self._layer, self.drafter, inputs, sees_TK)
+
+    def _layer(
+        self, token_T: torch.Tensor, feature_TD: torch.Tensor, position_T: torch.Tensor, sees_TK: torch.Tensor | None
     ) -> torch.Tensor:
         def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
             key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import torch
 
-from coral_core.decoding import masks, tree
+from coral_core.decoding import masks, replayed, tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.costs import Costs
 from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.graphs import padded_rows
 from coral_core.decoding.history import History
-from coral_core.decoding.memory import Memory
+from coral_core.decoding.memory import Memory, borrowed
 from coral_core.decoding.paying import Paying, Plan
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Picker
@@ -44,7 +45,6 @@ class Engine:
         """Who decides on the drafts of one answer."""
         return self.shape if self.costs is None else Paying(self.costs, self.shape, self.target.device)
 
-    @torch.no_grad()
     def decode(
         self, prompt: list[int], sampler: Picker, max_new_tokens: int, memory: Memory | None = None
     ) -> Iterator[Round]:
@@ -54,10 +54,15 @@ class Engine:
         time may use it, and may be left after any round.
         Raises DataError for a prompt that is empty or does not fit the target's context.
         """
+        with borrowed(self.target, memory) as held:
+            yield from self._rounds(prompt, sampler, max_new_tokens, held)
+
+    @torch.no_grad()
+    def _rounds(self, prompt: list[int], sampler: Picker, max_new_tokens: int, memory: Memory) -> Iterator[Round]:
         target, clock = self.target, Clock()
         stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
-        capacity = len(prompt) + stop.remaining + self.shape.nodes
-        memory = memory or Memory(target)
+        drafted = padded_rows(self.shape.nodes + 1) if target.graphs else self.shape.nodes
+        capacity = len(prompt) + stop.remaining + drafted
         kept, cache = memory.recall(prompt, capacity, self.shape.rows), memory.cache
         plan = self.plan()
         drafting = Drafting(self.drafter, target.lent, self.head, plan, memory.slots)
@@ -99,13 +104,16 @@ class Engine:
     ) -> tuple[Verdict, torch.Tensor]:
         """One target forward over the tree; the cache keeps the accepted path, whose features [A,D] are returned."""
         target, past = self.target, cache.length
-        position_M = draft.depth_M + past
-        mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
-        # Nodes past the context's end cannot be emitted (Stop sees to that) but must be placed somewhere legal.
-        placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
-        clock.lap("other")
-        feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
-        logits_MV = target.lent.logits(feature_MD)
+        if cache.graphs is None:
+            position_M = draft.depth_M + past
+            mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
+            # Nodes past the context's end cannot be emitted (Stop sees to that) but must be placed somewhere legal.
+            placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
+            clock.lap("other")
+            feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
+            logits_MV = target.lent.logits(feature_MD)
+        else:
+            feature_MD, logits_MV = replayed.verify(target, cache, draft)
         clock.lap("verify")
         past_ML = history.rows(draft) if sampler.looks_back else None
         verdict = sampler.judge(draft, logits_MV, past + 1, past_ML)

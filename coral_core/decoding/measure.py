@@ -29,6 +29,7 @@ from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.costs import Costs, rising
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.graphs import Graphs
 from coral_core.decoding.history import History
 from coral_core.decoding.rounds import Clock, prefill
 from coral_core.decoding.sampling import Sampler
@@ -87,7 +88,7 @@ def _here(engine: Engine) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "dtype": str(engine.target.dtype).removeprefix("torch."),
         "versions": versions(),
-    }
+    } | ({"graphs": True} if engine.target.graphs else {})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -213,10 +214,11 @@ class _Bench:
         self.context = min(context, target.max_positions // 2)
         vocab, self.device = target.lent.embed_VD.shape[0], target.device
         self.ids_T = torch.arange(1, self.context + ROWS[-1] + 1, device=self.device) * 7919 % vocab
-        self.cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, self.context + ROWS[-1])
+        layers, recorded = target.model.config.get_text_config().num_hidden_layers, target.graphs
+        self.cache = SlotCache(layers, self.context + ROWS[-1], Graphs() if recorded else None)
         self.history = History(self.ids_T[: self.context], self.context)
         self.feature_TD = prefill(target, self.ids_T[: self.context], self.cache)
-        self.slots = Slots(self.context + FED + (1 + LEVELS) * WIDTHS[-1])
+        self.slots = Slots(self.context + FED + (1 + LEVELS) * WIDTHS[-1], Graphs() if recorded else None)
         self._drafting(_Forced(1, 1)).feed(self.ids_T[: self.context], self.feature_TD)
 
     def parts(self) -> Iterator[tuple[tuple[str, int], Callable[[], None]]]:

@@ -8,9 +8,12 @@ A worked example, with the tokens a b c as the first prompt, answered by d e:
 Forwarding one shared row again gives the feature that the drafter needs to go on from there.
 """
 
+import contextlib
+from collections.abc import Iterator
 from itertools import takewhile
 
 from coral_core.decoding.cache import SlotCache, Slots
+from coral_core.decoding.graphs import Graphs, columns
 from coral_core.target.load import Target
 
 
@@ -23,8 +26,9 @@ class Memory:
 
     def __init__(self, target: Target) -> None:
         self.ids: list[int] = []
-        self.cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, 0)
-        self.slots = Slots(0)
+        layers = target.model.config.get_text_config().num_hidden_layers
+        self.cache = SlotCache(layers, 0, Graphs() if target.graphs else None)
+        self.slots = Slots(0, Graphs() if target.graphs else None)
         """The drafter's rows; they lag behind after plain answers."""
 
     def recall(self, prompt: list[int], capacity: int, draft_rows: int | None = None) -> int:
@@ -35,6 +39,8 @@ class Memory:
         """
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, self.ids, strict=False)))
         kept = max(0, shared - 1)
+        if self.cache.graphs is not None:
+            capacity = columns(capacity)  # recordings are lost when the storage grows
         if draft_rows is not None:
             kept = min(kept, self.slots.length)
             self.slots.reserve(capacity + draft_rows)
@@ -43,3 +49,26 @@ class Memory:
         self.cache.truncate(kept)
         self.cache.reserve(capacity)
         return kept
+
+    def forget(self) -> None:
+        """Nothing was said; the storage stays."""
+        self.ids = []
+        self.cache.truncate(0)
+        self.slots.truncate(0)
+
+
+@contextlib.contextmanager
+def borrowed(target: Target, memory: Memory | None) -> Iterator[Memory]:
+    """The given memory, or an empty one for a single answer.
+
+    Where forwards are recorded, the target keeps the latter for the next answer: recordings are tied to their storage.
+    """
+    if memory is not None or not target.graphs:
+        yield memory or Memory(target)
+        return
+    memory = target.idle.pop() if target.idle else Memory(target)
+    try:
+        yield memory
+    finally:
+        memory.forget()
+        target.idle.append(memory)

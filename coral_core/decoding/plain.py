@@ -4,15 +4,15 @@ from collections.abc import Iterator
 
 import torch
 
-from coral_core.decoding import masks
+from coral_core.decoding import masks, replayed, tree
+from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.history import History
-from coral_core.decoding.memory import Memory
+from coral_core.decoding.memory import Memory, borrowed
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target
 
 
-@torch.no_grad()
 def plain(
     target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int, memory: Memory | None = None
 ) -> Iterator[Round]:
@@ -20,9 +20,16 @@ def plain(
 
     Raises DataError for a prompt that is empty or does not fit the target's context.
     """
+    with borrowed(target, memory) as held:
+        yield from _rounds(target, prompt, sampler, max_new_tokens, held)
+
+
+@torch.no_grad()
+def _rounds(
+    target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int, memory: Memory
+) -> Iterator[Round]:
     stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
     capacity = len(prompt) + stop.remaining
-    memory = memory or Memory(target)
     memory.recall(prompt, capacity)
     cache = memory.cache
     clock = Clock()
@@ -37,11 +44,19 @@ def plain(
     yield Round(new_ids, "prefill", 0, clock.take())
     while not stop.done:
         history.extend(picked_1)
-        mask = masks.for_rows(target, cache.length, 1)
-        feature_BTD = target.forward(picked_1[None], position_BT=position_1[None], mask=mask, cache=cache)
+        logits_1V = _step(target, cache, picked_1, position_1)
         position_1 = position_1 + 1
-        picked_1 = sampler.pick(target.lent.logits(feature_BTD[0]), position_1, history.row())
+        picked_1 = sampler.pick(logits_1V, position_1, history.row())
         memory.ids += picked_1.tolist()
         new_ids = stop.cut(memory.ids[-1:])
         clock.lap("step")
         yield Round(new_ids, "plain", 0, clock.take())
+
+
+def _step(target: Target, cache: SlotCache, token_1: torch.Tensor, position_1: torch.Tensor) -> torch.Tensor:
+    """The logits [1,V] after one more token."""
+    if cache.graphs is not None:
+        return replayed.verify(target, cache, tree.lone(token_1))[1]
+    mask = masks.for_rows(target, cache.length, 1)
+    feature_BTD = target.forward(token_1[None], position_BT=position_1[None], mask=mask, cache=cache)
+    return target.lent.logits(feature_BTD[0])

@@ -146,9 +146,12 @@ NO_TOKEN = -1
 """The token of a row that only fills up a batch; nobody picks it."""
 
 
-def pad(drafts: list[Draft]) -> Draft:
-    """The trees of several answers with an axis B in front, filled up with rows that see themselves alone."""
-    rows = max(draft.token_M.numel() for draft in drafts)
+def pad(drafts: list[Draft], rows: int = 0) -> Draft:
+    """The trees of several answers with an axis B in front, filled up with rows that see themselves alone.
+
+    To the largest tree's rows, or to `rows` when that is more.
+    """
+    rows = max(rows, *(draft.token_M.numel() for draft in drafts))
     first = drafts[0]
     padded = Draft(
         token_M=first.token_M.new_full((len(drafts), rows), NO_TOKEN),

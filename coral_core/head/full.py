@@ -9,6 +9,9 @@ from coral_core.lent import Lent
 class FullHead:
     """The target's own LM head, multiplied whole."""
 
+    recordable = True
+    """Its kernels wait for nothing (decoding/graphs.py)."""
+
     def __init__(self, lent: Lent) -> None:
         self.lent = lent
         self.token_V = torch.arange(lent.head_VD.shape[0], device=lent.head_VD.device)

@@ -26,6 +26,7 @@ class GroupedHead:
         self.bias_V = None if lent.head_bias_V is None else lent.head_bias_V[self.token_V]
         rows_VD = lent.head_VD[self.token_V]
         self.fused = kernel.fits(lent, rows_VD)
+        self.recordable = self.fused  # which groups are active then stays on the device
         self.start_device_G = torch.tensor(self.start_G, dtype=torch.int32, device=device)
         self.blocks = Blocks(rows_VD, self.start_G)
 

@@ -20,9 +20,9 @@ On one core of a Xeon (AVX-512, AMX) beside other work, where the largest elemen
 | float32, packed   |  9.7 |  9.7 |  9.7 |  8.4 |  8.1 |
 | bfloat16, packed  |  9.7 |  9.8 |  9.8 |  9.6 |  9.6 |
 
-So in float32 the plain rows are kept as well, for one row and two. And with less than 256 rows of 4,096 in a block, always:
-4,000 rows in blocks of 125, 250, 500 and 1,000, 10 hidden rows, two cores of a Xeon, ms: plain 4.8, 5.6, 6.9, 7.3, packed
-5.5, 5.0, 4.4, 4.1. In bfloat16 packed wins at each of these sizes (2.6 against 3.0 at 125).
+So in float32 the plain rows are kept as well, for one row and two. And with less than 256 rows of 4,096 in a block
+nothing else is: 4,000 rows in blocks of 125, 250, 500 and 1,000, 10 hidden rows, two cores of a Xeon, ms: plain 4.8,
+5.6, 6.9, 7.3, packed 5.5, 5.0, 4.4, 4.1. In bfloat16 packed wins at each of these sizes (2.6 against 3.0 at 125).
 Axes: N row, D hidden, R head row of one block, V head row of all blocks, C head row of the active blocks.
 """
 

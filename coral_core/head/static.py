@@ -13,6 +13,9 @@ from coral_core.lent import Lent
 class StaticHead:
     """The rows of the tokens that were kept, copied once into one block."""
 
+    recordable = True
+    """As the full head."""
+
     def __init__(self, lent: Lent, token_K: torch.Tensor) -> None:
         self.lent = lent
         self.token_K = token_K.to(lent.head_VD.device)

@@ -31,6 +31,8 @@ class TargetSpec:
     """`auto`, `cpu`, `cuda`, `cuda:1`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless said here."""
+    graphs: bool = False
+    """Record the forwards of decoding as CUDA graphs and replay them. Not yet run on a GPU, so off unless said here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,10 +39,14 @@ class Target:
     """The distinct kinds of attention layer, sorted."""
     window: int
     """Positions that a sliding layer sees, itself included; 0 when no layer slides."""
+    graphs: bool = False
+    """Whether decoding records its forwards (decoding/graphs.py)."""
+    idle: list[Any] = dataclasses.field(default_factory=list, repr=False, compare=False)
+    """Memories with recordings that no answer is using (decoding/memory.py)."""
 
     @classmethod
     def from_pretrained(cls, model: str, **options: Any) -> "Target":
-        """`pico`, a Hub id or a folder. `options` are a recipe's: revision, dtype, device, trust_remote_code.
+        """`pico`, a Hub id or a folder. `options` are a recipe's: revision, dtype, device, trust_remote_code, graphs.
 
         Raises TargetError for what is not there or cannot be sped up.
         """
@@ -107,13 +111,15 @@ def load_target(spec: TargetSpec) -> Target:
     from transformers import AutoTokenizer
 
     device = pick_device(spec.device)
+    if spec.graphs and device.type != "cuda":
+        raise TargetError(f"target.graphs records CUDA graphs, and the target is on {device.type}; set it to false")
     model = _load_model(spec, pick_dtype(spec.dtype, device)).to(device)
     source, options = _source(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise TargetError(f"target '{spec.model}' has no tokenizer that loads: {_line(error)}") from error
-    return wrap(model, tokenizer)
+    return dataclasses.replace(wrap(model, tokenizer), graphs=spec.graphs)
 
 
 def wrap(model: Any, tokenizer: Any) -> Target:

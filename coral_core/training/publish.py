@@ -23,7 +23,14 @@ from coral_core.training.loop import Measure, Reports, identity, train
 COMMAND = "coral prepare-data"
 SECTIONS = ("seed", "train")
 """What of a recipe decides the drafter, besides the data."""
-INDIFFERENT = {"target.device", "data.batch_size", "data.shard_tokens", "data.endpoint", "data.endpoint_requests"}
+INDIFFERENT = {
+    "target.device",
+    "target.graphs",
+    "data.batch_size",
+    "data.shard_tokens",
+    "data.endpoint",
+    "data.endpoint_requests",
+}
 """Keys that may have changed since the data were made: they decide how it was computed, not what."""
 
 

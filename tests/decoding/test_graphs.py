@@ -1,0 +1,166 @@
+"""Recorded forwards: replayed for other tokens and lengths, they say what forwards that run as they come say.
+
+A tape (tape.py) stands in for a CUDA graph; the graph itself is tested where there is a GPU.
+"""
+
+import copy
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from coral_core.decoding import graphs
+from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.graphs import Graphs, columns, padded_rows
+from coral_core.decoding.memory import Memory
+from coral_core.decoding.plain import plain
+from coral_core.decoding.sampling import Sampler
+from coral_core.errors import TargetError
+from coral_core.head.full import FullHead
+from coral_core.recipe.schema import TargetSpec
+from coral_core.target.load import Target, load_target, wrap
+from tests.decoding import tape
+from tests.decoding.test_memory import ids_of, oracle_engine, words
+from tests.tiny import VOCAB, tiny_drafter, tiny_engine, tiny_target
+
+SAMPLERS = [Sampler(), Sampler(temperature=1.0, seed=3), Sampler(repetition_penalty=1.3)]
+
+
+@pytest.fixture(autouse=True)
+def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Recordings are tapes; the list grows with each of them."""
+    made: list[str] = []
+
+    def record(call):  # type: ignore[no-untyped-def]
+        made.append("tape")
+        return tape.record(call)
+
+    monkeypatch.setattr(graphs, "record", record)
+    return made
+
+
+def recorded(family: str) -> Target:
+    return dataclasses.replace(tiny_target(family), stop_ids=frozenset(), graphs=True, idle=[])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma3-mixed", "gpt2", "gpt-neox"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "T=1", "penalty"])
+def test_replayed_answers_are_the_plain_ones(family: str, sampler: Sampler, taped: list[str]) -> None:
+    """Two prompts, drafted with acceptance and plainly; most forwards are replays."""
+    target = recorded(family)
+    eager = dataclasses.replace(target, graphs=False)
+    for seed in range(2):
+        prompt = words(seed, 9 + seed)
+        expected = ids_of(plain(eager, prompt, sampler, 40))
+        assert ids_of(plain(target, prompt, sampler, 40)) == expected
+        engine, head = oracle_engine(target, expected)
+        rounds = list(map(head.follow, engine.decode(prompt, sampler, 40)))
+        assert ids_of(iter(rounds)) == expected
+        assert sum(event.accepted_drafts for event in rounds) > 10
+    assert 0 < len(taped) < 20
+
+
+def test_drafts_and_rounds_are_those_of_forwards_that_run_as_they_come() -> None:
+    """The same trees, so that tau does not depend on it: with the drafter's own head, recorded too."""
+    target = recorded("llama")
+    drafter, shape = tiny_drafter(target), tiny_engine(target).shape
+    prompt, found = words(3, 12), []
+    for graphs_on in (False, True):
+        own = dataclasses.replace(target, graphs=graphs_on)
+        engine = Engine(own, drafter, FullHead(own.lent), shape)
+        found.append([(event.new_ids, event.accepted_drafts) for event in engine.decode(prompt, Sampler(), 60)])
+    assert found[0] == found[1]
+
+
+def test_a_later_answer_replays_what_an_earlier_one_recorded(taped: list[str]) -> None:
+    target = recorded("llama")
+    engine = tiny_engine(target)
+    first = ids_of(engine.decode(words(1, 10), Sampler(), 30))
+    made = len(taped)
+    assert ids_of(engine.decode(words(1, 10), Sampler(), 30)) == first
+    assert len(taped) == made
+    assert len(target.idle) == 1
+
+
+def test_an_answer_that_is_left_gives_its_memory_back() -> None:
+    target = recorded("llama")
+    rounds = tiny_engine(target).decode(words(1, 10), Sampler(), 30)
+    next(rounds)
+    assert target.idle == []
+    rounds.close()
+    (memory,) = target.idle
+    assert (memory.ids, memory.cache.length, memory.slots.length) == ([], 0, 0)
+    eager = dataclasses.replace(target, graphs=False)
+    assert ids_of(plain(target, words(2, 5), Sampler(), 8)) == ids_of(plain(eager, words(2, 5), Sampler(), 8))
+
+
+def test_two_drafters_over_one_memory_keep_apart() -> None:
+    """An evaluation races several; a recording of the first must not draft for the second."""
+    target, shape = recorded("llama"), tiny_engine(tiny_target()).shape
+    prompt, found = words(4, 12), []
+    for graphs_on in (False, True):
+        own = dataclasses.replace(target, graphs=graphs_on)
+        engines = [Engine(own, tiny_drafter(own, seed), FullHead(own.lent), shape) for seed in (1, 2)]
+        found.append([[event.accepted_drafts for event in e.decode(prompt, Sampler(), 60)] for e in engines])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+
+
+def test_a_growing_cache_voids_its_recordings(taped: list[str]) -> None:
+    """The second turn needs more room than the first: its storage is another one."""
+    target = recorded("llama")
+    longer = dataclasses.replace(target, max_positions=2000)
+    memory, said = Memory(longer), words(5, 8)
+    for turn, length in enumerate((20, 400)):
+        expected = ids_of(plain(dataclasses.replace(longer, graphs=False), said, Sampler(), length))
+        assert ids_of(plain(longer, said, Sampler(), length, memory)) == expected
+        said = [*said, *expected, *words(turn, 3)]
+    assert memory.cache.capacity >= 400
+
+
+def test_a_longer_context_reads_more_columns(taped: list[str]) -> None:
+    """Past a bound, a forward over more columns is recorded, and the answer goes on."""
+    target = dataclasses.replace(recorded("llama"), max_positions=2000)
+    prompt = words(6, columns(1) - 20)
+    expected = ids_of(plain(dataclasses.replace(target, graphs=False), prompt, Sampler(), 60))
+    assert ids_of(plain(target, prompt, Sampler(), 60)) == expected
+    assert len(taped) == 2
+
+
+def test_what_waits_for_the_device_cannot_be_recorded() -> None:
+    """The tape refuses what a CUDA graph refuses; a user is told how to do without."""
+    with pytest.raises(TargetError, match=r"_local_scalar_dense waits for the device.*Set target.graphs to false"):
+        Graphs().run("key", lambda x: x * int(x.sum()), {"x": torch.ones(3)})
+
+
+def test_columns_and_rows_are_few_numbers() -> None:
+    assert [columns(rows) for rows in (1, 256, 257, 300, 1500, 2048, 2049, 2100, 5000)] == [
+        *(256, 256, 512, 512, 2048, 2048, 2304, 2304, 5120)
+    ]
+    assert all(rows <= columns(rows) <= max(2 * rows, 256) for rows in range(1, 40000, 7))
+    assert all(columns(rows) <= 1.13 * rows for rows in range(2049, 40000, 7))
+    assert [padded_rows(rows) for rows in (1, 2, 3, 9, 61, 64, 65)] == [1, 2, 4, 16, 64, 64, 128]
+
+
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(TargetError, match="target.graphs records CUDA graphs, and the target is on cpu"):
+        load_target(TargetSpec(device="cpu", graphs=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
+def test_cuda_graphs_say_what_forwards_that_run_as_they_come_say(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device, with real graphs, in float32."""
+    monkeypatch.undo()
+    model = copy.deepcopy(tiny_target(family).model).to("cuda")
+    target = dataclasses.replace(wrap(model, None), stop_ids=frozenset(), graphs=True)
+    eager = dataclasses.replace(target, graphs=False)
+    drafter = tiny_drafter(target).to("cuda")
+    for seed in range(3):
+        prompt = random.Random(seed).choices(range(3, VOCAB), k=9)
+        expected = ids_of(plain(eager, prompt, Sampler(), 60))
+        assert ids_of(plain(target, prompt, Sampler(), 60)) == expected
+        engine = Engine(target, drafter, FullHead(target.lent), TreeShape(depth=4, nodes=7, topk=3))
+        assert ids_of(engine.decode(prompt, Sampler(), 60)) == expected
