@@ -1,10 +1,11 @@
-"""EAGLE-2, HASS and CORAL from the same data, weights and steps, and in equal time; and what each choice is worth.
+"""EAGLE-2, HASS and CORAL from the same data, weights and steps, early, and in equal time; what each choice is worth.
 
     coral prepare-data name=methods data.holdout=200
     python -m benchmarks.methods name=methods      # [RECIPE.YAML] [section.key=value ...], as every command takes them
 
 Each row is one training and the tokens per round of its drafter (full head, greedy, EAGLE-2's tree) on held-out
-prompts. A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted
+prompts: of the three methods after --steps, in the time that CORAL takes for them, and after --early-steps; then of
+CORAL after --early-steps with one choice changed. A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted
 benchmark goes on with the rows it was at. Rows come in the order of importance, and results/methods.json is written
 anew after each. `--workers` rows are measured at a time, each on its share of the cores: two trainings of pico on one
 core each are faster than one after the other on two. Rounds are found by replay (benchmarks/replay.py), which gives
@@ -45,6 +46,8 @@ from coral_core.training.loop import Reports, train
 from coral_core.training.publish import open_data
 
 METHODS = ("eagle2", "hass", "coral")
+COMPARISONS = ("methods", "equal time", "early")
+"""Parts that measure all three; the others change one choice of CORAL."""
 PAPERS_TREE = {"tree": "fixed", "draft_depth": 6, "draft_nodes": 60, "draft_topk": 10, "draft_confidence": 0.0}
 """EAGLE-2's, on which HASS and CORAL are compared too. A CPU's small trees, cut at a confidence, rarely reach the
 depths that the unroll trains: on pico's own (10 nodes, 0.05), seed 0, HASS was 1.006 times EAGLE-2."""
@@ -60,9 +63,9 @@ class Variant:
 
     part: str
     preset: str
-    seed: int = 0
+    seed: int
+    steps: int
     changes: tuple[tuple[str, Any], ...] = ()
-    steps_factor: float = 1.0
 
     @property
     def name(self) -> str:
@@ -105,7 +108,7 @@ class Bench:
 
     def spec(self, variant: Variant) -> Any:
         """The recipe's training with a preset's keys, then the variant's."""
-        steps = max(1, round(self.recipe.train.steps * variant.steps_factor))
+        steps = variant.steps
         fixed = {"preset": variant.preset, "steps": steps, "eval_every": 0, "checkpoint_every": steps + 1}
         return dataclasses.replace(self.recipe.train, **{**PRESETS[variant.preset], **fixed, **dict(variant.changes)})
 
@@ -223,24 +226,29 @@ def _measure(variant: Variant) -> Row:
     return _workers_own[0].measure(variant)
 
 
-def run_rows(bench: Bench, rows: Rows, seeds: tuple[int, int], pool: ProcessPoolExecutor) -> Iterator[list[Row]]:
-    """All rows done so far, after each one; `seeds` are how many of the comparison and of the ablations."""
+def run_rows(
+    bench: Bench, rows: Rows, seeds: tuple[int, int], early_steps: int, pool: ProcessPoolExecutor
+) -> Iterator[list[Row]]:
+    """All rows done so far, after each one; `seeds` are how many of the comparisons and of the ablations."""
     found: list[Row] = []
     main_seeds, ablation_seeds = map(range, seeds)
+    steps = bench.recipe.train.steps
 
     def each(variants: list[Variant]) -> Iterator[list[Row]]:
         for row in rows.measured(bench, variants, pool):
             found.append(row)
             yield found
 
-    yield from each([Variant("methods", method, seed) for seed in main_seeds for method in METHODS])
+    yield from each([Variant("methods", method, seed, steps) for seed in main_seeds for method in METHODS])
     # The fastest of the seeds: a neighbour on the machine only ever adds time.
     fastest_s = {m: min(row["train_s"] for row in found if row["name"] == m) for m in METHODS}
-    factor = {method: round(fastest_s["coral"] / fastest_s[method], 2) for method in METHODS}
-    equal = [Variant("equal time", m, seed, steps_factor=factor[m]) for seed in main_seeds for m in METHODS]
-    yield from each(equal)
+    afforded = {m: round(steps * round(fastest_s["coral"] / fastest_s[m], 2)) for m in METHODS}
+    yield from each([Variant("equal time", m, seed, afforded[m]) for seed in main_seeds for m in METHODS])
+    yield from each([Variant("early", method, seed, early_steps) for seed in main_seeds for method in METHODS])
     varied = [(part, tuple(changes.items())) for part, changes in ablations()]
-    yield from each([Variant(part, "coral", seed, changes) for part, changes in varied for seed in ablation_seeds])
+    yield from each(
+        [Variant(part, "coral", seed, early_steps, changes) for part, changes in varied for seed in ablation_seeds]
+    )
 
 
 def counts(found: list[Row], part: str, name: str, seeds: list[int]) -> Counts:
@@ -275,14 +283,14 @@ def compare(found: list[Row], part: str) -> dict[str, Any]:
 
 
 def shown(found: list[Row]) -> list[Row]:
-    """Rows for the results: counts summed over prompts, and an ablation's ratio to CORAL's row of the same seed."""
+    """Rows for the results: counts summed over prompts, and an ablation's ratio to CORAL's early row of its seed."""
     table = []
     for row in found:
         own = counts([row], row["part"], row["name"], [row["seed"]])
         line = {key: value for key, value in row.items() if key not in ("tokens", "rounds")}
         line |= {"tokens": sum(row["tokens"]), "rounds": sum(row["rounds"]), "tau": tau(own), "tau_ci95": tau_ci95(own)}
-        if row["part"] not in ("methods", "equal time"):
-            coral = counts(found, "methods", "coral", [row["seed"]])
+        if row["part"] not in COMPARISONS:
+            coral = counts(found, "early", "coral", [row["seed"]])
             line |= {"over_coral": ratio(own, coral), "over_coral_ci95": ratio_ci95(own, coral)}
         table.append(line)
     return table
@@ -294,8 +302,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ablation-seeds", type=int, default=1, help="at most --seeds; 0 leaves the ablations out")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the equal-step rows")
-    parser.add_argument("--results", default="methods", help="name of the file under results/; here %(default)s")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the comparison")
+    parser.add_argument("--early-steps", type=int, default=400, help="of an early one, and of the ablations")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
     workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -322,11 +330,12 @@ def main() -> None:
     try:
         bench = open_bench(recipe, run, options.prompts)
         seeds = (options.seeds, options.ablation_seeds)
-        for found in run_rows(bench, Rows(run / "methods.jsonl"), seeds, pool):
+        for found in run_rows(bench, Rows(run / "methods.jsonl"), seeds, options.early_steps, pool):
             newest = shown(found)[-1]
             print(f"{newest['part']} | {newest['name']} | seed {newest['seed']} | {newest['tau']:.3f}", flush=True)
-            figures = compare(found, "methods") | {"equal_time": compare(found, "equal time")}
-            path = record(options.results, figures, shown(found))
+            figures = compare(found, "methods")
+            figures |= {part.replace(" ", "_"): compare(found, part) for part in COMPARISONS[1:]}
+            path = record("methods", figures, shown(found))
     except CoralError as error:
         sys.exit(f"error: {error}")
     finally:

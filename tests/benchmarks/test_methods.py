@@ -31,8 +31,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_rows_are_measured_once_and_come_in_order(measured: list[str], tmp_path: Path) -> None:
     bench, path = FakeBench(), tmp_path / "methods.jsonl"
-    own = Variant("weight", "coral", 0, (("csra_weight", 0.1),))
-    wanted = [Variant("methods", "hass"), Variant("methods", "coral"), own, Variant("methods", "eagle2", 1)]
+    own = Variant("weight", "coral", 0, 9, (("csra_weight", 0.1),))
+    wanted = [
+        Variant("methods", "hass", 0, 9),
+        Variant("methods", "coral", 0, 9),
+        own,
+        Variant("methods", "eagle2", 1, 9),
+    ]
     with ThreadPoolExecutor(1) as pool:
         first = list(Rows(path).measured(bench, wanted[:2], pool))  # type: ignore[arg-type]
         again = list(Rows(path).measured(bench, wanted, pool))  # type: ignore[arg-type]
@@ -51,7 +56,7 @@ def test_a_row_that_was_measured_is_kept_when_a_later_one_fails(
 
     monkeypatch.setattr(methods, "_measure", measure)
     path = tmp_path / "methods.jsonl"
-    wanted = [Variant("methods", "hass"), Variant("methods", "coral")]
+    wanted = [Variant("methods", "hass", 0, 9), Variant("methods", "coral", 0, 9)]
     with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
         list(Rows(path).measured(FakeBench(), wanted, pool))  # type: ignore[arg-type]
     assert len(Rows(path).done) == 1
