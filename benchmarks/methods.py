@@ -5,11 +5,12 @@
 
 Each row is one training and the tokens per round of its drafter (full head, greedy, EAGLE-2's tree) on held-out
 prompts: of the three methods after --steps, in the time that CORAL takes for them, and after --early-steps; then of
-CORAL after --early-steps with one choice changed. A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted
-benchmark goes on with the rows it was at. Rows come in the order of importance, and results/methods.json is written
-anew after each. `--workers` rows are measured at a time, each on its share of the cores: two trainings of pico on one
-core each are faster than one after the other on two. Rounds are found by replay (benchmarks/replay.py), which gives
-real decoding's number at a fraction of its cost; the rows of seed 0 check that on the first prompts by real decoding.
+CORAL after --early-steps with one choice changed. A row is appended to runs/NAME/methods.jsonl when it is done, and
+never computed twice: an interrupted benchmark goes on with the rows it was at. Rows come in the order of importance,
+and results/methods.json is written anew after each. `--workers` rows are measured at a time, each on its share of the
+cores: two trainings of pico on one core each are faster than one after the other on two. Rounds are found by replay
+(benchmarks/replay.py), which gives real decoding's number at a fraction of its cost; the rows of seed 0 check that on
+the first prompts by real decoding.
 """
 
 import argparse
