@@ -16,6 +16,8 @@ each, 24 layers took 160 small operations a round, and 32 would take some 130 la
 Axes: L layer's keys, then its values, B batch, G key/value head, K cached position, E head dimension.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,13 +67,15 @@ class Slots(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def place(self, column_T: torch.Tensor | None, end: int = 0) -> None:
-        """The next rows go to these columns and are read with all below `end`, and `length` stays as it is.
-
-        With None, rows are appended again.
-        """
+    @contextlib.contextmanager
+    def place(self, column_T: torch.Tensor, end: int) -> Iterator[None]:
+        """Within, new rows go to these columns and are read with all below `end`; `length` stays as it is."""
         assert end <= self.capacity, f"cache of {self.capacity} rows has no column {end - 1}"
-        self.placed = None if column_T is None else (column_T, end)
+        self.placed = column_T, end
+        try:
+            yield
+        finally:
+            self.placed = None
 
     def keep(self, rows_N: torch.Tensor, start: int) -> None:
         """Of the rows from `start` on, keep the given ones (ascending, counted from `start`), in that order."""
@@ -177,10 +181,13 @@ class SlotCache(Cache):
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
-    def place(self, column_T: torch.Tensor | None, end: int = 0) -> None:
+    @contextlib.contextmanager
+    def place(self, column_T: torch.Tensor, end: int) -> Iterator[None]:
         """`Slots.place` in every layer."""
-        for layer in self.layers:
-            layer.place(column_T, end)
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(layer.place(column_T, end))
+            yield
 
     def keep(self, rows_N: torch.Tensor, start: int) -> None:
         """`Slots.keep` in every layer."""

@@ -9,6 +9,7 @@ Not yet run on a GPU. What can be shown without one is tested: that a recorded l
 inputs, does what decoding without graphs does (tests/decoding/test_graphs.py).
 """
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -37,11 +38,20 @@ def record(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return graph.replay, out
 
 
+@dataclasses.dataclass(frozen=True)
+class _Recording:
+    call: Call
+    """Kept for the weights that it reads: a graph knows only their addresses."""
+    held: dict[str, torch.Tensor]
+    replay: Callable[[], None]
+    out: Any
+
+
 class Graphs:
     """The recorded calls over one cache, by key; they are void once its storage moves (`forget`)."""
 
     def __init__(self) -> None:
-        self._recorded: dict[Hashable, tuple[dict[str, torch.Tensor], Callable[[], None], Any]] = {}
+        self._recorded: dict[Hashable, _Recording] = {}
 
     def run(self, key: Hashable, call: Call, inputs: dict[str, torch.Tensor]) -> Any:
         """`call(**inputs)`, recorded when the key is new. What is returned is overwritten by the next run of the key.
@@ -53,17 +63,18 @@ class Graphs:
         if key not in self._recorded:
             held = {name: value.clone() for name, value in inputs.items()}
             try:
-                self._recorded[key] = held, *record(lambda: call(**held))
+                replay, out = record(lambda: call(**held))
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise TargetError(
                     f"a forward cannot be recorded as a CUDA graph: {reason}. Set target.graphs to false"
                 ) from error
-        held, replay, out = self._recorded[key]
+            self._recorded[key] = _Recording(call, held, replay, out)
+        recording = self._recorded[key]
         for name, value in inputs.items():
-            held[name].copy_(value)
-        replay()
-        return out
+            recording.held[name].copy_(value)
+        recording.replay()
+        return recording.out
 
     def forget(self) -> None:
         """Drop all recordings."""

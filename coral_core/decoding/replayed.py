@@ -37,14 +37,14 @@ def verify(target: Target, cache: SlotCache, draft: Draft) -> tuple[torch.Tensor
     def forward(
         token_BM: torch.Tensor, depth_BM: torch.Tensor, sees_BMM: torch.Tensor, past_B1: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        cache.place(past_B1[0] + torch.arange(token_BM.shape[1], device=past_B1.device), end)
-        feature_BMD = target.forward(
-            token_BM,
-            position_BT=(past_B1 + depth_BM).clamp_max(target.max_positions - 1),
-            mask=masks.for_batch(target, past_B1, depth_BM, sees_BMM, end),
-            cache=cache,
-        )
-        cache.place(None)
+        column_M = past_B1[0] + torch.arange(token_BM.shape[1], device=past_B1.device)
+        with cache.place(column_M, end):
+            feature_BMD = target.forward(
+                token_BM,
+                position_BT=(past_B1 + depth_BM).clamp_max(target.max_positions - 1),
+                mask=masks.for_batch(target, past_B1, depth_BM, sees_BMM, end),
+                cache=cache,
+            )
         return feature_BMD[0], target.lent.logits(feature_BMD[0])
 
     feature_MD, logits_MV = cache.graphs.run(("verify", padded.token_M.shape[1], end), forward, inputs)
@@ -72,10 +72,8 @@ def level(
     whole_TK[:, : past + rows] = True if sees_TK is None else sees_TK
 
     def forward(column_T: torch.Tensor, **recorded: torch.Tensor) -> torch.Tensor:
-        slots.place(column_T, end)
-        out = layer(**recorded)
-        slots.place(None)
-        return out
+        with slots.place(column_T, end):
+            return layer(**recorded)
 
     key = ("level", id(owner), rows, end)  # the recording keeps the owner alive, and with it the number its own
     hidden_ND: torch.Tensor = slots.graphs.run(key, forward, {**inputs, "sees_TK": whole_TK, "column_T": column_T})

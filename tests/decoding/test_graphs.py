@@ -5,12 +5,15 @@ A tape (tape.py) stands in for a CUDA graph; the graph itself is tested where th
 
 import copy
 import dataclasses
+import gc
 import random
+import weakref
 
 import pytest
 import torch
 
 from coral_core.decoding import graphs
+from coral_core.decoding.cache import Slots
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.graphs import Graphs, columns, padded_rows
@@ -133,6 +136,31 @@ def test_what_waits_for_the_device_cannot_be_recorded() -> None:
     """The tape refuses what a CUDA graph refuses; a user is told how to do without."""
     with pytest.raises(TargetError, match=r"_local_scalar_dense waits for the device.*Set target.graphs to false"):
         Graphs().run("key", lambda x: x * int(x.sum()), {"x": torch.ones(3)})
+
+
+def test_a_recording_keeps_what_its_call_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds addresses: a drafter that is dropped in between must not be freed under it."""
+    drafter = tiny_drafter(tiny_target())
+    alive, recordings = weakref.ref(drafter), Graphs()
+    monkeypatch.setattr(graphs, "record", lambda call: (lambda: None, call()))
+    recordings.run("key", lambda x, own=drafter: x + own.fc.weight.sum(), {"x": torch.ones(1)})
+    del drafter
+    gc.collect()
+    assert alive() is not None
+    recordings.forget()
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_call_that_fails_leaves_the_cache_appending() -> None:
+    slots = Slots(8)
+    states_BGTE = torch.ones(1, 1, 2, 4)
+    with pytest.raises(RuntimeError), slots.place(torch.tensor([5, 6]), 8):
+        slots.update(states_BGTE, states_BGTE)
+        raise RuntimeError
+    key_BGKE, _ = slots.update(2 * states_BGTE, states_BGTE)
+    assert slots.length == key_BGKE.shape[2] == 2
+    assert float(key_BGKE.min()) == 2
 
 
 def test_columns_and_rows_are_few_numbers() -> None:
