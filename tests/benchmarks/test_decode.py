@@ -13,9 +13,11 @@ from benchmarks import decode, decode_cost, decode_gpu, decode_oracle, decode_ra
 from benchmarks.decode_steps import Machine, Parts, level_work, target_work
 from coral_core.bench.methods import Method
 from coral_core.bench.race import Lane
+from coral_core.decoding import graphs
 from coral_core.decoding.drafting import TreeShape
 from coral_core.head.full import FullHead
 from coral_core.target.load import Target
+from tests.decoding import tape
 from tests.tiny import VOCAB, tiny_drafter, tiny_engine, tiny_target
 
 
@@ -131,6 +133,16 @@ def test_the_gpu_part_runs_where_there_is_no_gpu_with_a_tiny_shape() -> None:
     assert all(row["projected"] for row in projected)
     assert {row["tau"] for row in projected} == {4.52, 4.63, 4.90, 5.08}
     assert all(row["speedup"] == row["tau"] / rounds[row["head"]] for row in projected)
+
+
+def test_the_gpu_part_measures_recorded_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tapes stand in for graphs: every timed call replays, and the figures are the recorded ones."""
+    monkeypatch.setattr(graphs, "record", tape.record)
+    rows = [
+        row for on in (False, True) for row in decode_gpu.measure("tiny", torch.device("cpu"), torch.float32, 1, on)
+    ]
+    plain = {row["graphs"]: row["over_floor"] for row in rows if row["what"] == "plain step"}
+    assert decode_gpu.figures(rows)["plain_over_floor"] == plain[True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: nothing is skipped")
