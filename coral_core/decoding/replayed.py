@@ -3,7 +3,8 @@ its head.
 
 They append to their cache as the plain forwards do, and give the same rows: attention reads more columns, which the
 mask hides.
-Axes: B batch of one, M tree row, N drafter row, T its new rows, D hidden, V vocabulary, K cached column.
+Axes: B batch of one, M tree row, T new row of the drafter, N the same after its layer, D hidden, V vocabulary, K cached
+column.
 """
 
 from collections.abc import Callable
