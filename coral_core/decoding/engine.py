@@ -87,9 +87,8 @@ class Engine:
                 draft = tree.lone(token_T[-1:])
             verdict, feature_AD = self.verify(draft, cache, sampler, history, clock)
             history.extend(verdict.new_A)
-            picked = verdict.new_A.tolist()
-            memory.ids += picked
-            new_ids = stop.cut(picked)
+            memory.ids += verdict.new_ids
+            new_ids = stop.cut(verdict.new_ids)
             if drafted:
                 plan.learn(draft, verdict)
                 token_T, feature_TD = verdict.new_A, feature_AD

@@ -57,8 +57,9 @@ class NoiseRows:
         wanted = range(first, first + count)
         missing = [position for position in wanted if position not in self._row]
         if missing:
-            noise_PV = gumbel(self.seed, torch.tensor(missing, device=device), self._token_V)
-            self._row |= zip(missing, noise_PV, strict=True)
+            span = range(missing[0], missing[-1] + 1)  # made on the device: nothing is sent
+            noise_PV = gumbel(self.seed, torch.arange(span.start, span.stop, device=device), self._token_V)
+            self._row |= zip(span, noise_PV, strict=True)
         rows = [self._row[position] for position in wanted]
         while len(self._row) > max(MEMO_ROWS, count):
             self._row.pop(next(iter(self._row)))

@@ -1,6 +1,7 @@
 """Acceptance: the target has picked one token at every tree row; follow the picks as long as they were drafted.
 
-A pure function of ids, the same at every temperature (see sampling.py). Axes: M tree row, root included; A path.
+A pure function of ids, the same at every temperature (see sampling.py).
+Axes: M tree row, root included; A path; P the same, filled up.
 """
 
 import dataclasses
@@ -19,11 +20,13 @@ class Verdict:
     """Rows of the accepted path, root first: their features and cache rows are kept."""
     new_A: torch.Tensor
     """The target's picks along the path: the accepted drafts, then the bonus token."""
+    new_ids: list[int]
+    """The same, read from the device."""
 
     @property
     def accepted_drafts(self) -> int:
         """Drafted tokens that the target picked too; the bonus token is not counted."""
-        return self.path_A.numel() - 1
+        return len(self.new_ids) - 1
 
 
 def on_path(draft: Draft, picked_M: torch.Tensor) -> torch.Tensor:
@@ -40,9 +43,17 @@ def on_path(draft: Draft, picked_M: torch.Tensor) -> torch.Tensor:
 
 
 def judge(draft: Draft, picked_M: torch.Tensor) -> Verdict:
-    """Walk from the root while the picked token is a drafted child."""
-    path_A = on_path(draft, picked_M).nonzero().squeeze(1)
-    return Verdict(path_A=path_A, new_A=picked_M[path_A])
+    """Walk from the root while the picked token is a drafted child. The host looks at the device once.
+
+    For that, the path is sorted to the front of as many rows as it can have (`nonzero` would wait for its length).
+    """
+    rows = picked_M.numel()
+    on_path_M = on_path(draft, picked_M)
+    rank_M = on_path_M * torch.arange(rows, 0, -1, device=picked_M.device)
+    path_P = rows - rank_M.topk(min(rows, draft.levels + 1)).values.clamp_min(1)
+    new_P = picked_M[path_P]
+    length, *new_ids = torch.cat((on_path_M.sum()[None], new_P)).tolist()
+    return Verdict(path_P[:length], new_P[:length], new_ids[:length])
 
 
 def walk(draft: Draft, step: Callable[[int], tuple[int, bool]]) -> Verdict:
@@ -58,4 +69,4 @@ def walk(draft: Draft, step: Callable[[int], tuple[int, bool]]) -> Verdict:
             break
         if going_on:
             path.append(child)
-    return Verdict(path_A=draft.parent_M.new_tensor(path), new_A=draft.token_M.new_tensor(new))
+    return Verdict(draft.parent_M.new_tensor(path), draft.token_M.new_tensor(new), new)
