@@ -31,6 +31,8 @@ RIGHT = (0.0, 0.5, 0.75, 0.9, 1.0)
 class Oracle:
     """A head that is right with a given probability, on every level anew."""
 
+    recordable = False
+
     def __init__(self, answer: list[int], right: float, vocabulary: int, *, count: int = 4, seed: int = 0) -> None:
         self.answer, self.right, self.vocabulary, self.count = answer, right, vocabulary, count
         self.random = random.Random(seed)

@@ -152,7 +152,7 @@ class Parts:
                 logits_NV = replayed.verify(target, cache, chain)[1]
             else:
                 mask = masks.for_target(target, self.context, chain.depth_M, chain.sees_MM)
-                position_BN = (chain.depth_M + self.context).clamp_max(target.max_positions - 1)[None]
+                position_BN = (chain.depth_M + self.context)[None]
                 feature_BND = target.forward(chain.token_M[None], position_BT=position_BN, mask=mask, cache=cache)
                 logits_NV = target.lent.logits(feature_BND[0])
             logits_NV.argmax(-1).tolist()
@@ -181,11 +181,15 @@ class Parts:
         feature_TD = torch.randn(self.context, hidden, generator=generator).to(self.target.device, self.target.dtype)
         for depth in (1, 1 + LEVELS):
             shape = TreeShape(depth=depth, nodes=1, topk=width)
-            drafting = Drafting(self.drafter, self.target.lent, self.heads[name], shape, slots)
+            drafting = replayed.drafting(self.drafter, self.target.lent, self.heads[name], shape, slots)
             if slots.length == 0:
-                drafting.feed(self.prompt_T, feature_TD)
-            key = f"draft {name} {width} x {depth}"
-            found[key] = lambda drafting=drafting: drafting.grow(1, feature_TD[-1:], Sampler(), Clock())  # type: ignore[misc]
+                drafting.feed(self.prompt_T[:-1], feature_TD[:-1])
+
+            def call(drafting: Drafting = drafting) -> None:
+                drafting.draft(self.prompt_T[-1:], feature_TD[-1:], Sampler(), Clock())
+                slots.truncate(self.context - 1)
+
+            found[f"draft {name} {width} x {depth}"] = call
         return found
 
     def level_s(self, seconds: dict[str, float], name: str, width: int) -> float:

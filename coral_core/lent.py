@@ -12,12 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from coral_core.packed import FEW_ROWS, Packed, packs
 from coral_core.tensors import write_tensors
-
-PACKED_ROWS = 64
-"""Rows up to which the packed head is used on a CPU."""
-PACKED_ELEMENTS = 1 << 18
-"""A smaller head is not worth a second copy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +30,15 @@ class Lent:
 
     def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
         """The target's own logits [..., V] of features [..., D]: the full head, the reference."""
-        if self._is_few(feature_XD):
-            raw_XV = torch.ops.mkldnn._linear_pointwise(feature_XD, self._packed_VD, self.head_bias_V, "none", [], "")
-        else:
-            raw_XV = torch.nn.functional.linear(feature_XD, self.head_VD, self.head_bias_V)
-        return self.transform(raw_XV)
-
-    def _is_few(self, feature_XD: torch.Tensor) -> bool:
-        """Whether these are the few rows of a decoding round on a CPU, for which oneDNN's packed weights pay.
-
-        8,192 x 256 in float32, 2 threads on an AMD EPYC (Zen 3), ms: 9 rows 2.28 → 0.41, 4 rows 1.69 → 0.27; a plain
-        product falls off a cliff between one row and a full batch. One row gains nothing.
-        """
-        head_VD = self.head_VD
-        if head_VD.device.type != "cpu" or head_VD.dtype != torch.float32 or torch.is_grad_enabled():
-            return False
-        rows = feature_XD.numel() // head_VD.shape[1]
-        return 1 < rows <= PACKED_ROWS and head_VD.numel() >= PACKED_ELEMENTS and torch.backends.mkldnn.is_available()
+        few = feature_XD.numel() <= FEW_ROWS * feature_XD.shape[-1] and not torch.is_grad_enabled()
+        if few and packs(self.head_VD):
+            return self.transform(self._packed.linear(feature_XD, self.head_bias_V))
+        return self.transform(torch.nn.functional.linear(feature_XD, self.head_VD, self.head_bias_V))
 
     @functools.cached_property
-    def _packed_VD(self) -> torch.Tensor:
-        """The head in oneDNN's own layout: a second copy, made when it is first wanted."""
-        packed_VD: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(self.head_VD, 8)
-        return packed_VD
+    def _packed(self) -> Packed:
+        """The head as it multiplies few rows on a CPU."""
+        return Packed(self.head_VD)
 
     def transform(self, raw_XV: torch.Tensor) -> torch.Tensor:
         """Scale and cap raw products with head rows, as the target does."""

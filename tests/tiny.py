@@ -68,6 +68,8 @@ def tiny_drafter(target: Target, seed: int = 1) -> Drafter:
 class PlainHead:
     """The full head, in three lines."""
 
+    recordable = False
+
     def __init__(self, target: Target) -> None:
         self.lent = target.lent
 
@@ -78,6 +80,8 @@ class PlainHead:
 
 class ScriptHead:
     """Proposes tokens from a script by position in the answer, whatever it is shown: always right, or always wrong."""
+
+    recordable = False
 
     def __init__(self, proposals: list[list[int]]) -> None:
         self.proposals, self.calls = proposals, 0
@@ -94,6 +98,8 @@ class OracleHead:
 
     `follow` must be told every event, so that the oracle knows where the answer stands.
     """
+
+    recordable = False
 
     def __init__(self, answer: list[int], right: float, count: int = 3) -> None:
         self.answer, self.right, self.count = answer, right, count

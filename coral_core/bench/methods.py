@@ -59,6 +59,8 @@ def load_method(contender: Contender, target: Target) -> Method:
 class _CountingHead:
     """A head that notes how many rows of the LM head each call read."""
 
+    recordable = False  # a replayed draft would not come by here
+
     def __init__(self, head: Head) -> None:
         self.head = head
         self.rows: list[int] = []

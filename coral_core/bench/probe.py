@@ -29,6 +29,8 @@ PROMPTS = 12
 class Watched:
     """A head, and how many rows each call of it had."""
 
+    recordable = False  # a replayed draft would not come by here
+
     def __init__(self, head: Head) -> None:
         self.head = head
         self.rows: list[int] = []

@@ -2,7 +2,8 @@
 
 The drafter's cache holds a row per committed position, then, while a tree grows, a row per expanded node; those are
 cut again when the draft is done, because verified features replace drafted ones (EAGLE-2).
-Axes: B batch, T position, D hidden, N beam node, S drafted slot, K cached row.
+Axes: B batch, T position, D hidden, N beam node, R proposed token, C candidate, K cached row, H query head,
+G key/value head, E head dimension.
 """
 
 import dataclasses
@@ -10,15 +11,16 @@ import math
 
 import torch
 
-from coral_core.decoding import replayed, tree
+from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.paying import Plan
 from coral_core.decoding.rounds import PREFILL_ROWS, Clock
-from coral_core.decoding.sampling import Picker
+from coral_core.decoding.sampling import Ahead, Picker
 from coral_core.decoding.verify import Verdict
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
 from coral_core.lent import Lent
+from coral_core.target.attention import grouped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class TreeShape:
     def shift(self) -> float:
         return 0.0
 
+    @property
+    def shape(self) -> "TreeShape | None":
+        return None if self.confidence else self
+
     def drafts(self) -> bool:
         return True
 
@@ -68,6 +74,18 @@ class Drafting:
         self.drafter, self.lent, self.head, self.plan = drafter, lent, head, plan
         self.slots = slots
 
+    def draft(self, token_T: torch.Tensor, feature_TD: torch.Tensor, picker: Picker, clock: Clock) -> tree.Draft:
+        """Append committed rows (token t+1, feature t), and draft a tree below the last token."""
+        hidden_1D = self.feed(token_T, feature_TD)
+        clock.lap("draft")
+        committed = self.slots.length
+        return self.grow(token_T[-1:], hidden_1D, committed, self.ahead(picker, committed), clock)
+
+    def ahead(self, picker: Picker, committed: int) -> Ahead:
+        """What is known of the picks for the levels of a tree; the root is the last of `committed` rows' tokens."""
+        head_VD = self.lent.head_VD
+        return picker.ahead(committed + 1, self.plan.depth, head_VD.shape[0], head_VD.device)
+
     def feed(self, token_T: torch.Tensor, feature_TD: torch.Tensor) -> torch.Tensor:
         """Append committed rows (token t+1, feature t); the drafted feature [1,D] after the last of them.
 
@@ -78,60 +96,61 @@ class Drafting:
             past, new = self.slots.length, tokens_T.numel()
             position_T = torch.arange(past, past + new, device=token_T.device)
             sees_TK = position_T[:, None] >= torch.arange(past + new, device=token_T.device) if new > 1 else None
-            hidden_TD = self._forward(tokens_T, features_TD, position_T, sees_TK)
+            hidden_TD = self.layer(tokens_T, features_TD, position_T, sees_TK)
         return hidden_TD[-1:]
 
-    def grow(self, root: int, hidden_1D: torch.Tensor, picker: Picker, clock: Clock) -> tree.Draft:
-        """Draft a tree below `root`, from the drafted feature that follows it. Leaves the cache as it was fed."""
-        committed, plan = self.slots.length, self.plan
-        logprob_1C, token_1C = self.propose(hidden_1D, picker, committed + 1)
+    def grow(
+        self,
+        root_1: torch.Tensor,
+        hidden_1D: torch.Tensor,
+        committed: int | torch.Tensor,
+        ahead: Ahead,
+        clock: Clock,
+        columns: int | None = None,
+    ) -> tree.Draft:
+        """Draft a tree below the root, from the drafted feature that follows it; the cache's length stays.
+
+        Where the number of committed rows is one [1] on the device, as many columns are read as are given.
+        """
+        plan = self.plan
+        logprob_1R, token_1R = self.propose(hidden_1D, ahead, 0)
         clock.lap("head")
-        beam = tree.plant(logprob_1C[0], token_1C[0], plan.topk)
+        beam = tree.plant(logprob_1R[0], token_1R[0], plan.topk)
         hidden_ND = hidden_1D
         for level in range(1, plan.depth):
             if (width := plan.width(beam.score_N)) == 0:
                 break
             beam = tree.narrow(beam, width)
-            sees_NK = torch.cat((beam.slot_NS.new_ones(width, committed), beam.slot_NS), dim=1)
-            position_N = torch.full_like(beam.token_N, committed - 1 + level)
+            drafted = beam.slot_NS.shape[1]
+            column_N = torch.arange(drafted - width, drafted, device=beam.token_N.device) + committed
+            position_N = torch.zeros_like(beam.token_N) + (committed - 1 + level)
+            sees_NK = masks.draft(committed, beam.slot_NS, columns)
             clock.lap("other")
-            hidden_ND = self._forward(beam.token_N, hidden_ND[beam.row_N], position_N, sees_NK)
+            with self.slots.place(column_N, sees_NK.shape[1]):
+                hidden_ND = self.layer(beam.token_N, hidden_ND[beam.row_N], position_N, sees_NK)
             clock.lap("draft")
-            logprob_NC, token_NC = self.propose(hidden_ND, picker, committed + 1 + level)
+            logprob_NC, token_NC = self.propose(hidden_ND, ahead, level)
             clock.lap("head")
             beam = tree.extend(beam, logprob_NC, token_NC, plan.topk)
-        self.slots.truncate(committed)
-        draft = tree.rerank(beam, root, plan.count)
+        draft = tree.rerank(beam, root_1, plan.count)
         clock.lap("other")
         return draft
 
-    def propose(self, hidden_ND: torch.Tensor, picker: Picker, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each drafted feature, the tokens that the target will most likely pick at `position`: [N,R] twice."""
-        found = replayed.candidates(self.slots, self.head, hidden_ND)
-        score_NC = picker.rank(found.logprob_NC, found.token_C, position, self.lent.head_VD.shape[0])
+    def propose(self, hidden_ND: torch.Tensor, ahead: Ahead, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each drafted feature, the tokens that the target will most likely pick there: [N,R] twice."""
+        found = self.head.candidates(hidden_ND)
+        score_NC = ahead.rank(level, found.logprob_NC, found.token_C)
         logprob_NR, token_NR = Candidates(score_NC, found.token_C).best(self.plan.topk)
         return (logprob_NR + self.plan.shift).clamp_max(0), token_NR
 
-    def _forward(
-        self,
-        token_T: torch.Tensor,
-        feature_TD: torch.Tensor,
-        position_T: torch.Tensor,
-        sees_TK: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if self.slots.graphs is None or token_T.numel() > replayed.LEVEL_ROWS:
-            return self._layer(token_T, feature_TD, position_T, sees_TK)
-        inputs = {"token_T": token_T, "feature_TD": feature_TD, "position_T": position_T}
-        return replayed.level(self.slots, self._layer, self.drafter, inputs, sees_TK)
-
-    def _layer(
+    def layer(
         self, token_T: torch.Tensor, feature_TD: torch.Tensor, position_T: torch.Tensor, sees_TK: torch.Tensor | None
     ) -> torch.Tensor:
+        """The drafted features [T,D] of new rows, which the cache takes in; None lets each see all rows."""
+
         def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
             key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)
-            return torch.nn.functional.scaled_dot_product_attention(
-                query_BHTE, key_BGKE, value_BGKE, attn_mask=sees_TK, enable_gqa=True
-            )
+            return grouped(query_BHTE, key_BGKE, value_BGKE, sees_TK)
 
         embed_BTD = self.lent.embed(token_T)[None]
         return self.drafter(embed_BTD, feature_TD[None], position_T[None], attend)[0]

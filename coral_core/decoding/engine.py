@@ -13,13 +13,14 @@ import torch
 from coral_core.decoding import masks, replayed, tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.costs import Costs
-from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.graphs import padded_rows
 from coral_core.decoding.history import History
 from coral_core.decoding.memory import Memory, borrowed
 from coral_core.decoding.paying import Paying, Plan
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Picker
+from coral_core.decoding.steady import Steady
 from coral_core.decoding.tree import Draft
 from coral_core.decoding.verify import Verdict
 from coral_core.drafter.model import Drafter
@@ -31,8 +32,9 @@ from coral_core.target.load import Target
 class Engine:
     """A target with the drafter and head that speed it up.
 
-    With the `costs` of its rounds on this device (measure.py), the tree is chosen round by round within `shape`, and
-    rounds whose draft would not pay are plain steps; without, every tree has that shape.
+    With the `costs` of its rounds on this device (measure.py), the tree is chosen within `shape`, round by round where
+    that makes nobody wait (paying.py, steady.py), and rounds whose draft would not pay are plain steps; without, every
+    tree has that shape.
     """
 
     target: Target
@@ -43,7 +45,11 @@ class Engine:
 
     def plan(self) -> Plan:
         """Who decides on the drafts of one answer."""
-        return self.shape if self.costs is None else Paying(self.costs, self.shape, self.target.device)
+        if self.costs is None:
+            return self.shape
+        if self.target.device.type == "cpu":
+            return Paying(self.costs, self.shape, self.target.device)
+        return Steady(self.costs, self.shape)
 
     def decode(
         self, prompt: list[int], sampler: Picker, max_new_tokens: int, memory: Memory | None = None
@@ -65,7 +71,7 @@ class Engine:
         capacity = len(prompt) + stop.remaining + drafted
         kept, cache = memory.recall(prompt, capacity, self.shape.rows), memory.cache
         plan = self.plan()
-        drafting = Drafting(self.drafter, target.lent, self.head, plan, memory.slots)
+        drafting = replayed.drafting(self.drafter, target.lent, self.head, plan, memory.slots)
         prompt_T = torch.tensor(prompt, device=target.device)
         history = History(prompt_T, capacity)
         feature_TD = prefill(target, prompt_T, cache)
@@ -80,9 +86,7 @@ class Engine:
         while not stop.done:
             clock.restart()
             if drafted := plan.drafts():
-                hidden_1D = drafting.feed(token_T, feature_TD)
-                clock.lap("draft")
-                draft = drafting.grow(new_ids[-1], hidden_1D, sampler, clock)
+                draft = drafting.draft(token_T, feature_TD, sampler, clock)
             else:
                 draft = tree.lone(token_T[-1:])
             verdict, feature_AD = self.verify(draft, cache, sampler, history, clock)
@@ -104,12 +108,10 @@ class Engine:
         """One target forward over the tree; the cache keeps the accepted path, whose features [A,D] are returned."""
         target, past = self.target, cache.length
         if cache.graphs is None:
-            position_M = draft.depth_M + past
             mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
-            # Nodes past the context's end cannot be emitted (Stop sees to that) but must be placed somewhere legal.
-            placed_BM = position_M.clamp_max(target.max_positions - 1)[None]
+            position_BM = (draft.depth_M + past)[None]
             clock.lap("other")
-            feature_MD = target.forward(draft.token_M[None], position_BT=placed_BM, mask=mask, cache=cache)[0]
+            feature_MD = target.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)[0]
             logits_MV = target.lent.logits(feature_MD)
         else:
             feature_MD, logits_MV = replayed.verify(target, cache, draft)

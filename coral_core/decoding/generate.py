@@ -21,7 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from coral_core.decoding.assemble import assemble
 from coral_core.decoding.engine import Engine
-from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.sampling import Ahead, Sampler
 from coral_core.decoding.tree import Draft
 from coral_core.decoding.verify import Verdict, walk
 from coral_core.errors import DataError, TargetError
@@ -76,9 +76,9 @@ class Stepper:
 
         return walk(draft, step)
 
-    def rank(self, logprob_NC: torch.Tensor, token_C: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
-        """As a greedy sampler ranks them; torch's own draws cannot be known beforehand."""
-        return logprob_NC if self.sampled else Sampler().rank(logprob_NC, token_C, position, vocab)
+    def ahead(self, position: int, count: int, vocab: int, device: torch.device) -> Ahead:
+        """As of a greedy sampler; torch's own draws cannot be known beforehand."""
+        return Ahead(None if self.sampled else Sampler(), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,5 +32,6 @@ class History:
         The branch's tokens stand in the columns of their rows; the others repeat the root, which is every node's
         ancestor, so that a row holds no token that is not in its past.
         """
-        branch_MM = torch.where(draft.sees_MM, draft.token_M, draft.token_M[0])
+        token_M = draft.token_M.clamp_min(0)  # of rows that only fill up, nobody reads the pick
+        branch_MM = torch.where(draft.sees_MM, token_M, token_M[0])
         return torch.cat((self.row().expand(branch_MM.shape[0], -1), branch_MM), dim=1)

@@ -1,6 +1,7 @@
 """What each row may attend to, as the additive masks that Hugging Face models take.
 
-Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row.
+Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row, N beam node, S drafted
+row.
 """
 
 import torch
@@ -42,6 +43,18 @@ def trees(
     position_BM = past_B1 + depth_BM
     position_BK = column_K.repeat(past_B1.shape[0], 1).scatter_(1, column_BM, position_BM)
     return sees_BMK & (position_BM[:, :, None] - position_BK[:, None] < window)
+
+
+def draft(committed: int | torch.Tensor, own_NS: torch.Tensor, columns: int | None) -> torch.Tensor:
+    """[N,K] true where a drafted row sees a committed row or, of the S rows behind them, its own branch.
+
+    K ends with these rows, or at `columns`, where the number of committed rows is one [1] on the device.
+    """
+    if columns is None:
+        return torch.cat((own_NS.new_ones(own_NS.shape[0], int(committed)), own_NS), dim=1)
+    slot_K = torch.arange(columns, device=own_NS.device) - committed
+    slots = own_NS.shape[1]
+    return (slot_K < 0) | (own_NS[:, slot_K.clamp(0, slots - 1)] & (slot_K < slots))
 
 
 def for_batch(

@@ -12,7 +12,6 @@ Axes: T position, D hidden, M tree row, N candidate.
 
 import dataclasses
 import json
-import math
 import platform
 import statistics
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from coral_core.artifacts import fingerprint, versions, write_text
-from coral_core.decoding import tree
+from coral_core.decoding import replayed, tree
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.costs import Costs, rising
 from coral_core.decoding.drafting import Drafting, TreeShape
@@ -185,27 +184,6 @@ def _costs(least: Mapping[tuple[str, int], float]) -> Costs:
     )
 
 
-class _Forced:
-    """A plan that expands the same number of nodes on every level, and verifies one."""
-
-    shift = 0.0
-
-    def __init__(self, depth: int, topk: int) -> None:
-        self.depth, self.topk = depth, topk
-
-    def drafts(self) -> bool:
-        return True
-
-    def width(self, score_N: torch.Tensor) -> int:
-        return min(self.topk, score_N.numel())
-
-    def count(self, score_N: torch.Tensor) -> int:
-        return 1
-
-    def learn(self, draft: tree.Draft, verdict: object) -> None:
-        """Nothing."""
-
-
 class _Bench:
     """Caches that hold some context, to which every part leaves them again."""
 
@@ -219,20 +197,22 @@ class _Bench:
         self.history = History(self.ids_T[: self.context], self.context)
         self.feature_TD = prefill(target, self.ids_T[: self.context], self.cache)
         self.slots = Slots(self.context + FED + (1 + LEVELS) * WIDTHS[-1], Graphs() if recorded else None)
-        self._drafting(_Forced(1, 1)).feed(self.ids_T[: self.context], self.feature_TD)
+        self._drafting(1, 1).feed(self.ids_T[: self.context], self.feature_TD)
 
     def parts(self) -> Iterator[tuple[tuple[str, int], Callable[[], None]]]:
         """Each with its name and its number of rows."""
         for rows in ROWS:
             draft = self._bushy(rows)
             yield ("verify", rows), lambda draft=draft: self._verify(draft)  # type: ignore[misc]
-        yield ("flat", 1), lambda: self._draft(_Forced(1, WIDTHS[-1]))
-        for width in WIDTHS:
-            yield ("deep", width), lambda width=width: self._draft(_Forced(1 + LEVELS, width))  # type: ignore[misc]
+        drafts = {("flat", 1): self._drafting(1, WIDTHS[-1])}
+        drafts |= {("deep", width): self._drafting(1 + LEVELS, width) for width in WIDTHS}
+        for part, drafting in drafts.items():
+            yield part, lambda drafting=drafting: self._draft(drafting)  # type: ignore[misc]
 
-    def _drafting(self, plan: _Forced) -> Drafting:
-        engine = self.engine
-        return Drafting(engine.drafter, engine.target.lent, engine.head, plan, self.slots)
+    def _drafting(self, depth: int, width: int) -> Drafting:
+        """Of as many nodes on every level, and one of them verified."""
+        engine, shape = self.engine, TreeShape(depth=depth, nodes=1, topk=width)
+        return replayed.drafting(engine.drafter, engine.target.lent, engine.head, shape, self.slots)
 
     def _bushy(self, rows: int) -> tree.Draft:
         """A tree in which every node has two children."""
@@ -252,30 +232,7 @@ class _Bench:
         verdict.new_A.tolist()
         self.cache.truncate(self.context)
 
-    def _draft(self, plan: _Forced) -> None:
-        drafting, committed = self._drafting(plan), self.slots.length
-        hidden_1D = drafting.feed(self.ids_T[:FED], self.feature_TD[:FED])
-        drafting.grow(1, hidden_1D, Sampler(), Clock())
+    def _draft(self, drafting: Drafting) -> None:
+        committed = self.slots.length
+        drafting.draft(self.ids_T[:FED], self.feature_TD[:FED], Sampler(), Clock())
         self.slots.truncate(committed)
-
-
-def fixed(engine: Engine, seats: int) -> TreeShape:
-    """One tree for a whole batch, within the engine's own: the best of all for a drafter as they usually are.
-
-    A path goes on with probability 0.75 per level, and each doubling of the nodes adds 0.65 accepted drafts: EAGLE-2's
-    trees of 8 to 60 nodes, and pico's. Rows of all seats are paid for together.
-    """
-    shape, costs = engine.shape, engine.costs
-    if costs is None:
-        return shape
-    verify = costs.verified(seats * (shape.nodes + 1))
-    level = costs.expanded(seats * shape.topk)[-1]
-
-    def pays(size: tuple[int, int]) -> float:
-        depth, nodes = size
-        drafts = min(3 * (1 - 0.75**depth), 0.65 * math.log2(1 + nodes))
-        return (1 + drafts) / (costs.base + (depth - 1) * level + verify[seats * (nodes + 1) - 1])
-
-    sizes = [(depth, nodes) for depth in range(1, shape.depth + 1) for nodes in range(1, shape.nodes + 1)]
-    depth, nodes = max(sizes, key=pays)
-    return dataclasses.replace(shape, depth=depth, nodes=nodes)

@@ -15,28 +15,24 @@ Axes: N candidate or node, best first; M tree row, root included; W width; R row
 """
 
 import math
+from collections.abc import Hashable
 from typing import Protocol
 
 import torch
 
 from coral_core.decoding.costs import Costs
 from coral_core.decoding.tree import Draft
+from coral_core.decoding.trials import FORGET, Trials
 from coral_core.decoding.verify import Verdict
 
-FORGET = 0.95
-"""What the past of an answer keeps of its weight with each drafted round: it spans some twenty."""
 SURETY, GOES_ON, TRIES = 0.85, 0.7, 4.0
 """What is believed before anything was seen, and the number of reached nodes that it weighs.
 
 pico, trees of 48 nodes in 8 levels, accepted over expected: 0.85 at temperature 0 and 0.98 at 1, about the same at
 every depth and for every probability.
 """
-RATE, SPENT = 1.5, 2.0
-"""The rate that is believed before anything was seen, and the plain steps that it weighs."""
 LEAST_SURE, SUREST = 0.02, 1.25
 """No drafter is believed less, or taken for more modest."""
-REST, LONGEST_REST = 4, 64
-"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them."""
 
 
 class Plan(Protocol):
@@ -55,6 +51,11 @@ class Plan(Protocol):
     @property
     def shift(self) -> float:
         """What is added to each conditional log-probability."""
+        ...
+
+    @property
+    def shape(self) -> Hashable | None:
+        """What says how large every draft is; None where their size depends on scores."""
         ...
 
     def drafts(self) -> bool:
@@ -98,7 +99,9 @@ def best_prefix(gain_N: torch.Tensor, cost_N: torch.Tensor) -> int:
 
 
 class Paying:
-    """The plan of one answer."""
+    """The plan of one answer, with a tree of its own for every round."""
+
+    shape = None
 
     def __init__(self, costs: Costs, bounds: Bounds, device: torch.device) -> None:
         self.bounds = bounds
@@ -108,9 +111,7 @@ class Paying:
         self.verify_R = torch.tensor(self.verify, device=device)
         self.level_W = torch.tensor(self.level, device=device)
         self.hits, self.expected, self.tries = TRIES * GOES_ON, TRIES * GOES_ON / SURETY, TRIES
-        self.tokens, self.spent = RATE * SPENT, SPENT
-        self.rest = REST
-        self.plain_left = 0
+        self.trials = Trials()
         self._begin()
 
     def _begin(self) -> None:
@@ -128,25 +129,19 @@ class Paying:
         return self.hits / self.tries
 
     @property
-    def rate(self) -> float:
-        """Tokens of drafted rounds per plain step; a plain step itself brings one."""
-        return max(1.0, self.tokens / self.spent)
-
-    @property
     def shift(self) -> float:
         return math.log(self.surety)
 
     def drafts(self) -> bool:
-        if self.plain_left:
-            self.plain_left -= 1
-            return False
-        self._begin()
-        return True
+        drafts = self.trials.drafts()
+        if drafts:
+            self._begin()
+        return drafts
 
     def width(self, score_N: torch.Tensor) -> int:
         first, wide = min(self.expanded, self.bounds.nodes), score_N.numel()
         cost_N = self.level_W[: wide + 1] + self.verify_R[first : first + wide + 1] - self.verify[first]
-        width = best_prefix(self._probable(score_N) * self.goes_on, cost_N * self.rate)
+        width = best_prefix(self._probable(score_N) * self.goes_on, cost_N * self.trials.rate)
         self.expanded += width
         self.drafting += self.level[width]
         return width
@@ -154,7 +149,7 @@ class Paying:
     def count(self, score_N: torch.Tensor) -> int:
         """One node at least, unless it is below the floor: without a trial nothing would be learnt."""
         probable_N = self._probable(score_N[: self.bounds.nodes])
-        count = best_prefix(probable_N, self.verify_R[: probable_N.numel() + 1] * self.rate)
+        count = best_prefix(probable_N, self.verify_R[: probable_N.numel() + 1] * self.trials.rate)
         return count or int(probable_N[0] > 0)
 
     def learn(self, draft: Draft, verdict: Verdict) -> None:
@@ -169,13 +164,7 @@ class Paying:
         self.hits = FORGET * self.hits + accepted
         self.expected = FORGET * self.expected + expected / surety
         self.tries = FORGET * self.tries + accepted + (failed > 0)
-        spent = self.drafting + self.verify[nodes]
-        self.tokens = FORGET * self.tokens + accepted + 1
-        self.spent = FORGET * self.spent + spent
-        if self.tokens >= self.spent or accepted + 1 >= spent:
-            self.rest = REST
-        else:
-            self.plain_left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        self.trials.learn(accepted + 1, self.drafting + self.verify[nodes])
 
     def _probable(self, score_N: torch.Tensor) -> torch.Tensor:
         """Probabilities of paths; 0 below the recipe's confidence."""

@@ -3,7 +3,7 @@
     x = argmax_v (log p(v) + g(v))        p after all processors; g keyed by (seed, absolute position)
 
 Greedy is g = 0. Each row is picked on its own, so one token per tree node is drawn at once.
-Axes: N row, V vocabulary, M tree row, C candidate token, L token of a row's own past.
+Axes: N row, V vocabulary, M tree row, C candidate token, L token of a row's own past; in drafts, L level.
 """
 
 import dataclasses
@@ -28,6 +28,22 @@ SURENESS = 0.5
 """Scale of the difference between the drafter's and the target's logits, where the target is not drawn from."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """What a draft may know of the target's picks at the next positions, one per level of the tree."""
+
+    sampler: "Sampler | None"
+    """None where nothing is known: the draws are somebody else's."""
+    noise_LV: torch.Tensor | None
+    """The sampler's noise; none for greedy picks."""
+
+    def rank(self, level: int, logprob_NC: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
+        """`Sampler.rank` for the picks at a level."""
+        if self.sampler is None:
+            return logprob_NC
+        return self.sampler.rank(logprob_NC, token_C, None if self.noise_LV is None else self.noise_LV[level])
+
+
 class Picker(Protocol):
     """What decides the next token: a Sampler, or the caller's own code (generate.py)."""
 
@@ -41,7 +57,7 @@ class Picker(Protocol):
     def judge(
         self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
     ) -> Verdict: ...
-    def rank(self, logprob_NC: torch.Tensor, token_C: torch.Tensor, position: int, vocab: int) -> torch.Tensor: ...
+    def ahead(self, position: int, count: int, vocab: int, device: torch.device) -> "Ahead": ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,17 +128,18 @@ class Sampler:
             scores_MV = scores_MV + noise_PV[draft.depth_M]
         return judge(draft, scores_MV.argmax(-1))
 
-    def rank(self, logprob_NC: torch.Tensor, token_C: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
-        """The drafter's log-probabilities that the target's *pick* at `position` will be each candidate [N,C].
+    def ahead(self, position: int, count: int, vocab: int, device: torch.device) -> "Ahead":
+        """What a draft may know of the picks at `count` positions from `position` on."""
+        return Ahead(self, self._rows.at(position, count, vocab, device) if self.temperature else None)
+
+    def rank(self, logprob_NC: torch.Tensor, token_C: torch.Tensor, noise_V: torch.Tensor | None) -> torch.Tensor:
+        """The drafter's log-probabilities that the target's *pick*, with that noise, will be each candidate [N,C].
 
         The pick is argmax(log p + g), and g is known. With log q for log p, what is uncertain is their difference; were
         it Gumbel noise too, of scale `sharpness`, the candidate with score s would win with probability
         softmax(s / sharpness). Only drafts depend on this, never what is said.
         """
-        scores_NC = logprob_NC
-        if self.temperature:
-            noise_V = self._rows.at(position, 1, vocab, logprob_NC.device)[0]
-            scores_NC = self._warpers(None, logprob_NC) + noise_V[token_C]
+        scores_NC = logprob_NC if noise_V is None else self._warpers(None, logprob_NC) + noise_V[token_C]
         return (scores_NC * self.sharpness).log_softmax(-1)
 
     @property

@@ -107,7 +107,7 @@ def lone(root_1: torch.Tensor) -> Draft:
     )
 
 
-def rerank(beam: Beam, root: int, count: Callable[[torch.Tensor], int]) -> Draft:
+def rerank(beam: Beam, root_1: torch.Tensor, count: Callable[[torch.Tensor], int]) -> Draft:
     """Keep the best candidates of all levels; `count` says of their scores, best first, how many. There may be none.
 
     A child never outranks its parent: its score is at most its parent's, and on a tie (a log-probability of exactly
@@ -122,7 +122,7 @@ def rerank(beam: Beam, root: int, count: Callable[[torch.Tensor], int]) -> Draft
     first_1 = token_C.new_zeros(1)
     parent_M = torch.cat((first_1, parent_N))
     return Draft(
-        token_M=torch.cat((first_1 + root, token_C[chosen_N])),
+        token_M=torch.cat((root_1, token_C[chosen_N])),
         parent_M=parent_M,
         depth_M=torch.cat((first_1, level_C[chosen_N])),
         sees_MM=ancestry(parent_M, len(beam.pool)),
@@ -169,3 +169,16 @@ def pad(drafts: list[Draft], rows: int = 0) -> Draft:
         padded.sees_MM[number, :own, :own] = draft.sees_MM
         padded.score_M[number, :own] = draft.score_M
     return padded
+
+
+def filled(draft: Draft, rows: int) -> Draft:
+    """A tree filled up to so many rows, as in `pad`."""
+    padded = pad([draft], rows)
+    return Draft(
+        token_M=padded.token_M[0],
+        parent_M=padded.parent_M[0],
+        depth_M=padded.depth_M[0],
+        sees_MM=padded.sees_MM[0],
+        score_M=padded.score_M[0],
+        levels=draft.levels,
+    )

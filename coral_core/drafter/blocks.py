@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from coral_core.packed import PackedLinear
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query_BHTE, key_BGTE, value_BGTE) -> out_BHTE, with G key/value heads, H a multiple of G."""
 
@@ -68,10 +70,10 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.q_proj = PackedLinear(hidden, heads * head_dim, bias=False)
+        self.k_proj = PackedLinear(hidden, kv_heads * head_dim, bias=False)
+        self.v_proj = PackedLinear(hidden, kv_heads * head_dim, bias=False)
+        self.o_proj = PackedLinear(heads * head_dim, hidden, bias=False)
 
     def forward(self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
         def split(y_BTD: torch.Tensor) -> torch.Tensor:
@@ -87,9 +89,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.gate_proj = PackedLinear(hidden, intermediate, bias=False)
+        self.up_proj = PackedLinear(hidden, intermediate, bias=False)
+        self.down_proj = PackedLinear(intermediate, hidden, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -20,6 +20,7 @@ from coral_core.drafter.blocks import Attend, DraftLayer, Rope
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
+from coral_core.packed import PackedLinear
 from coral_core.tensors import write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +42,7 @@ class Drafter(nn.Module):
         self.config = config
         hidden = config.hidden_size
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.fc = nn.Linear(2 * hidden, hidden, bias=config.fc_bias)
+        self.fc = PackedLinear(2 * hidden, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList([DraftLayer(hidden, heads, config.intermediate_size, config.rms_norm_eps)])
         self.rope = Rope(LlamaConfig(**dataclasses.asdict(config)))
         self._start_as_identity()

@@ -10,7 +10,6 @@ class FullHead:
     """The target's own LM head, multiplied whole."""
 
     recordable = True
-    """Its kernels wait for nothing (decoding/graphs.py)."""
 
     def __init__(self, lent: Lent) -> None:
         self.lent = lent

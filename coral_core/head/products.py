@@ -31,11 +31,10 @@ from collections.abc import Sequence
 import torch
 
 from coral_core.head.groups import runs
+from coral_core.packed import FILL, Packed, packs
 
 _LARGE = {torch.float32: 1 << 20, torch.bfloat16: 1 << 18}
 """Elements of a block from which the packed layout repays its cost per call."""
-_FULL = 4
-"""Rows from which the packed kernel is at its best."""
 _FEW = 2
 """Rows up to which float32 reads plain blocks faster."""
 
@@ -45,14 +44,14 @@ class Blocks:
 
     def __init__(self, rows_VD: torch.Tensor, start_G: Sequence[int]) -> None:
         self.start_G = list(start_G)
-        self.packed: list[torch.Tensor] = []
+        self.packed: list[Packed] = []
         self.rows_VD: torch.Tensor | None = None
         """The plain rows, where some call is faster with them."""
         largest = max(end - first for first, end in zip(self.start_G, self.start_G[1:], strict=False))
-        if _packs(rows_VD) and largest * rows_VD.shape[1] >= _LARGE[rows_VD.dtype]:
+        if packs(rows_VD) and largest * rows_VD.shape[1] >= _LARGE[rows_VD.dtype]:
             for first, end in zip(self.start_G, self.start_G[1:], strict=False):
                 block_RD = rows_VD[first:end].contiguous()
-                self.packed.append(torch.ops.mkldnn._reorder_linear_weight(block_RD, _FULL))
+                self.packed.append(Packed(block_RD))
         if not self.packed or rows_VD.dtype == torch.float32:
             self.rows_VD = rows_VD.contiguous()
 
@@ -65,19 +64,10 @@ class Blocks:
         if self.rows_VD is not None and (rows <= _FEW or not self.packed):
             spans = runs(active, self.start_G)
             return _joined([torch.nn.functional.linear(hidden_ND, self.rows_VD[first:end]) for first, end in spans])
-        if rows < _FULL:
-            hidden_ND = torch.nn.functional.pad(hidden_ND, (0, 0, 0, _FULL - rows))
-        linear = torch.ops.mkldnn._linear_pointwise
-        return _joined([linear(hidden_ND, self.packed[g], None, "none", [], "") for g in sorted(active)])[:rows]
+        if rows < FILL:
+            hidden_ND = torch.nn.functional.pad(hidden_ND, (0, 0, 0, FILL - rows))
+        return _joined([self.packed[group].linear(hidden_ND) for group in sorted(active)])[:rows]
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _packs(rows_VD: torch.Tensor) -> bool:
-    """Whether oneDNN has a packed product for these weights on this processor."""
-    if rows_VD.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    native = rows_VD.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return rows_VD.dtype == torch.float32 or bool(native)

@@ -14,7 +14,6 @@ class StaticHead:
     """The rows of the tokens that were kept, copied once into one block."""
 
     recordable = True
-    """As the full head."""
 
     def __init__(self, lent: Lent, token_K: torch.Tensor) -> None:
         self.lent = lent

@@ -15,6 +15,7 @@ import torch
 
 from coral_core.errors import TargetError
 from coral_core.lent import Lent
+from coral_core.packed import pack
 from coral_core.recipe.schema import TargetSpec
 
 PICO = Path(__file__).parent.parent / "pico"
@@ -77,7 +78,12 @@ class Target:
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         cache: Any = None,
     ) -> torch.Tensor:
-        """Features [B,T,D]. `mask` is additive [B,1,T,K], or one per layer type where the model mixes types."""
+        """Features [B,T,D]. `mask` is additive [B,1,T,K], or one per layer type where the model mixes types.
+
+        Rows past the context's end, drafted nodes that will not be emitted, are read at its last position.
+        """
+        if position_BT is not None:
+            position_BT = position_BT.clamp_max(self.max_positions - 1)
         out = self.model.base_model(
             input_ids=ids_BT,
             position_ids=position_BT,
@@ -142,6 +148,7 @@ def wrap(model: Any, tokenizer: Any) -> Target:
         window=int(config.sliding_window) if "sliding_attention" in types else 0,
     )
     _probe(target)
+    pack(model)
     return target
 
 

@@ -19,6 +19,8 @@ SHAPE = TreeShape(depth=4, nodes=9, topk=3, confidence=0.01)
 class SuccessorHead:
     """Proposes what followed a token in the answers; the drafted feature is the token's embedding. Often right."""
 
+    recordable = False
+
     def __init__(self, target, answers):
         self.embed_VD = target.lent.embed_VD
         self.follows = {}

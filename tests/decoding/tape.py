@@ -25,11 +25,11 @@ class _Tape(TorchDispatchMode):
         if func.overloadpacket.__name__ in LOOKS:
             raise RuntimeError(f"{func.overloadpacket.__name__} waits for the device: operation not permitted")
         out = func(*args, **kwargs)
-        held = [x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        held = [_address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         outs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         if func._schema.is_mutable:
             self.steps.append(lambda: func(*args, **kwargs))
-        elif not all(x.untyped_storage().data_ptr() in held for x in outs if x.numel()):  # a view stays one
+        elif not all(_address(x) in held for x in outs if x.numel()):  # a view stays one
 
             def again() -> None:
                 fresh = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, torch.Tensor)]
@@ -38,6 +38,10 @@ class _Tape(TorchDispatchMode):
 
             self.steps.append(again)
         return out
+
+
+def _address(x: torch.Tensor) -> int:
+    return id(x) if x.is_mkldnn else getattr(x, "held", x).untyped_storage().data_ptr()
 
 
 def record(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

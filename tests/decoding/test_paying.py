@@ -15,12 +15,14 @@ from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.costs import Costs, rising
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.engine import Engine
-from coral_core.decoding.measure import fixed, measure_costs, tuned
+from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.memory import Memory
-from coral_core.decoding.paying import LONGEST_REST, Paying, best_prefix
+from coral_core.decoding.paying import Paying, best_prefix
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round, prefill
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.steady import fixed
+from coral_core.decoding.trials import LONGEST_REST
 from coral_core.decoding.verify import judge
 from coral_core.head.candidates import Candidates
 from coral_core.target.load import Target
@@ -304,10 +306,10 @@ def test_trials_are_further_and_further_apart_and_one_that_pays_ends_the_rest() 
     plan = Paying(PLAIN_CPU, BOUNDS, CPU)
     for picks in [[9, 9]] * 20:
         plan.learn(draft, judge(draft, torch.tensor(picks)))
-    plan.plain_left = 0
+    plan.trials.plain_left = 0
     assert plan.drafts()
     plan.learn(draft, judge(draft, torch.tensor([1, 9])))
-    assert plan.rate == 1.0 and plan.drafts(), "two tokens for 1.15 steps"
+    assert plan.trials.rate == 1.0 and plan.drafts(), "two tokens for 1.15 steps"
 
 
 # ---- the costs
@@ -414,10 +416,9 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pyt
 
 def test_a_batch_takes_one_tree_that_is_smaller_where_rows_are_dear_and_seats_many() -> None:
     engine = tiny_engine(tiny_target(), depth=8, nodes=60, topk=4)
-    assert fixed(engine, 4) == engine.shape
-    large = fixed(dataclasses.replace(engine, costs=CHEAP), 1)
-    small = fixed(dataclasses.replace(engine, costs=PLAIN_CPU), 1)
-    crowded = fixed(dataclasses.replace(engine, costs=PLAIN_CPU), 8)
+    large = fixed(engine.shape, CHEAP, 1)
+    small = fixed(engine.shape, PLAIN_CPU, 1)
+    crowded = fixed(engine.shape, PLAIN_CPU, 8)
     assert large.nodes > small.nodes >= crowded.nodes >= 1
     assert large.depth > small.depth >= crowded.depth >= 1
 

@@ -80,7 +80,9 @@ def test_a_drafter_that_knows_the_target_ranks_its_pick_first(sampler: Sampler) 
     """The coupling: the noise that will decide is in the rank: with q = p, what will be drawn is drafted."""
     logits_NV = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     for position, logits_V in enumerate(logits_NV):
-        ranked_1V = sampler.rank(logits_V.log_softmax(-1)[None], torch.arange(30), position, 30)
+        ranked_1V = sampler.ahead(position, 1, 30, torch.device("cpu")).rank(
+            0, logits_V.log_softmax(-1)[None], torch.arange(30)
+        )
         assert ranked_1V.argmax() == sampler.pick(logits_V[None], torch.tensor([position]))
         assert abs(float(ranked_1V.exp().sum()) - 1) < 1e-5
 
@@ -89,7 +91,11 @@ def test_ranks_tell_how_often_a_draft_will_be_picked() -> None:
     """At temperature 1, when target and drafter differ by Gumbel noise, a rank is the frequency of being picked."""
     seed, position, draws = 3, 7, 20_000
     logq_V = LOGITS_V.log_softmax(0)
-    ranked_V = Sampler(temperature=1.0, seed=seed).rank(logq_V[None], torch.arange(6), position, 6)[0]
+    ranked_V = (
+        Sampler(temperature=1.0, seed=seed)
+        .ahead(position, 1, 6, torch.device("cpu"))
+        .rank(0, logq_V[None], torch.arange(6))[0]
+    )
     apart_NV = -torch.log(-torch.log(torch.rand(draws, 6, generator=torch.Generator().manual_seed(1))))
     noise_1V = gumbel(seed, torch.tensor([position]), torch.arange(6))
     assert_follows((logq_V + apart_NV + noise_1V).argmax(-1), ranked_V.exp())

@@ -99,7 +99,7 @@ def test_growing_two_levels_by_hand() -> None:
     assert beam.row_N.tolist() == [0, 1]
     assert beam.pool_N.tolist() == [2, 4]
     assert beam.slot_NS.tolist() == [[T, F, T, F], [F, T, F, T]]
-    draft = tree.rerank(beam, root=9, count=first(3))
+    draft = tree.rerank(beam, torch.tensor([9]), count=first(3))
     assert draft.token_M.tolist() == [9, a, b, c]
     assert draft.parent_M.tolist() == [0, 0, 0, 1]
     assert draft.depth_M.tolist() == [0, 1, 1, 2]
@@ -112,9 +112,9 @@ def test_unlikely_branches_are_cut() -> None:
     beam = tree.narrow(beam, likely.width(beam.score_N))
     assert beam.token_N.tolist() == [1, 2]
     assert beam.slot_NS.tolist() == [[T, F], [F, T]]
-    assert tree.rerank(beam, root=9, count=likely.count).token_M.tolist() == [9, 1, 2]
+    assert tree.rerank(beam, torch.tensor([9]), count=likely.count).token_M.tolist() == [9, 1, 2]
     sure = dataclasses.replace(likely, confidence=math.exp(-0.05))
-    nothing = tree.rerank(tree.narrow(beam, sure.width(beam.score_N)), root=9, count=sure.count)
+    nothing = tree.rerank(tree.narrow(beam, sure.width(beam.score_N)), torch.tensor([9]), count=sure.count)
     assert nothing.token_M.tolist() == [9]
     assert nothing.sees_MM.tolist() == [[T]]
 
@@ -125,7 +125,7 @@ def test_a_sure_child_never_ranks_before_its_parent() -> None:
     beam = tree.extend(beam, torch.tensor([[0.0], [0.0]]), torch.tensor([[3], [4]]), width=2)
     beam = tree.extend(beam, torch.tensor([[0.0], [0.0]]), torch.tensor([[5], [6]]), width=2)
     for nodes in range(1, 7):
-        draft = tree.rerank(beam, root=9, count=first(nodes))
+        draft = tree.rerank(beam, torch.tensor([9]), count=first(nodes))
         rows = range(1, nodes + 1)
         assert all(draft.parent_M[row] < row for row in rows)
         assert all(draft.depth_M[draft.parent_M[row]] == draft.depth_M[row] - 1 for row in rows)

@@ -13,10 +13,11 @@ from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups
 from coral_core.head.load import load_head, save_head
-from coral_core.head.products import Blocks, _packs
+from coral_core.head.products import Blocks
 from coral_core.head.router import Router
 from coral_core.head.static import StaticHead
 from coral_core.lent import Lent
+from coral_core.packed import packs
 from coral_core.recipe.schema import HeadSpec
 
 V, D, G = 53, 16, 6
@@ -163,7 +164,7 @@ def test_packed_blocks_multiply_as_plain_ones(dtype: torch.dtype, atol: float, r
     rows_VD = (torch.randn(6100, 512, generator=generator) / 512**0.5).to(dtype)
     hidden_ND = torch.randn(rows, 512, generator=generator).to(dtype)
     blocks = Blocks(rows_VD, [0, 2100, 4100, 6100])
-    assert bool(blocks.packed) == _packs(rows_VD)
+    assert bool(blocks.packed) == packs(rows_VD)
     expected_NC = torch.cat((rows_VD[:2100], rows_VD[4100:])).float() @ hidden_ND.float().T
     torch.testing.assert_close(blocks.products(hidden_ND, [2, 0]).float(), expected_NC.T, rtol=atol, atol=atol)
 

@@ -15,13 +15,17 @@ class Module(torch.nn.Module):
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_answer_is_that_of_transformers(rows: int, masked: bool) -> None:
+@pytest.mark.parametrize("folded", [True, False])
+def test_the_answer_is_that_of_transformers(
+    monkeypatch: pytest.MonkeyPatch, rows: int, masked: bool, folded: bool
+) -> None:
     torch.manual_seed(0)
-    query = torch.randn(1, 8, rows, 16)
-    key, value = torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
-    sees = torch.rand(1, 1, rows, 12) < 0.7
+    query = torch.randn(2, 8, rows, 16)
+    key, value = torch.randn(2, 2, 12, 16), torch.randn(2, 2, 12, 16)
+    sees = torch.rand(2, 1, rows, 12) < 0.7
     sees[..., 0] = True
     mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min) if masked else None
+    monkeypatch.setattr(attention, "MANY_KEYS", 1 if folded else 1 << 30)
     theirs = transformers.AttentionInterface()["sdpa"](Module(), query, key, value, mask, scaling=0.3)[0]
     ours = attention.attend(Module(), query, key, value, mask, scaling=0.3)[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -13,6 +13,7 @@ from coral_core.decoding.sampling import Picker
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
 from coral_core.lent import Lent
+from coral_core.target.attention import grouped
 
 
 class BatchDrafting:
@@ -57,7 +58,10 @@ class BatchDrafting:
                 for beam, logprob_WC, token_WC in proposals
             ]
             used = [rows + width for rows, width in zip(used, widths, strict=True)]
-        return [tree.rerank(beam, root, self.shape.count) for beam, root in zip(beams, roots, strict=True)]
+        return [
+            tree.rerank(beam, beam.token_N.new_full((1,), root), self.shape.count)
+            for beam, root in zip(beams, roots, strict=True)
+        ]
 
     def _narrow(self, beam: tree.Beam) -> tree.Beam:
         return tree.narrow(beam, self.shape.width(beam.score_N))
@@ -68,8 +72,9 @@ class BatchDrafting:
         """`Drafting.propose` for several seats, each with its number of rows and the position that is proposed for."""
         found, vocab = self.head.candidates(hidden_ND), self.lent.head_VD.shape[0]
         token_NC = found.token_C if found.token_C.dim() == 2 else found.token_C.expand_as(found.logprob_NC)
-        parts = zip(found.logprob_NC.split(widths), token_NC.split(widths), position, strict=True)
-        score_NC = torch.cat([picker.rank(logprob, token, place, vocab) for logprob, token, place in parts])
+        aheads = [picker.ahead(place, 1, vocab, token_NC.device) for place in position]
+        parts = zip(aheads, found.logprob_NC.split(widths), token_NC.split(widths), strict=True)
+        score_NC = torch.cat([ahead.rank(0, logprob, token) for ahead, logprob, token in parts])
         return Candidates(score_NC, found.token_C).best(self.shape.topk)
 
     def _level(
@@ -104,8 +109,6 @@ class BatchDrafting:
 
         def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
             key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)
-            return torch.nn.functional.scaled_dot_product_attention(
-                query_BHTE, key_BGKE, value_BGKE, attn_mask=sees_BTK[:, None], enable_gqa=True
-            )
+            return grouped(query_BHTE, key_BGKE, value_BGKE, sees_BTK[:, None])
 
         return self.drafter(self.lent.embed(token_BT), feature_BTD, position_BT, attend)

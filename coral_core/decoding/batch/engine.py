@@ -17,9 +17,9 @@ from coral_core.decoding.batch.cache import BatchCache
 from coral_core.decoding.batch.drafting import BatchDrafting
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.history import History
-from coral_core.decoding.measure import fixed
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.steady import fixed
 from coral_core.decoding.verify import on_path
 
 
@@ -64,7 +64,8 @@ class _Batch:
         self.engine, self.target, self.sampler = engine, engine.target, sampler
         self.seats: list[Seat] = []
         self.most = seats
-        self.shape = shape = fixed(engine, seats)
+        costs = engine.costs
+        self.shape = shape = fixed(engine.shape, costs, seats) if costs else engine.shape
         layers = self.target.model.config.get_text_config().num_hidden_layers
         self.cache = BatchCache(layers, seats, longest + shape.nodes + 1)
         self.drafting = BatchDrafting(engine.drafter, self.target.lent, engine.head, shape, seats, longest)
@@ -132,7 +133,7 @@ class _Batch:
         self.cache.place(past_B1 + torch.arange(rows, device=target.device), end)
         return target.forward(
             forest.token_M.clamp_min(0),
-            position_BT=(past_B1 + forest.depth_M).clamp_max(target.max_positions - 1),
+            position_BT=past_B1 + forest.depth_M,
             mask=masks.for_batch(target, past_B1, forest.depth_M, forest.sees_MM, end),
             cache=self.cache,
         )

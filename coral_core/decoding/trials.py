@@ -1,0 +1,38 @@
+"""Whether drafts pay at all, by the rounds that were seen: where they do not, rounds are plain steps for a while."""
+
+FORGET = 0.95
+"""What the past of an answer keeps of its weight with each drafted round: it spans some twenty."""
+RATE, SPENT = 1.5, 2.0
+"""The rate that is believed before anything was seen, and the plain steps that it weighs."""
+REST, LONGEST_REST = 4, 64
+"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them."""
+
+
+class Trials:
+    """The drafted rounds of one answer, the recent ones above all."""
+
+    def __init__(self) -> None:
+        self.tokens, self.spent = RATE * SPENT, SPENT
+        self.rest = REST
+        self.plain_left = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens of drafted rounds per plain step; a plain step itself brings one."""
+        return max(1.0, self.tokens / self.spent)
+
+    def drafts(self) -> bool:
+        """Whether the next round drafts."""
+        if self.plain_left:
+            self.plain_left -= 1
+            return False
+        return True
+
+    def learn(self, tokens: int, spent: float) -> None:
+        """A drafted round brought so many tokens for so many plain steps."""
+        self.tokens = FORGET * self.tokens + tokens
+        self.spent = FORGET * self.spent + spent
+        if self.tokens >= self.spent or tokens >= spent:
+            self.rest = REST
+        else:
+            self.plain_left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)

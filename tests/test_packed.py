@@ -1,0 +1,95 @@
+"""Packed linear layers: the same products, whatever happened to the weights since, and a model that stays a model."""
+
+import copy
+import warnings
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from coral_core import packed
+from coral_core.packed import FEW_ROWS, LARGE, Packed, PackedLinear, pack, packs
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every packed product."""
+    rows: list[int] = []
+    product = Packed._product
+
+    def counting(self: Packed, x_XI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+        rows.append(x_XI.numel() // x_XI.shape[-1])
+        return product(self, x_XI, bias_O)
+
+    monkeypatch.setattr(Packed, "_product", counting)
+    return rows
+
+
+@pytest.mark.parametrize("size", [(48, 32), (LARGE // 512, 512)], ids=["small", "large"])
+@pytest.mark.parametrize("rows", [1, 3, 4, FEW_ROWS, FEW_ROWS + 1])
+def test_the_product_is_that_of_the_plain_layer(monkeypatch: pytest.MonkeyPatch, size: tuple, rows: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(size[1], size[0])
+    own, x_BTI = nn.Sequential(copy.deepcopy(plain)), torch.randn(1, rows, size[1])
+    pack(own)
+    seen = spied(monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(own(x_BTI), plain(x_BTI), rtol=0, atol=1e-5)
+    filled = 4 if size[0] * size[1] >= LARGE and rows < 4 else rows
+    assert seen == ([filled] if rows <= FEW_ROWS and packs(plain.weight) else [])
+
+
+def test_a_weight_that_was_trained_moved_or_loaded_since_is_packed_anew() -> None:
+    torch.manual_seed(0)
+    layer, x_NI = PackedLinear(32, 48), torch.randn(3, 32)
+
+    def right() -> None:
+        with torch.no_grad():
+            expected = nn.functional.linear(x_NI.to(layer.weight.dtype), layer.weight, layer.bias)
+            torch.testing.assert_close(layer(x_NI.to(layer.weight.dtype)), expected, rtol=0, atol=1e-5)
+
+    right()
+    layer(x_NI).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=1.0).step()
+    right()
+    layer.load_state_dict(nn.Linear(32, 48).state_dict())
+    right()
+    layer.load_state_dict(nn.Linear(32, 48).state_dict(), assign=True)
+    right()
+    layer.double()
+    right()
+
+
+def test_what_is_packed_is_neither_copied_nor_saved() -> None:
+    layer = PackedLinear(32, 48)
+    with torch.no_grad():
+        expected = layer(torch.ones(2, 32))
+        again = copy.deepcopy(layer)
+        assert layer.state_dict().keys() == nn.Linear(32, 48).state_dict().keys()
+        assert torch.equal(again(torch.ones(2, 32)), expected)
+
+
+def test_a_model_is_left_alone_where_memory_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(32, 48))
+    memory = psutil.virtual_memory()._replace(available=2 * 32 * 48 * 4 - 1)
+    monkeypatch.setattr(packed.psutil, "virtual_memory", lambda: memory)
+    with pytest.warns(UserWarning, match="decoding is slower than it could be: 0.0 GiB of weights"):
+        pack(model)
+    assert type(model[0]) is nn.Linear
+    monkeypatch.setattr(packed.psutil, "virtual_memory", lambda: memory._replace(available=2 * 32 * 48 * 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pack(model)
+    assert type(model[0]) is PackedLinear
+
+
+def test_layers_of_another_kind_are_left_alone() -> None:
+    """An adapter or a quantized layer has a forward of its own."""
+
+    class Other(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) + 1
+
+    model = nn.Sequential(Other(8, 8))
+    pack(model)
+    assert type(model[0]) is Other
