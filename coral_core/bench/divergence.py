@@ -33,10 +33,8 @@ def diverges(
         return {"position": min(len(plain_ids), len(ids)), "reason": "one answer is longer", "tie": False}
     context, pair_P = prompt + plain_ids[:at], torch.tensor([plain_ids[at], ids[at]], device=target.device)
     scores = [_scores(target, sampler, context, rows)[pair_P] for rows in ROWS]
-    noise_P = torch.zeros(2, device=target.device)
-    if sampler.temperature > 0:
-        position_1 = torch.tensor([len(context)], device=target.device)
-        noise_P = sampler.noise(position_1, target.lent.head_VD.shape[0])[0, pair_P]
+    noise_LV = sampler.ahead(len(context), 1, target.lent.head_VD.shape[0], target.device).noise_LV
+    noise_P = torch.zeros(2, device=target.device) if noise_LV is None else noise_LV[0, pair_P]
     gaps = [float((score_P + noise_P).diff()) for score_P in scores]
     last_place = torch.finfo(target.dtype).eps * float(scores[0].abs().max())
     gap, rounding = abs(gaps[0]), max(gaps) - min(gaps) + last_place

@@ -75,8 +75,7 @@ class Engine:
         prompt_T = torch.tensor(prompt, device=target.device)
         history = History(prompt_T, capacity)
         feature_TD = prefill(target, prompt_T, cache)
-        position_1 = torch.tensor([len(prompt)], device=target.device)
-        root_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())
+        root_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), len(prompt), history.row())
         history.extend(root_1)
         token_T = torch.cat((prompt_T[kept + 1 :], root_1))
         memory.ids = [*prompt, *root_1.tolist()]

@@ -48,8 +48,9 @@ class Stepper:
     looks_back = False
     temperature = 0.0
 
-    def pick(self, logits_1V: torch.Tensor, position_1: torch.Tensor, past_1L: torch.Tensor | None = None) -> Any:
+    def pick(self, logits_1V: torch.Tensor, position: int, past_1L: torch.Tensor | None = None) -> Any:
         """The next token [1]: processed, drawn, judged by the stopping criteria, and streamed."""
+        device = logits_1V.device
         logits_1V = logits_1V.to(device=self.ids_BL.device, dtype=torch.float32, copy=True)
         scores_1V = self.processors(self.ids_BL, logits_1V)
         if self.logits is not None:
@@ -64,7 +65,7 @@ class Stepper:
         self.done = bool(self.criteria(self.ids_BL, self.scores).all())
         if self.streamer is not None:
             self.streamer.put(picked_1.cpu())
-        return picked_1.to(position_1.device)
+        return picked_1.to(device)
 
     def judge(
         self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
@@ -72,7 +73,7 @@ class Stepper:
         """The accepted path; it ends where a stopping criterion says so."""
 
         def step(row: int) -> tuple[int, bool]:
-            return int(self.pick(logits_MV[row : row + 1], draft.depth_M[:1])), not self.done
+            return int(self.pick(logits_MV[row : row + 1], position)), not self.done
 
         return walk(draft, step)
 

@@ -33,30 +33,29 @@ def _rounds(
     memory.recall(prompt, capacity)
     cache = memory.cache
     clock = Clock()
-    position_1 = torch.tensor([len(prompt)], device=target.device)
     prompt_T = torch.tensor(prompt, device=target.device)
     history = History(prompt_T, capacity)
     feature_TD = prefill(target, prompt_T, cache)
-    picked_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())
+    picked_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), len(prompt), history.row())
     memory.ids = [*prompt, *picked_1.tolist()]
     new_ids = stop.cut(memory.ids[-1:])
     clock.lap("prefill")
     yield Round(new_ids, "prefill", 0, clock.take())
     while not stop.done:
         history.extend(picked_1)
-        logits_1V = _step(target, cache, picked_1, position_1)
-        position_1 = position_1 + 1
-        picked_1 = sampler.pick(logits_1V, position_1, history.row())
+        logits_1V = _step(target, cache, picked_1)
+        picked_1 = sampler.pick(logits_1V, cache.length, history.row())
         memory.ids += picked_1.tolist()
         new_ids = stop.cut(memory.ids[-1:])
         clock.lap("step")
         yield Round(new_ids, "plain", 0, clock.take())
 
 
-def _step(target: Target, cache: SlotCache, token_1: torch.Tensor, position_1: torch.Tensor) -> torch.Tensor:
+def _step(target: Target, cache: SlotCache, token_1: torch.Tensor) -> torch.Tensor:
     """The logits [1,V] after one more token."""
     if cache.graphs is not None:
         return replayed.verify(target, cache, tree.lone(token_1))[1]
     mask = masks.for_rows(target, cache.length, 1)
-    feature_BTD = target.forward(token_1[None], position_BT=position_1[None], mask=mask, cache=cache)
+    position_BT = token_1.new_full((1, 1), cache.length)
+    feature_BTD = target.forward(token_1[None], position_BT=position_BT, mask=mask, cache=cache)
     return target.lent.logits(feature_BTD[0])

@@ -51,9 +51,7 @@ class Picker(Protocol):
     def temperature(self) -> float: ...
     @property
     def looks_back(self) -> bool: ...
-    def pick(
-        self, logits_NV: torch.Tensor, position_N: torch.Tensor, past_NL: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
+    def pick(self, logits_NV: torch.Tensor, position: int, past_NL: torch.Tensor | None = None) -> torch.Tensor: ...
     def judge(
         self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
     ) -> Verdict: ...
@@ -106,9 +104,9 @@ class Sampler:
         return self._processors(past_NL, logits_NV.float())
 
     def pick(
-        self, logits_NV: torch.Tensor, position_N: torch.Tensor, past_NL: torch.Tensor | None = None
+        self, logits_NV: torch.Tensor, position: int | torch.Tensor, past_NL: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """One token id per row [N]; `position_N` is the absolute position that the picked token will take.
+        """One token id per row [N]; `position` is the absolute one that the picked token will take, or each row's [N].
 
         `past_NL` holds the tokens before each row's pick, prompt included, in any order and as often as one likes
         (see history.py); wanted when the sampler `looks_back`. An unnormalised log p serves as well: a constant per
@@ -116,7 +114,7 @@ class Sampler:
         """
         if self.temperature == 0:
             return (self.warp(logits_NV, past_NL) if self.looks_back else logits_NV).argmax(-1)
-        return (self.warp(logits_NV, past_NL) + self.noise(position_N, logits_NV.shape[-1])).argmax(-1)
+        return (self.warp(logits_NV, past_NL) + self._noise(position, logits_NV)).argmax(-1)
 
     def judge(
         self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
@@ -151,10 +149,10 @@ class Sampler:
         """
         return self.temperature / max(self.temperature, SURENESS) if self.temperature else 1 / SURENESS
 
-    def noise(self, position_N: torch.Tensor, vocab: int) -> torch.Tensor:
-        """The noise [N,V]. Nodes of one depth share a position: each distinct one is hashed once."""
-        token_V = torch.arange(vocab, device=position_N.device)
-        if position_N.numel() == 1:
-            return gumbel(self.seed, position_N, token_V)
-        distinct_P, row_N = position_N.unique(return_inverse=True)
-        return gumbel(self.seed, distinct_P, token_V)[row_N]
+    def _noise(self, position: int | torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
+        """[1,V] for all rows or [N,V]. Nodes of one depth share a position: each distinct one is hashed once."""
+        vocab, device = logits_NV.shape[-1], logits_NV.device
+        if isinstance(position, int):
+            return self._rows.at(position, 1, vocab, device)
+        distinct_P, row_N = position.unique(return_inverse=True)
+        return gumbel(self.seed, distinct_P, torch.arange(vocab, device=device))[row_N]

@@ -69,4 +69,5 @@ def walk(draft: Draft, step: Callable[[int], tuple[int, bool]]) -> Verdict:
             break
         if going_on:
             path.append(child)
-    return Verdict(draft.parent_M.new_tensor(path), draft.token_M.new_tensor(new), new)
+    device = draft.token_M.device
+    return Verdict(torch.tensor(path, device=device), torch.tensor(new, device=device), new)

@@ -2,12 +2,13 @@
 
 What a GPU refuses is refused here: an operation over tensors of the device and of the host, single numbers apart. What
 it is slowed down by is counted: `reads`, where the host waits for a number; `sends`, tensors that the host brings;
-`launches`, operations that are not mere views.
+`launches`, operations that are not mere views; `graphs`, replays of what was recorded, whose operations do not count.
 """
 
 import copy
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from coral_core.target.load import Target
+from tests.decoding import tape
 
 NAME = "pretended"
 _setup_privateuseone_for_python_backend(NAME)
@@ -42,6 +44,9 @@ class Held(torch.Tensor):
     def __repr__(self, **kwargs: Any) -> str:
         return f"Held({self.held!r})"
 
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -63,10 +68,12 @@ class Device(TorchDispatchMode):
         torch.tensor = lambda data, *, device=None, **kwargs: (  # type: ignore[assignment]
             made(data, **kwargs) if device is None else made(data, **kwargs).to(device)
         )
+        torch.__future__.set_swap_module_params_on_conversion(True)  # `data` of a wrapped tensor cannot be set
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.tensor = self._tensor
+        torch.__future__.set_swap_module_params_on_conversion(False)
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,6 +103,21 @@ class Device(TorchDispatchMode):
         if func._schema.is_mutable:
             return kwargs.get("out", args[0])
         return tree_map_only(torch.Tensor, Held, out) if on_device else out
+
+    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """As graphs.record: replays cost one launch, and what waits for the device or the host is refused."""
+        before = Counter(self.counts)
+        replay, out = tape.record(call)
+        if (self.counts["reads"], self.counts["sends"]) != (before["reads"], before["sends"]):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def counted() -> None:
+            before = Counter(self.counts)
+            replay()
+            self.counts = before
+            self.counts["graphs"] += 1
+
+        return counted, out
 
     def spent(self) -> dict[str, int]:
         """The counts since they were last asked for."""

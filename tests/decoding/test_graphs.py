@@ -20,7 +20,9 @@ from coral_core.decoding.graphs import Graphs, columns, padded_rows
 from coral_core.decoding.memory import Memory
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
+from coral_core.drafter.blocks import Attend
 from coral_core.errors import TargetError
+from coral_core.head.candidates import Candidates
 from coral_core.head.full import FullHead
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.load import Target, load_target, wrap
@@ -75,6 +77,46 @@ def test_drafts_and_rounds_are_those_of_forwards_that_run_as_they_come() -> None
         engine = Engine(own, drafter, FullHead(own.lent), shape)
         found.append([(event.new_ids, event.accepted_drafts) for event in engine.decode(prompt, Sampler(), 60)])
     assert found[0] == found[1]
+
+
+class Echo(torch.nn.Module):
+    """A drafter whose feature is the embedding of the token that it read."""
+
+    def forward(
+        self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, position_BT: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        attend(*[embed_BTD[:, None]] * 3)  # the cache holds a row per token, as any drafter's does
+        return embed_BTD
+
+
+class SuccessorHead:
+    """Proposes what followed a token in an answer: often right, and nothing that a recording could not hold."""
+
+    recordable = True
+
+    def __init__(self, target: Target, answer: list[int]) -> None:
+        self.embed_VD = target.lent.embed_VD
+        self.next_V = torch.arange(VOCAB)
+        self.next_V[answer[:-1]] = torch.tensor(answer[1:])
+
+    def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
+        token_N = torch.cdist(hidden_ND, self.embed_VD).argmin(-1)
+        logprob_NV = hidden_ND.new_full((hidden_ND.shape[0], VOCAB), -9.0)
+        return Candidates(logprob_NV.scatter(1, self.next_V[token_N][:, None], -0.1), torch.arange(VOCAB))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "T=1", "penalty"])
+def test_recorded_drafts_are_accepted_where_drafts_that_run_as_they_come_are(sampler: Sampler) -> None:
+    """Paths of every length are fed to the drafter and filled up: the next draft is the same."""
+    target, prompt, found = recorded("llama"), words(7, 11), []
+    answer = ids_of(plain(dataclasses.replace(target, graphs=False), prompt, sampler, 50))
+    for graphs_on in (False, True):
+        own = dataclasses.replace(target, graphs=graphs_on)
+        engine = Engine(own, Echo(), SuccessorHead(own, answer), TreeShape(depth=4, nodes=7, topk=3))  # type: ignore[arg-type]
+        found.append([(event.new_ids, event.accepted_drafts) for event in engine.decode(prompt, sampler, 50)])
+    assert found[0] == found[1]
+    assert len({accepted for _, accepted in found[0]}) > 2
+    assert [token for new_ids, _ in found[1] for token in new_ids] == answer
 
 
 def test_a_later_answer_replays_what_an_earlier_one_recorded(taped: list[str]) -> None:

@@ -21,7 +21,7 @@ from coral_core.decoding.paying import Paying, best_prefix
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round, prefill
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.steady import fixed
+from coral_core.decoding.steady import Steady, fixed, spent
 from coral_core.decoding.trials import LONGEST_REST
 from coral_core.decoding.verify import judge
 from coral_core.head.candidates import Candidates
@@ -402,6 +402,24 @@ def test_a_machine_that_wavers_is_not_believed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(measure, "measure_costs", lambda engine: pytest.fail("measured again"))
     monkeypatch.setattr(measure, "step_s", lambda engine: 0.5)
     assert tuned(engine, tmp_path, {}).costs == costs, "the next evaluation has the same trees"
+
+
+def test_one_tree_for_all_rounds_rests_where_it_does_not_pay_and_no_longer_than_that() -> None:
+    """On a GPU: nodes and depth are chosen once, by the costs; what was accepted decides whether to draft at all."""
+    shape = dataclasses.replace(BOUNDS, confidence=0.0)
+    plan = Steady(PLAIN_CPU, shape)
+    assert plan.shape == fixed(shape, PLAIN_CPU, 1) and plan.spent == pytest.approx(spent(plan.tree, PLAIN_CPU))
+    score_N = torch.zeros(plan.tree.nodes + 3)
+    assert (plan.count(score_N), plan.width(score_N[:2])) == (plan.tree.nodes, 2)
+    draft = chain(0.9, 0.9)
+    for _ in range(40):
+        if plan.drafts():
+            plan.learn(draft, judge(draft, torch.tensor([9, 9, 9])))
+    assert not plan.drafts(), "one token for more than a step"
+    plan.trials.plain_left = 0
+    for _ in range(40):
+        assert plan.drafts()
+        plan.learn(draft, judge(draft, torch.tensor([1, 2, 9])))
 
 
 def read(run: Path) -> str:

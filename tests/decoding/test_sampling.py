@@ -64,7 +64,7 @@ def test_noise_is_finite_for_a_real_vocabulary() -> None:
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    assert Sampler().pick(torch.tensor([[0.0, 2.0, 2.0]]), torch.tensor([9])).tolist() == [1]
+    assert Sampler().pick(torch.tensor([[0.0, 2.0, 2.0]]), 9).tolist() == [1]
 
 
 def test_the_noise_of_a_position_is_the_same_whoever_asks_and_when() -> None:
@@ -83,7 +83,7 @@ def test_a_drafter_that_knows_the_target_ranks_its_pick_first(sampler: Sampler) 
         ranked_1V = sampler.ahead(position, 1, 30, torch.device("cpu")).rank(
             0, logits_V.log_softmax(-1)[None], torch.arange(30)
         )
-        assert ranked_1V.argmax() == sampler.pick(logits_V[None], torch.tensor([position]))
+        assert ranked_1V.argmax() == sampler.pick(logits_V[None], position)
         assert abs(float(ranked_1V.exp().sum()) - 1) < 1e-5
 
 

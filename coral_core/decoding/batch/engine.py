@@ -88,8 +88,7 @@ class _Batch:
         prompt_T = torch.tensor(prompt, device=target.device)
         history = History(prompt_T, len(prompt) + stop.remaining + self.shape.nodes)
         feature_TD = prefill(target, prompt_T, self.cache.seat(place))
-        position_1 = torch.tensor([len(prompt)], device=target.device)
-        root_1 = self.sampler.pick(target.lent.logits(feature_TD[-1:]), position_1, history.row())
+        root_1 = self.sampler.pick(target.lent.logits(feature_TD[-1:]), len(prompt), history.row())
         new_ids = stop.cut(root_1.tolist())
         if not stop.done:
             history.extend(root_1)
