@@ -12,13 +12,14 @@ import weakref
 import pytest
 import torch
 
-from coral_core.decoding import graphs
+from coral_core.decoding import graphs, replayed, tree
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.graphs import Graphs, columns, padded_rows
 from coral_core.decoding.memory import Memory
 from coral_core.decoding.plain import plain
+from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.blocks import Attend
 from coral_core.errors import TargetError
@@ -30,6 +31,8 @@ from tests.decoding import tape
 from tests.decoding.test_memory import ids_of, oracle_engine, words
 from tests.tiny import VOCAB, tiny_drafter, tiny_engine, tiny_target
 
+TREE = TreeShape(depth=4, nodes=9, topk=3)
+"""With its root 10 rows, which are filled up to 16."""
 SAMPLERS = [Sampler(), Sampler(temperature=1.0, seed=3), Sampler(repetition_penalty=1.3)]
 
 
@@ -79,6 +82,26 @@ def test_drafts_and_rounds_are_those_of_forwards_that_run_as_they_come() -> None
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS[:2], ids=["greedy", "T=1"])
+def test_a_recorded_draft_is_the_tree_of_one_that_runs_as_it_comes(sampler: Sampler, taped: list[str]) -> None:
+    """Behind a prompt, then behind paths of every length: what fills them up is seen by nobody."""
+    target, drafter = tiny_target("llama"), tiny_drafter(tiny_target("llama"))
+    parts = (drafter, target.lent, FullHead(target.lent), TREE)
+    recorded, eager = replayed.drafting(*parts, Slots(400, Graphs())), replayed.drafting(*parts, Slots(400))
+    for seed, fed in enumerate((20, 1, 5, 3, 2, 4, 5)):
+        token_T, feature_TD = torch.tensor(words(seed, fed)), torch.randn(fed, 32)
+        one, other = (drafting.draft(token_T, feature_TD, sampler, Clock()) for drafting in (recorded, eager))
+        rows = other.token_M.numel()
+        assert (one.token_M.numel(), rows) == (16, 10)
+        for name in ("token_M", "parent_M", "depth_M"):
+            assert torch.equal(getattr(one, name)[:rows], getattr(other, name))
+        assert torch.equal(one.sees_MM[:rows, :rows], other.sees_MM)
+        torch.testing.assert_close(one.score_M[:rows], other.score_M, rtol=0, atol=1e-4)
+        assert one.token_M[rows:].tolist() == [tree.NO_TOKEN] * 6
+        assert recorded.slots.length == eager.slots.length
+    assert len(taped) == 1
+
+
 class Echo(torch.nn.Module):
     """A drafter whose feature is the embedding of the token that it read."""
 
@@ -112,7 +135,7 @@ def test_recorded_drafts_are_accepted_where_drafts_that_run_as_they_come_are(sam
     answer = ids_of(plain(dataclasses.replace(target, graphs=False), prompt, sampler, 50))
     for graphs_on in (False, True):
         own = dataclasses.replace(target, graphs=graphs_on)
-        engine = Engine(own, Echo(), SuccessorHead(own, answer), TreeShape(depth=4, nodes=7, topk=3))  # type: ignore[arg-type]
+        engine = Engine(own, Echo(), SuccessorHead(own, answer), TREE)  # type: ignore[arg-type]
         found.append([(event.new_ids, event.accepted_drafts) for event in engine.decode(prompt, sampler, 50)])
     assert found[0] == found[1]
     assert len({accepted for _, accepted in found[0]}) > 2
@@ -147,7 +170,8 @@ def test_two_drafters_over_one_memory_keep_apart() -> None:
     prompt, found = words(4, 12), []
     for graphs_on in (False, True):
         own = dataclasses.replace(target, graphs=graphs_on)
-        engines = [Engine(own, tiny_drafter(own, seed), FullHead(own.lent), shape) for seed in (1, 2)]
+        head = FullHead(own.lent)
+        engines = [Engine(own, tiny_drafter(own, seed), head, shape) for seed in (1, 2)]
         found.append([[event.accepted_drafts for event in e.decode(prompt, Sampler(), 60)] for e in engines])
     assert found[0] == found[1]
     assert found[0][0] != found[0][1]
