@@ -25,6 +25,7 @@ from coral_core.drafter.blocks import Attend
 from coral_core.errors import TargetError
 from coral_core.head.candidates import Candidates
 from coral_core.head.full import FullHead
+from coral_core.head.static import StaticHead
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.load import Target, load_target, wrap
 from tests.decoding import tape
@@ -100,6 +101,29 @@ def test_a_recorded_draft_is_the_tree_of_one_that_runs_as_it_comes(sampler: Samp
         assert one.token_M[rows:].tolist() == [tree.NO_TOKEN] * 6
         assert recorded.slots.length == eager.slots.length
     assert len(taped) == 1
+
+
+def test_a_recorded_draft_is_of_one_head_one_sampler_and_so_many_columns(taped: list[str]) -> None:
+    """All of them over one cache, in turns; behind 300 rows the attention reads twice as many columns."""
+    target, drafter = tiny_target("llama"), tiny_drafter(tiny_target("llama"))
+    heads = [FullHead(target.lent), StaticHead(target.lent, torch.arange(10, 40))]
+    recorded, eager = Slots(600, Graphs()), Slots(600)
+    made = []
+    for fed in (20, 3, 300, 3):
+        for sampler in SAMPLERS[:2]:
+            for head in heads:
+                token_T, feature_TD = torch.tensor(words(fed, fed)), torch.randn(fed, 32)
+                drafts = [
+                    replayed.drafting(drafter, target.lent, head, TREE, slots).draft(
+                        token_T, feature_TD, sampler, Clock()
+                    )
+                    for slots in (recorded, eager)
+                ]
+                assert drafts[0].token_M[:10].tolist() == drafts[1].token_M.tolist()
+                recorded.truncate(recorded.length - (fed if fed == 300 else 0))
+                eager.truncate(recorded.length)
+        made.append(len(taped))
+    assert made == [4, 4, 8, 8]
 
 
 class Echo(torch.nn.Module):
