@@ -20,6 +20,7 @@ from coral_core.bench.race import Decode, Lane, run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
+from coral_core.packed import PackedLinear
 from coral_core.target.load import Target
 
 LOOKUP_TOKENS = 10
@@ -53,11 +54,11 @@ class _Puts(BaseStreamer):
         pass
 
 
-def generated(target: Target, prompt: list[int], max_new_tokens: int, **options: Any) -> Lane:
-    """`model.generate`; `options` choose its way of decoding."""
+def generated(target: Target, prompt: list[int], max_new_tokens: int, model: Any = None, **options: Any) -> Lane:
+    """`generate` of the target's model, or of a copy; `options` choose its way of decoding."""
     puts, ids_BT = _Puts(), torch.tensor([prompt], device=target.device)
     begun_s = time.perf_counter()
-    out_BT = target.model.generate(
+    out_BT = (model or target.model).generate(
         ids_BT,
         attention_mask=torch.ones_like(ids_BT),
         max_new_tokens=min(max_new_tokens, target.max_positions - len(prompt)),
@@ -70,6 +71,16 @@ def generated(target: Target, prompt: list[int], max_new_tokens: int, **options:
     emitted = puts.counts[2:]
     drafts = [count - 1 for count in emitted]
     return Lane(out_BT[0, len(prompt) :].tolist(), first_s - begun_s, ended_s - first_s, drafts, emitted, {})
+
+
+def untouched(model: Any) -> Any:
+    """The model as transformers loads it: with plain products and attention."""
+    plain_model = copy.deepcopy(model)
+    for module in plain_model.modules():
+        if type(module) is PackedLinear:
+            module.__class__ = torch.nn.Linear
+    plain_model.set_attn_implementation("sdpa")
+    return plain_model
 
 
 def first_layers(model: Any, layers: int) -> Any:
@@ -94,6 +105,7 @@ def entries(target: Target, methods: dict[str, Method], tokens: int, assistant_l
 
     yield lane("plain", "plain", lambda prompt: run_lane(plain(target, prompt, Sampler(), tokens)))
     yield lane("generate", "plain", generate())
+    yield lane("generate, untouched model", "plain", generate(model=untouched(target.model)))
     yield lane("prompt lookup", "transformers", generate(prompt_lookup_num_tokens=LOOKUP_TOKENS))
     if assistant_layers:
         short = first_layers(target.model, assistant_layers)

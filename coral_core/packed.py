@@ -12,7 +12,7 @@ packed, the median of 11 forwards in turns:
 |   packed          |  47 |  47 |  48 |  52 |  65 | 106 |
 
 The layout is a second copy of the weights, made when it is first wanted. The plain ones stay for full batches, which
-gain a sixth at most, for training, and for whoever saves the model.
+gain a fifth at most (1,024 rows: 1.20 times in float32, 1.04 in bfloat16), for training, and for saving the model.
 Axes: N row, I input, O output.
 """
 
@@ -23,7 +23,7 @@ import psutil
 import torch
 from torch import nn
 
-FEW_ROWS = 64
+FEW_ROWS = 256
 """Rows up to which the packed weights serve. By number alone, so that the same call always rounds the same way."""
 FILL, LARGE = 4, 1 << 20
 """Fewer rows are filled up to FILL where a weight has LARGE elements: the kernel is faster with rows nobody wants."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from coral_core.lent import Lent
+from coral_core.packed import FEW_ROWS
 
 
 def a_lent(tied: bool = False) -> Lent:
@@ -15,7 +16,7 @@ def a_lent(tied: bool = False) -> Lent:
     return Lent(embed_VD, embed_VD if tied else head_VD, torch.randn(1100), logit_scale=0.5, logit_softcap=30.0)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 9, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 9, FEW_ROWS, FEW_ROWS + 1])
 def test_few_rows_take_the_packed_head_and_give_the_same(rows: int) -> None:
     lent = a_lent()
     feature_XD = torch.randn(rows, 256)

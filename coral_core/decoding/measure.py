@@ -34,7 +34,7 @@ from coral_core.decoding.rounds import Clock, prefill
 from coral_core.decoding.sampling import Sampler
 
 FILE = "tree.json"
-FORM = 2
+FORM = 3
 """Of what is measured; another one is measured anew."""
 KEPT = 16
 """Measurements that a run's file holds, at most; the oldest go first."""

@@ -36,12 +36,13 @@ def test_every_lane_says_what_plain_says() -> None:
     assert [racer.facts["method"] for racer in racers] == [
         "plain",
         "generate",
+        "generate, untouched model",
         "prompt lookup",
         "assisted",
         "coral full",
     ]
     rows = decode_race.race(racers, prompts(3), lambda done: None)
-    assert [(row["answers"], row["equal"]) for row in rows] == [(3, 3)] * 5
+    assert [(row["answers"], row["equal"]) for row in rows] == [(3, 3)] * 6
     by_kind = {row["method"]: row for row in rows}
     assert by_kind["plain"]["tau"] == by_kind["generate"]["tau"] == 1.0
     assert {"draft", "head", "verify", "accept", "other"} == set(by_kind["coral full"]["ms_by_phase"])
