@@ -39,6 +39,13 @@ def packs(weight_OI: torch.Tensor) -> bool:
     return weight_OI.dtype == torch.float32 or bool(native)
 
 
+def serves(x_XI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    """Whether these are few rows for weights that are packed. Gradients and autocasting are for plain layers."""
+    few = x_XI.numel() <= FEW_ROWS * x_XI.shape[-1]
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    return few and not plain and packs(weight_OI)
+
+
 class Packed:
     """One weight, packed."""
 
@@ -68,7 +75,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight_OI = self.weight
-        if input.numel() > FEW_ROWS * self.in_features or torch.is_grad_enabled() or not packs(weight_OI):
+        if not serves(input, weight_OI):
             return super().forward(input)
         origin = weight_OI.data_ptr(), weight_OI._version
         if self._packed is None or self._packed_from != origin:

@@ -60,6 +60,12 @@ def test_a_weight_that_was_trained_moved_or_loaded_since_is_packed_anew() -> Non
     right()
 
 
+def test_mixed_precision_is_for_the_plain_layer() -> None:
+    layer, x_NI = PackedLinear(32, 48), torch.randn(3, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x_NI).dtype == layer(layer(x_NI)[:, :32]).dtype == torch.bfloat16
+
+
 def test_what_is_packed_is_neither_copied_nor_saved() -> None:
     layer = PackedLinear(32, 48)
     with torch.no_grad():

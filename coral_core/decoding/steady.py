@@ -6,6 +6,7 @@ has one shape.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -20,21 +21,24 @@ def fixed(bounds: TreeShape, costs: Costs, seats: int) -> TreeShape:
     """The tree within `bounds` that is best for a drafter as they usually are, for so many answers side by side.
 
     A path goes on with probability 0.75 per level, and each doubling of the nodes adds 0.65 accepted drafts: EAGLE-2's
-    trees of 8 to 60 nodes, and pico's. Rows of all seats are paid for together.
+    trees of 8 to 60 nodes, and pico's.
     """
+    spent = prices(bounds, costs, seats)
 
-    def pays(tree: TreeShape) -> float:
-        drafts = min(3 * (1 - 0.75**tree.depth), 0.65 * math.log2(1 + tree.nodes))
-        return (1 + drafts) / spent(tree, costs, seats)
+    def pays(size: tuple[int, int]) -> float:
+        depth, nodes = size
+        drafts = min(3 * (1 - 0.75**depth), 0.65 * math.log2(1 + nodes))
+        return (1 + drafts) / spent(depth, nodes)
 
-    depths, nodes = range(1, bounds.depth + 1), range(1, bounds.nodes + 1)
-    return max((dataclasses.replace(bounds, depth=d, nodes=n) for d in depths for n in nodes), key=pays)
+    sizes = [(depth, nodes) for depth in range(1, bounds.depth + 1) for nodes in range(1, bounds.nodes + 1)]
+    depth, nodes = max(sizes, key=pays)
+    return dataclasses.replace(bounds, depth=depth, nodes=nodes)
 
 
-def spent(tree: TreeShape, costs: Costs, seats: int = 1) -> float:
-    """What a round with this tree costs, in plain steps."""
-    level = costs.expanded(seats * tree.topk)[-1]
-    return costs.base + (tree.depth - 1) * level + costs.verified(seats * (tree.nodes + 1) - 1)[-1]
+def prices(bounds: TreeShape, costs: Costs, seats: int) -> Callable[[int, int], float]:
+    """What a round with a tree of such depth and so many nodes costs in plain steps; rows of all seats are paid for."""
+    verify, level = costs.verified(seats * (bounds.nodes + 1)), costs.expanded(seats * bounds.topk)[-1]
+    return lambda depth, nodes: costs.base + (depth - 1) * level + verify[seats * (nodes + 1) - 1]
 
 
 class Steady:
@@ -45,7 +49,7 @@ class Steady:
     def __init__(self, costs: Costs, bounds: TreeShape) -> None:
         self.tree = fixed(bounds, costs, 1)
         self.depth, self.topk, self.shape = self.tree.depth, self.tree.topk, self.tree.shape
-        self.spent = spent(self.tree, costs)
+        self.spent = prices(bounds, costs, 1)(self.tree.depth, self.tree.nodes)
         self.trials = Trials()
 
     def drafts(self) -> bool:

@@ -21,7 +21,7 @@ from coral_core.decoding.paying import Paying, best_prefix
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round, prefill
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.steady import Steady, fixed, spent
+from coral_core.decoding.steady import Steady, fixed, prices
 from coral_core.decoding.trials import LONGEST_REST
 from coral_core.decoding.verify import judge
 from coral_core.head.candidates import Candidates
@@ -408,7 +408,9 @@ def test_one_tree_for_all_rounds_rests_where_it_does_not_pay_and_no_longer_than_
     """On a GPU: nodes and depth are chosen once, by the costs; what was accepted decides whether to draft at all."""
     shape = dataclasses.replace(BOUNDS, confidence=0.0)
     plan = Steady(PLAIN_CPU, shape)
-    assert plan.shape == fixed(shape, PLAIN_CPU, 1) and plan.spent == pytest.approx(spent(plan.tree, PLAIN_CPU))
+    assert plan.shape == fixed(shape, PLAIN_CPU, 1) and plan.spent == prices(shape, PLAIN_CPU, 1)(
+        plan.depth, plan.tree.nodes
+    )
     score_N = torch.zeros(plan.tree.nodes + 3)
     assert (plan.count(score_N), plan.width(score_N[:2])) == (plan.tree.nodes, 2)
     draft = chain(0.9, 0.9)
