@@ -36,7 +36,7 @@ class Clock:
 
     prefill; draft (the drafter's layer), head (its LM head), verify (the target's forward and logits), accept (picks,
     and the rows that are kept), other (trees, masks, lists: Python). On a GPU the work of one phase may end in a later
-    one, as nothing waits for the device in between.
+    one, as nothing waits for the device in between, and a recorded draft is `draft` as a whole.
     """
 
     def __init__(self) -> None:
