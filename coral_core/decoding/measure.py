@@ -38,7 +38,9 @@ FORM = 3
 """Of what is measured; another one is measured anew."""
 KEPT = 16
 """Measurements that a run's file holds, at most; the oldest go first."""
-TYPICAL = Costs(step_s=0.0, verify={1: 1.0, 2: 1.05, 8: 1.3, 16: 1.6, 64: 2.7}, level={1: 0.07, 8: 0.09}, base=0.13)
+TYPICAL = Costs(
+    step_s=0.0, verify={1: 1.0, 2: 1.02, 8: 1.07, 16: 1.18, 32: 1.44, 64: 1.97}, level={1: 0.057, 8: 0.06}, base=0.1
+)
 """pico's on a processor, in float32."""
 STEADY = 1.25
 """Median over least time of a part, in the median over the parts, up to which a machine counts as steady."""
