@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from coral_core.packed import Packed, serves
+from coral_core.packed import Packed, few, packs
 from coral_core.tensors import write_tensors
 
 
@@ -30,7 +30,7 @@ class Lent:
 
     def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
         """The target's own logits [..., V] of features [..., D]: the full head, the reference."""
-        if serves(feature_XD, self.head_VD):
+        if few(feature_XD.numel() // feature_XD.shape[-1]) and packs(self.head_VD):
             return self.transform(self._packed.linear(feature_XD, self.head_bias_V))
         return self.transform(torch.nn.functional.linear(feature_XD, self.head_VD, self.head_bias_V))
 
