@@ -1,7 +1,7 @@
 """Products of few rows on a CPU, with weights in oneDNN's own layout.
 
 A decoding round multiplies a handful of rows, where a plain product falls off a cliff between one row and a full batch.
-Two cores of a Xeon (AVX-512, AMX), ms, a target of Qwen2.5-0.5B's shape behind 300 rows, its linear layers plain and
+Two cores of an AMD EPYC (AVX-512), ms, a target of Qwen2.5-0.5B's shape behind 300 rows, its linear layers plain and
 packed, the median of 11 forwards in turns:
 
 | rows              |   1 |   2 |   4 |   9 |  17 |  33 |

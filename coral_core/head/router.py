@@ -6,6 +6,8 @@ Axes: N row, D hidden, G group.
 import torch
 from torch import nn
 
+from coral_core.packed import PackedLinear
+
 
 class Router(nn.Module):
     """softmax(W2 h); with `inner`, the paper's softmax(W2(act(W1 h) + h)).
@@ -16,8 +18,8 @@ class Router(nn.Module):
 
     def __init__(self, hidden: int, groups: int, *, inner: bool = False) -> None:
         super().__init__()
-        self.w1 = nn.Linear(hidden, hidden) if inner else None
-        self.w2 = nn.Linear(hidden, groups)
+        self.w1 = PackedLinear(hidden, hidden) if inner else None
+        self.w2 = PackedLinear(hidden, groups)
 
     def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N,G]; their softmax is the expected probability mass of each group."""
