@@ -64,10 +64,13 @@ class Device(TorchDispatchMode):
 
     def __enter__(self) -> "Device":
         self._tensor, made = torch.tensor, torch.tensor
-        # A wrapped tensor cannot be made from a list in C++: made on the host, it is sent, as to any device.
-        torch.tensor = lambda data, *, device=None, **kwargs: (  # type: ignore[assignment]
-            made(data, **kwargs) if device is None else made(data, **kwargs).to(device)
-        )
+
+        def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            """A wrapped tensor cannot be made from a list in C++: made on the host, it is sent, as to any device."""
+            wanted = torch.get_default_device() if device is None else device
+            return made(data, device="cpu", **kwargs).to(wanted)
+
+        torch.tensor = tensor  # type: ignore[assignment]
         torch.__future__.set_swap_module_params_on_conversion(True)  # `data` of a wrapped tensor cannot be set
         return super().__enter__()
 
