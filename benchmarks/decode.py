@@ -116,8 +116,10 @@ def gpu(options: argparse.Namespace) -> None:
             for row in decode_gpu.measure(options.shape, device, torch.bfloat16, options.repeats, graphs):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-        except TargetError as error:  # what was measured without graphs is worth keeping
-            rows = [row for row in rows if row["graphs"] != graphs]
+        except TargetError as error:
+            if not graphs:
+                raise
+            rows = [row for row in rows if not row["graphs"]]  # worth keeping
             print(f"gpu: not measured with graphs: {error}", file=sys.stderr)
     found = decode_gpu.figures(rows)
     print(json.dumps(found, indent=1))

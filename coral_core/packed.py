@@ -53,7 +53,7 @@ class Packed:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), FILL)
         self.large = weight_OI.numel() >= LARGE
         self.fewest = 1 if self.large or weight_OI.dtype == torch.bfloat16 else 2
-        """Rows that gain."""
+        """Rows from which it is faster than a plain product."""
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def linear(self, x_XI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,19 +73,19 @@ def few(rows: int) -> bool:
 class PackedLinear(nn.Linear):
     """An nn.Linear that is packed for few rows, where no gradient is wanted."""
 
-    _packed: tuple[int, int, Packed | None] = (0, -1, None)
-    """Address and version of a weight, and how it is packed, if it can be: one that was moved or trained since is
-    packed anew."""
+    _packed: tuple[torch.Tensor, int, Packed | None] = (torch.empty(0), -1, None)
+    """A weight, its version, and how it is packed, if it can be: one that was moved or trained since is packed anew.
+    The tensor is held, so that no other weight can come to lie at its address and be taken for it."""
     _fewest = 1
     """Rows from which the packed weight serves."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows, weight_OI = input.numel() // self.in_features, self.weight
         if rows >= self._fewest and few(rows):
-            address, version, packed = self._packed
-            if version != weight_OI._version or address != weight_OI.data_ptr():
+            source_OI, version, packed = self._packed
+            if version != weight_OI._version or source_OI.data_ptr() != weight_OI.data_ptr():
                 packed = Packed(weight_OI) if packs(weight_OI) else None
-                self._packed = weight_OI.data_ptr(), weight_OI._version, packed
+                self._packed = weight_OI.detach(), weight_OI._version, packed
                 self._fewest = packed.fewest if packed else 1
             if packed is not None and rows >= self._fewest:
                 return packed.linear(input, self.bias)

@@ -60,6 +60,16 @@ def test_a_weight_that_was_trained_moved_or_loaded_since_is_packed_anew() -> Non
     right()
 
 
+def test_no_other_weight_takes_the_address_of_the_one_that_was_packed() -> None:
+    """To bfloat16 and back, the rounded weight may land where the first one lay, and has its version too."""
+    layer = PackedLinear(32, 48)
+    with torch.no_grad():
+        layer(torch.ones(3, 32))
+    address, layer = layer.weight.data_ptr(), layer.bfloat16()
+    others = [torch.empty(48, 32) for _ in range(64)]
+    assert address not in [other.data_ptr() for other in others]
+
+
 def test_mixed_precision_is_for_the_plain_layer() -> None:
     layer, x_NI = PackedLinear(32, 48), torch.randn(3, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

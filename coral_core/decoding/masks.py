@@ -1,7 +1,7 @@
 """What each row may attend to, as the additive masks that Hugging Face models take.
 
-Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row, N beam node, S drafted
-row.
+Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row, N beam node,
+S drafted row.
 """
 
 import torch

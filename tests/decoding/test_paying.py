@@ -2,26 +2,21 @@
 
 import dataclasses
 import itertools
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
-from coral_core.decoding import measure, tree
-from coral_core.decoding.batch.engine import BatchEngine
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.costs import Costs, rising
+from coral_core.decoding.costs import Costs
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.engine import Engine
-from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.memory import Memory
 from coral_core.decoding.paying import Paying, best_prefix
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round, prefill
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.steady import Steady, fixed, prices
 from coral_core.decoding.trials import LONGEST_REST
 from coral_core.decoding.verify import judge
 from coral_core.head.candidates import Candidates
@@ -310,143 +305,3 @@ def test_trials_are_further_and_further_apart_and_one_that_pays_ends_the_rest() 
     assert plan.drafts()
     plan.learn(draft, judge(draft, torch.tensor([1, 9])))
     assert plan.trials.rate == 1.0 and plan.drafts(), "two tokens for 1.15 steps"
-
-
-# ---- the costs
-
-
-def test_costs_between_and_beyond_the_measured_rows() -> None:
-    measured = Costs(step_s=1, verify={1: 1.0, 2: 1.2, 4: 1.4}, level={1: 0.1, 4: 0.4}, base=0.1)
-    assert measured.verified(6) == pytest.approx([1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7])
-    assert measured.expanded(5) == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
-    assert rising([1.0, 1.4, 1.2, 2.0]) == pytest.approx([1.0, 1.3, 1.3, 2.0])
-    assert rising([3.0, 2.0, 1.0]) == pytest.approx([2.0, 2.0, 2.0])
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])
-def test_measuring_leaves_nothing_behind(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "REPEATS", (1, 1))
-    engine = tiny_engine(tiny_target(family))
-    before = ids_of(list(engine.decode([5, 6, 7], Sampler(), 12)))
-    found = measure_costs(engine)
-    assert set(found.verify) == set(measure.ROWS) and set(found.level) == set(measure.WIDTHS)
-    assert found.verify[1] == 1.0 and list(found.verify.values()) == sorted(found.verify.values())
-    assert Costs.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert ids_of(list(dataclasses.replace(engine, costs=found).decode([5, 6, 7], Sampler(), 12))) == before
-
-
-def test_costs_are_kept_in_the_run_and_measured_again_for_what_differs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    def measured(engine: Engine) -> Costs:
-        calls.append(len(calls))
-        return dataclasses.replace(PLAIN_CPU, base=0.1 + len(calls))
-
-    monkeypatch.setattr(measure, "measure_costs", measured)
-    monkeypatch.setattr(measure, "step_s", lambda engine: PLAIN_CPU.step_s)
-    engine, of = tiny_engine(tiny_target()), {"target": "t", "drafter": "d", "head": "h"}
-    first = tuned(engine, tmp_path, of)
-    assert tuned(engine, tmp_path, of).costs == first.costs and calls == [0]
-    for key in of:
-        assert tuned(engine, tmp_path, {**of, key: "another"}).costs != first.costs
-    assert calls == [0, 1, 2, 3]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    tuned(engine, tmp_path, of)
-    assert len(calls) == 5, "another number of threads"
-    monkeypatch.undo()
-    monkeypatch.setattr(measure, "measure_costs", measured)
-    monkeypatch.setattr(measure, "step_s", lambda engine: PLAIN_CPU.step_s)
-    assert tuned(engine, tmp_path, of).costs == first.costs, "the others did not push it out"
-    for damage in ("{", "[]", json.dumps({name: {"costs": {}} for name in json.loads(read(tmp_path))})):
-        (tmp_path / measure.FILE).write_text(damage)
-        count = len(calls)
-        assert tuned(engine, tmp_path, of).costs is not None and len(calls) == count + 1
-        assert tuned(engine, tmp_path, of).costs is not None and len(calls) == count + 1, "mended"
-
-
-def test_costs_of_a_busy_hour_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes a fifth of what it took then; the other way round, it is this hour that is busy."""
-    engine = tiny_engine(tiny_target())
-    now_s = measure.step_s(engine)
-    assert 0 < now_s < 1
-    for slower, times in ((5, 2), (0.2, 1)):
-        calls = []
-
-        def measured(engine: Engine, slower: float = slower, calls: list[int] = calls) -> Costs:
-            calls.append(1)
-            return dataclasses.replace(PLAIN_CPU, step_s=slower * 0.01)
-
-        monkeypatch.setattr(measure, "measure_costs", measured)
-        monkeypatch.setattr(measure, "step_s", lambda engine: 0.01)
-        of = {"target": str(slower)}
-        tuned(engine, tmp_path, of)
-        tuned(engine, tmp_path, of)
-        assert len(calls) == times
-
-
-def test_a_machine_that_wavers_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, clock = tiny_engine(tiny_target()), itertools.count()
-    monkeypatch.setattr(measure, "REPEATS", (4, 4))
-
-    def wavering(device: torch.device) -> float:
-        """Every part takes 1, 1, 3 and 3 seconds by turns."""
-        call = next(clock)
-        turn = call // 2 // 12
-        return call * 100.0 + (call % 2) * (-99.0 if turn % 4 < 2 else -97.0)
-
-    monkeypatch.setattr(measure, "_now", wavering)
-    costs = tuned(engine, tmp_path, {}).costs
-    assert costs == dataclasses.replace(measure.TYPICAL, step_s=1.0)
-    monkeypatch.setattr(measure, "measure_costs", lambda engine: pytest.fail("measured again"))
-    monkeypatch.setattr(measure, "step_s", lambda engine: 0.5)
-    assert tuned(engine, tmp_path, {}).costs == costs, "the next evaluation has the same trees"
-
-
-def test_one_tree_for_all_rounds_rests_where_it_does_not_pay_and_no_longer_than_that() -> None:
-    """On a GPU: nodes and depth are chosen once, by the costs; what was accepted decides whether to draft at all."""
-    shape = dataclasses.replace(BOUNDS, confidence=0.0)
-    plan = Steady(PLAIN_CPU, shape)
-    assert plan.shape == fixed(shape, PLAIN_CPU, 1) and plan.spent == prices(shape, PLAIN_CPU, 1)(
-        plan.depth, plan.tree.nodes
-    )
-    score_N = torch.zeros(plan.tree.nodes + 3)
-    assert (plan.count(score_N), plan.width(score_N[:2])) == (plan.tree.nodes, 2)
-    draft = chain(0.9, 0.9)
-    for _ in range(40):
-        if plan.drafts():
-            plan.learn(draft, judge(draft, torch.tensor([9, 9, 9])))
-    assert not plan.drafts(), "one token for more than a step"
-    plan.trials.plain_left = 0
-    for _ in range(40):
-        assert plan.drafts()
-        plan.learn(draft, judge(draft, torch.tensor([1, 2, 9])))
-
-
-def read(run: Path) -> str:
-    return (run / measure.FILE).read_text(encoding="utf-8")
-
-
-def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "measure_costs", lambda engine: PLAIN_CPU)
-    assert tuned(tiny_engine(tiny_target()), tmp_path / "no", {}).costs == PLAIN_CPU
-    assert not (tmp_path / "no").exists()
-
-
-def test_a_batch_takes_one_tree_that_is_smaller_where_rows_are_dear_and_seats_many() -> None:
-    engine = tiny_engine(tiny_target(), depth=8, nodes=60, topk=4)
-    large = fixed(engine.shape, CHEAP, 1)
-    small = fixed(engine.shape, PLAIN_CPU, 1)
-    crowded = fixed(engine.shape, PLAIN_CPU, 8)
-    assert large.nodes > small.nodes >= crowded.nodes >= 1
-    assert large.depth > small.depth >= crowded.depth >= 1
-
-
-def test_a_batch_says_what_one_says(endless: Target) -> None:
-    engine = dataclasses.replace(tiny_engine(endless, depth=4, nodes=40, topk=8), costs=PLAIN_CPU)
-    prompts = [some_prompt(seed, 3 + seed) for seed in range(4)]
-    said: list[list[int]] = [[] for _ in prompts]
-    for number, event in BatchEngine(engine, 3).decode(prompts, Sampler(), 20):
-        said[number] += event.new_ids
-    assert said == [ids_of(list(plain(endless, prompt, Sampler(), 20))) for prompt in prompts]

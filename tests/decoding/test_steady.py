@@ -1,0 +1,53 @@
+"""One tree for all rounds, on a GPU and in a batch: as large as its costs deserve, left alone where it does not pay."""
+
+import dataclasses
+
+import torch
+
+from coral_core.decoding.batch.engine import BatchEngine
+from coral_core.decoding.plain import plain
+from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.steady import Steady, fixed, prices
+from coral_core.decoding.verify import judge
+from tests.decoding.test_lossless import ids_of, some_prompt
+from tests.decoding.test_paying import BOUNDS, CHEAP, PLAIN_CPU, chain
+from tests.tiny import tiny_engine, tiny_target
+
+
+def test_one_tree_for_all_rounds_rests_where_it_does_not_pay_and_no_longer_than_that() -> None:
+    """On a GPU: nodes and depth are chosen once, by the costs; what was accepted decides whether to draft at all."""
+    shape = dataclasses.replace(BOUNDS, confidence=0.0)
+    plan = Steady(PLAIN_CPU, shape)
+    assert plan.shape == fixed(shape, PLAIN_CPU, 1) and plan.spent == prices(shape, PLAIN_CPU, 1)(
+        plan.depth, plan.tree.nodes
+    )
+    score_N = torch.zeros(plan.tree.nodes + 3)
+    assert (plan.count(score_N), plan.width(score_N[:2])) == (plan.tree.nodes, 2)
+    draft = chain(0.9, 0.9)
+    for _ in range(40):
+        if plan.drafts():
+            plan.learn(draft, judge(draft, torch.tensor([9, 9, 9])))
+    assert not plan.drafts(), "one token for more than a step"
+    plan.trials.plain_left = 0
+    for _ in range(40):
+        assert plan.drafts()
+        plan.learn(draft, judge(draft, torch.tensor([1, 2, 9])))
+
+
+def test_a_batch_takes_one_tree_that_is_smaller_where_rows_are_dear_and_seats_many() -> None:
+    engine = tiny_engine(tiny_target(), depth=8, nodes=60, topk=4)
+    large = fixed(engine.shape, CHEAP, 1)
+    small = fixed(engine.shape, PLAIN_CPU, 1)
+    crowded = fixed(engine.shape, PLAIN_CPU, 8)
+    assert large.nodes > small.nodes >= crowded.nodes >= 1
+    assert large.depth > small.depth >= crowded.depth >= 1
+
+
+def test_a_batch_says_what_one_says() -> None:
+    endless = dataclasses.replace(tiny_target("llama"), stop_ids=frozenset())
+    engine = dataclasses.replace(tiny_engine(endless, depth=4, nodes=40, topk=8), costs=PLAIN_CPU)
+    prompts = [some_prompt(seed, 3 + seed) for seed in range(4)]
+    said: list[list[int]] = [[] for _ in prompts]
+    for number, event in BatchEngine(engine, 3).decode(prompts, Sampler(), 20):
+        said[number] += event.new_ids
+    assert said == [ids_of(list(plain(endless, prompt, Sampler(), 20))) for prompt in prompts]
