@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -63,6 +64,7 @@ class Device(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> "Device":
+        _device_constructors()  # cached once for all: with the function below in it, models load wrongly ever after
         self._tensor, made = torch.tensor, torch.tensor
 
         def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
