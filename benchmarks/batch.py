@@ -8,6 +8,7 @@ greedy and compared with the engine's own, one by one.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -43,6 +44,11 @@ def collect(count: int, events: Iterable[tuple[int, Round]]) -> Decoded:
         if event.kind == "draft":
             emitted.append(len(event.new_ids))
     return answers, emitted
+
+
+def batched(engine: BatchEngine, prompts: Answers) -> Decoded:
+    """All prompts in the engine's seats."""
+    return collect(len(prompts), engine.decode(prompts, Sampler(), NEW))
 
 
 def one_by_one(prompts: Answers, decode: Callable[[list[int]], Iterable[Round]]) -> Decoded:
@@ -98,9 +104,8 @@ def main() -> None:
         "engine": lambda: one_by_one(prompts, lambda ids: engine.decode(ids, Sampler(), NEW)),
     }
     for seats in options.seats:
-        batch = BatchEngine(engine, seats)
-        lanes[f"batch {seats}"] = lambda batch=batch: collect(len(prompts), batch.decode(prompts, Sampler(), NEW))
-        lanes[f"generate {seats}"] = lambda seats=seats: generated(target, prompts, seats)
+        lanes[f"batch {seats}"] = functools.partial(batched, BatchEngine(engine, seats), prompts)
+        lanes[f"generate {seats}"] = functools.partial(generated, target, prompts, seats)
     rows = race(lanes, options.repeats)
     speed = {str(row["lane"]): row["tokens_per_s"] for row in rows}
     figures = {

@@ -197,7 +197,8 @@ def trained(
     """(tokens, rounds) of each held-out prompt after a short training, and tokens per second of the training."""
     lines: list[dict[str, Any]] = []
     drafter = train(recipe.train, store, seed=seed, work=work, reports=Reports(lines.append, progress))
-    picks, shape, emitted = sampler(recipe), tree_shape(recipe.decode), []
+    picks, shape = sampler(recipe), tree_shape(recipe.decode)
+    emitted: list[list[int]] = []
     drafter = drafter.to(held[0].repeating.device, held[0].repeating.dtype)
     for one in held:
         engine = Engine(one.repeating, drafter, FullHead(one.repeating.lent), shape)

@@ -21,7 +21,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,7 +38,7 @@ from coral_core.recipe.schema import Recipe
 from coral_core.target.load import Target, load_target
 
 HEADS = ("full", "grouped")
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 Row = dict[str, Any]
 
 
@@ -55,7 +55,7 @@ class Form:
 def forms(recipe: Recipe, options: argparse.Namespace) -> Iterator[Form]:
     """One per --dtype."""
     named = [text.partition("=")[::2] for text in options.drafter] if options.drafter else [(recipe.name, "")]
-    for dtype in options.dtype or DTYPES:
+    for dtype in (name for name in DTYPES if name in (options.dtype or DTYPES)):
         own = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, dtype=dtype))
         target = load_target(own.target)
         methods: dict[str, Method] = {}

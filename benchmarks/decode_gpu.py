@@ -25,6 +25,7 @@ from benchmarks.train import LLAMA_3_8B
 from coral_core.decoding.drafting import TreeShape
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
+from coral_core.head.candidates import Head
 from coral_core.head.clustering import by_id
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
@@ -71,7 +72,10 @@ def parts(shape: str, device: torch.device, dtype: torch.dtype, graphs: bool) ->
         router = Router(config.hidden_size, GROUPS)
     target = dataclasses.replace(wrap(model, None), graphs=graphs)
     groups = by_id(config.vocab_size, GROUPS)
-    heads = {"full": FullHead(target.lent), "grouped": GroupedHead(target.lent, groups, router, ACTIVE)}
+    heads: dict[str, Head] = {
+        "full": FullHead(target.lent),
+        "grouped": GroupedHead(target.lent, groups, router, ACTIVE),
+    }
     return Parts(target, drafter.requires_grad_(False).eval(), heads, TREE, CONTEXT)
 
 

@@ -87,7 +87,7 @@ def measure(
                 lanes[right].append(lane)
     step_ms = 1e3 * sum(lane.decode_s for lane in plains) / sum(sum(lane.emitted) for lane in plains)
     for right, done in lanes.items():
-        row = {"part": "oracle", "dtype": str(target.dtype).removeprefix("torch."), "right": right}
+        row: dict[str, Any] = {"part": "oracle", "dtype": str(target.dtype).removeprefix("torch."), "right": right}
         row |= {"expected_tau": expected_tau(right, shape.depth), **per_round(done), "plain_step_ms": step_ms}
         row["round_over_plain_step"] = row["round_ms"] / step_ms
         row["equal"] = sum(lane.ids == own.ids for lane, own in zip(done, plains, strict=True))

@@ -20,7 +20,6 @@ from coral_core.bench.race import Decode, Lane, run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
-from coral_core.packed import PackedLinear
 from coral_core.target.load import Target
 
 LOOKUP_TOKENS = 10
@@ -74,13 +73,10 @@ def generated(target: Target, prompt: list[int], max_new_tokens: int, model: Any
 
 
 def untouched(model: Any) -> Any:
-    """The model as transformers loads it: with plain products and attention."""
-    plain_model = copy.deepcopy(model)
-    for module in plain_model.modules():
-        if type(module) is PackedLinear:
-            module.__class__ = torch.nn.Linear
-    plain_model.set_attn_implementation("sdpa")
-    return plain_model
+    """The model as transformers makes it: with its own products, norms and attention."""
+    own = type(model)._from_config(model.config, dtype=model.dtype, attn_implementation="sdpa")
+    own.load_state_dict(model.state_dict())
+    return own.to(model.device).eval()
 
 
 def first_layers(model: Any, layers: int) -> Any:

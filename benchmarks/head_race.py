@@ -7,7 +7,7 @@ what a round takes is measured on fewer, with the target itself.
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from coral_core.training.router import first_router, recall, train_router
 GROUPS = 256
 """At equal rows read, finer groups keep more: of 64, 128 and 256 the last, for 17 % of a call on a CPU (LOG.md)."""
 SHARES = (4, 8, 16)
-CLUSTERINGS = ("cooccurrence", "kmeans", "frequency", "id")
+Clustering = Literal["cooccurrence", "kmeans", "frequency", "id"]
+CLUSTERINGS: tuple[Clustering, ...] = ("cooccurrence", "kmeans", "frequency", "id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def entries(trial: Trial, lent: Any) -> Iterator[Entry]:
             yield from _routed(trial, lent, clustering, inner)
 
 
-def _routed(trial: Trial, lent: Any, clustering: str, inner: bool) -> Iterator[Entry]:
+def _routed(trial: Trial, lent: Any, clustering: Clustering, inner: bool) -> Iterator[Entry]:
     spec = dataclasses.replace(trial.recipe.head, clustering=clustering)
     trial = dataclasses.replace(trial, recipe=dataclasses.replace(trial.recipe, head=spec))
     groups = trial.cluster(GROUPS)

@@ -49,7 +49,13 @@ from coral_core.training.publish import open_data
 METHODS = ("eagle2", "hass", "coral")
 COMPARISONS = ("methods", "equal time", "early")
 """Parts that measure all three; the others change one choice of CORAL."""
-PAPERS_TREE = {"tree": "fixed", "draft_depth": 6, "draft_nodes": 60, "draft_topk": 10, "draft_confidence": 0.0}
+PAPERS_TREE: dict[str, Any] = {
+    "tree": "fixed",
+    "draft_depth": 6,
+    "draft_nodes": 60,
+    "draft_topk": 10,
+    "draft_confidence": 0.0,
+}
 """EAGLE-2's, on which HASS and CORAL are compared too. A CPU's small trees, cut at a confidence, rarely reach the
 depths that the unroll trains: on pico's own (10 nodes, 0.05), seed 0, HASS was 1.006 times EAGLE-2."""
 CHECKED = 10

@@ -15,12 +15,31 @@ from typing import Any
 
 from benchmarks.record import record
 
-SHOWN = ("bench", "questions", "tokens_per_round_micro", "tokens_per_round_macro", "tokens_per_s", "baseline")
-SHOWN += ("baseline_tokens_per_s", "speedup", "speedup_ci95", "accepted_by_depth", "lossless", "seconds_by_phase")
-SHOWN += ("temperature", "new_tokens", "rounds", "plain_tokens_per_s", "prefill_s", "plain_decoders", "speedup_mean")
-SHOWN += ("speedup_mean_ci95", "rows_read", "distribution", "answers")
-
-
+SHOWN = [
+    "bench",
+    "questions",
+    "tokens_per_round_micro",
+    "tokens_per_round_macro",
+    "tokens_per_s",
+    "baseline",
+    "baseline_tokens_per_s",
+    "speedup",
+    "speedup_ci95",
+    "accepted_by_depth",
+    "lossless",
+    "seconds_by_phase",
+    "temperature",
+    "new_tokens",
+    "rounds",
+    "plain_tokens_per_s",
+    "prefill_s",
+    "plain_decoders",
+    "speedup_mean",
+    "speedup_mean_ci95",
+    "rows_read",
+    "distribution",
+    "answers",
+]
 BENCHES = ("held-out", "mt-bench", "humaneval-80", "gsm8k-80")
 
 

@@ -49,8 +49,8 @@ ACCEPTED = 3
 class Uncoupled(Sampler):
     """Draws as a Sampler, and ranks candidates as if the noise were not known."""
 
-    def rank(self, logprob_NC: torch.Tensor, token_C: torch.Tensor, position: int, vocab: int) -> torch.Tensor:
-        return (self._warpers(None, logprob_NC) * self.sharpness).log_softmax(-1)
+    def rank(self, logit_NC: torch.Tensor, token_C: torch.Tensor, noise_V: torch.Tensor | None) -> torch.Tensor:
+        return (self._warpers(None, logit_NC.float()) * self.sharpness).log_softmax(-1)
 
 
 def coupled(engine: Engine, prompts: list[list[int]], tokens: int) -> Iterator[dict[str, Any]]:

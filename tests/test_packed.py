@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coral_core import packed
-from coral_core.packed import FEW_ROWS, LARGE, Packed, PackedLinear, pack, packs
+from coral_core.packed import ALONE, FEW_ROWS, LARGE, Packed, PackedLinear, pack, packs
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -25,7 +25,10 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("size", [(48, 32), (LARGE // 512, 512)], ids=["small", "large"])
+SIZES = [(48, 32), (ALONE // 512, 512), (LARGE // 512, 512)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["small", "for a row alone", "large"])
 @pytest.mark.parametrize("rows", [1, 3, 4, FEW_ROWS, FEW_ROWS + 1])
 def test_the_product_is_that_of_the_plain_layer(monkeypatch: pytest.MonkeyPatch, size: tuple, rows: int) -> None:
     torch.manual_seed(0)
@@ -35,7 +38,7 @@ def test_the_product_is_that_of_the_plain_layer(monkeypatch: pytest.MonkeyPatch,
     seen = spied(monkeypatch)
     with torch.no_grad():
         torch.testing.assert_close(own(x_BTI), plain(x_BTI), rtol=0, atol=1e-5)
-    gains = rows > 1 or size[0] * size[1] >= LARGE
+    gains = rows > 1 or size[0] * size[1] >= ALONE
     assert seen == ([rows] if gains and rows <= FEW_ROWS and packs(plain.weight) else [])
 
 

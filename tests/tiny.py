@@ -9,6 +9,7 @@ import transformers
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.rounds import Round
+from coral_core.drafter.blocks import Turn
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates
@@ -91,6 +92,11 @@ class ScriptHead:
         self.calls += 1
         logprob_NC = torch.linspace(-0.1, -3.0, token_C.numel()).expand(hidden_ND.shape[0], -1)
         return Candidates(logprob_NC, token_C)
+
+
+def positions(position_BT: torch.Tensor, dtype: torch.dtype) -> Turn:
+    """The `rope` of a drafter that turns nothing: the positions themselves, [B,1,T,1]."""
+    return (position_BT[:, None, :, None],) * 2
 
 
 class OracleHead:

@@ -2,8 +2,8 @@
 
 The drafter's cache holds a row per committed position, then, while a tree grows, a row per expanded node; those are
 cut again when the draft is done, because verified features replace drafted ones (EAGLE-2).
-Axes: B batch, T position, D hidden, N beam node, R proposed token, C candidate, K cached row, H query head,
-G key/value head, E head dimension.
+Axes: B batch, T position, D hidden, L level, N beam node, R proposed token or drafted row, C candidate, K cached row,
+H query head, G key/value head, E head dimension.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from coral_core.decoding.paying import Plan
 from coral_core.decoding.rounds import PREFILL_ROWS, Clock
 from coral_core.decoding.sampling import Ahead, Picker
 from coral_core.decoding.verify import Verdict
+from coral_core.drafter.blocks import Turn
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
 from coral_core.lent import Lent
@@ -96,7 +97,8 @@ class Drafting:
             past, new = self.slots.length, tokens_T.numel()
             position_T = torch.arange(past, past + new, device=token_T.device)
             sees_TK = position_T[:, None] >= torch.arange(past + new, device=token_T.device) if new > 1 else None
-            hidden_TD = self.layer(tokens_T, features_TD, position_T, sees_TK)
+            turn = self.drafter.rope(position_T[None], features_TD.dtype)
+            hidden_TD = self.layer(tokens_T, features_TD, turn, sees_TK)
         return hidden_TD[-1:]
 
     def grow(
@@ -112,22 +114,26 @@ class Drafting:
 
         Where the number of committed rows is one [1] on the device, as many columns are read as are given.
         """
-        plan = self.plan
+        plan, drafted, hidden_ND = self.plan, 0, hidden_1D
+        most = (plan.depth - 1) * plan.topk
+        column_R = torch.arange(most, device=root_1.device) + committed
+        cos_11LE, sin_11LE = self.drafter.rope(column_R[None, : plan.depth - 1], hidden_1D.dtype)
+        sees_K = masks.committed(committed, int(committed) + most if columns is None else columns, hidden_1D)
+        clock.lap("other")
         logprob_1R, token_1R = self.propose(hidden_1D, ahead, 0)
         clock.lap("head")
-        beam = tree.plant(logprob_1R[0], token_1R[0], plan.topk)
-        hidden_ND = hidden_1D
+        beam = tree.plant(logprob_1R[0], token_1R[0], plan.topk, sees_K)
         for level in range(1, plan.depth):
             if (width := plan.width(beam.score_N)) == 0:
                 break
-            beam = tree.narrow(beam, width)
-            drafted = beam.slot_NS.shape[1]
-            column_N = torch.arange(drafted - width, drafted, device=beam.token_N.device) + committed
-            position_N = torch.zeros_like(beam.token_N) + (committed - 1 + level)
-            sees_NK = masks.draft(committed, beam.slot_NS, columns)
+            column_N = column_R[drafted : drafted + width]
+            beam = tree.settle(tree.narrow(beam, width), column_N)
+            drafted += width
+            end = int(committed) + drafted if columns is None else columns
+            turn = cos_11LE[:, :, level - 1 : level], sin_11LE[:, :, level - 1 : level]
             clock.lap("other")
-            with self.slots.place(column_N, sees_NK.shape[1]):
-                hidden_ND = self.layer(beam.token_N, hidden_ND[beam.row_N], position_N, sees_NK)
+            with self.slots.place(column_N, end):
+                hidden_ND = self.layer(beam.token_N, hidden_ND[beam.row_N], turn, beam.sees_NK[:, :end])
             clock.lap("draft")
             logprob_NC, token_NC = self.propose(hidden_ND, ahead, level)
             clock.lap("head")
@@ -139,18 +145,21 @@ class Drafting:
     def propose(self, hidden_ND: torch.Tensor, ahead: Ahead, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For each drafted feature, the tokens that the target will most likely pick there: [N,R] twice."""
         found = self.head.candidates(hidden_ND)
-        score_NC = ahead.rank(level, found.logprob_NC, found.token_C)
-        logprob_NR, token_NR = Candidates(score_NC, found.token_C).best(self.plan.topk)
-        return (logprob_NR + self.plan.shift).clamp_max(0), token_NR
+        logprob_NC = ahead.rank(level, found.logit_NC, found.token_C)
+        logprob_NR, token_NR = Candidates(logprob_NC, found.token_C).best(self.plan.topk)
+        return (logprob_NR + self.plan.shift).clamp_max(0) if self.plan.shift else logprob_NR, token_NR
 
     def layer(
-        self, token_T: torch.Tensor, feature_TD: torch.Tensor, position_T: torch.Tensor, sees_TK: torch.Tensor | None
+        self, token_T: torch.Tensor, feature_TD: torch.Tensor, turn: Turn, sees_TK: torch.Tensor | None
     ) -> torch.Tensor:
-        """The drafted features [T,D] of new rows, which the cache takes in; None lets each see all rows."""
+        """The drafted features [T,D] of new rows, which the cache takes in; `turn` is `rope` of their positions.
+
+        Without `sees_TK` each sees all rows.
+        """
 
         def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
             key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)
             return grouped(query_BHTE, key_BGKE, value_BGKE, sees_TK)
 
         embed_BTD = self.lent.embed(token_T)[None]
-        return self.drafter(embed_BTD, feature_TD[None], position_T[None], attend)[0]
+        return self.drafter(embed_BTD, feature_TD[None], turn, attend)[0]

@@ -1,7 +1,6 @@
 """What each row may attend to, as the additive masks that Hugging Face models take.
 
-Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row, N beam node,
-S drafted row.
+Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row.
 """
 
 import torch
@@ -45,16 +44,10 @@ def trees(
     return sees_BMK & (position_BM[:, :, None] - position_BK[:, None] < window)
 
 
-def draft(committed: int | torch.Tensor, own_NS: torch.Tensor, columns: int | None) -> torch.Tensor:
-    """[N,K] true where a drafted row sees a committed row or, of the S rows behind them, its own branch.
-
-    K ends with these rows, or at `columns`, where the number of committed rows is one [1] on the device.
-    """
-    if columns is None:
-        return torch.cat((own_NS.new_ones(own_NS.shape[0], int(committed)), own_NS), dim=1)
-    slot_K = torch.arange(columns, device=own_NS.device) - committed
-    slots = own_NS.shape[1]
-    return (slot_K < 0) | (own_NS[:, slot_K.clamp(0, slots - 1)] & (slot_K < slots))
+def committed(rows: int | torch.Tensor, columns: int, like_X: torch.Tensor) -> torch.Tensor:
+    """[K] additive: a draft sees the committed rows, and of the columns behind them none yet."""
+    column_K = torch.arange(columns, device=like_X.device)
+    return like_X.new_zeros(columns).masked_fill_(column_K >= rows, -torch.inf)
 
 
 def for_batch(

@@ -94,7 +94,8 @@ class _Recorded(Drafting):
             column_T = past_1 + torch.arange(rows, device=past_1.device)
             sees_TK = column_T[:, None] >= torch.arange(end, device=past_1.device)
             with slots.place(column_T, end):
-                hidden_TD = self.layer(token_T, feature_TD, column_T, sees_TK)
+                turn = self.drafter.rope(column_T[None], feature_TD.dtype)
+                hidden_TD = self.layer(token_T, feature_TD, turn, sees_TK)
             root_1, hidden_1D = token_T[fed_1 - 1], hidden_TD[fed_1 - 1]
             draft = self.grow(root_1, hidden_1D, past_1 + fed_1, Ahead(sampler, noise_LV), Clock(), end)
             return tree.filled(draft, padded_rows(draft.token_M.numel()))

@@ -37,11 +37,11 @@ class Ahead:
     noise_LV: torch.Tensor | None
     """The sampler's noise; none for greedy picks."""
 
-    def rank(self, level: int, logprob_NC: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
+    def rank(self, level: int, logit_NC: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
         """`Sampler.rank` for the picks at a level."""
         if self.sampler is None:
-            return logprob_NC
-        return self.sampler.rank(logprob_NC, token_C, None if self.noise_LV is None else self.noise_LV[level])
+            return logit_NC.log_softmax(-1, dtype=torch.float32)
+        return self.sampler.rank(logit_NC, token_C, None if self.noise_LV is None else self.noise_LV[level])
 
 
 class Picker(Protocol):
@@ -131,15 +131,15 @@ class Sampler:
         """What a draft may know of the picks at `count` positions from `position` on."""
         return Ahead(self, self._rows.at(position, count, vocab, device) if self.temperature else None)
 
-    def rank(self, logprob_NC: torch.Tensor, token_C: torch.Tensor, noise_V: torch.Tensor | None) -> torch.Tensor:
+    def rank(self, logit_NC: torch.Tensor, token_C: torch.Tensor, noise_V: torch.Tensor | None) -> torch.Tensor:
         """The drafter's log-probabilities that the target's *pick*, with that noise, will be each candidate [N,C].
 
         The pick is argmax(log p + g), and g is known. With log q for log p, what is uncertain is their difference; were
         it Gumbel noise too, of scale `sharpness`, the candidate with score s would win with probability
         softmax(s / sharpness). Only drafts depend on this, never what is said.
         """
-        scores_NC = logprob_NC if noise_V is None else self._warpers(None, logprob_NC) + noise_V[token_C]
-        return (scores_NC * self.sharpness).log_softmax(-1)
+        score_NC = logit_NC if noise_V is None else self._warpers(None, logit_NC.float()) + noise_V[token_C]
+        return (score_NC * self.sharpness).log_softmax(-1, dtype=torch.float32)
 
     @property
     def sharpness(self) -> float:

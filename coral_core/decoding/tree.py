@@ -1,7 +1,8 @@
 """The draft tree: growing it level by level (EAGLE-2, arXiv 2406.16858) and ranking its nodes.
 
 Index code only: no model, no cache. Row 0 is the root (the last token already chosen), drafted nodes follow, parents
-before children. Axes: N drafted node or tree row, M tree row (root included), C candidate, S slot of a drafted level.
+before children. Axes: N drafted node or tree row, M tree row (root included), C candidate, K column of the drafter's
+cache.
 """
 
 import dataclasses
@@ -30,10 +31,7 @@ class Draft:
 
 @dataclasses.dataclass
 class Beam:
-    """The nodes of the newest level that will be expanded, and everything proposed so far.
-
-    `slot_NS` marks, for each beam node, which rows of the drafted levels are its ancestors or itself.
-    """
+    """The nodes of the newest level that will be expanded, and everything proposed so far."""
 
     token_N: torch.Tensor
     score_N: torch.Tensor
@@ -41,26 +39,26 @@ class Beam:
     """Place of each beam node in the pool of candidates."""
     row_N: torch.Tensor
     """The row of the level above that proposed it."""
-    slot_NS: torch.Tensor
+    sees_NK: torch.Tensor
+    """Additive: which of the drafter's rows each beam node sees, the committed ones and its ancestors' so far."""
     pool: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     """Per level: token, score, parent's place in the pool (-1 is the root), each [C]."""
 
 
 def narrow(beam: Beam, width: int) -> Beam:
     """The beam's `width` best nodes; the best come first, so it is a cut."""
-    slots = beam.slot_NS.shape[1] - (beam.token_N.numel() - width)  # the nodes that are cut never get a row
     return Beam(
         token_N=beam.token_N[:width],
         score_N=beam.score_N[:width],
         pool_N=beam.pool_N[:width],
         row_N=beam.row_N[:width],
-        slot_NS=beam.slot_NS[:width, :slots],
+        sees_NK=beam.sees_NK[:width],
         pool=beam.pool,
     )
 
 
-def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int) -> Beam:
-    """The first level: the root's candidates, best first; the `width` best are the beam."""
+def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int, sees_K: torch.Tensor) -> Beam:
+    """The first level: the root's candidates, best first; the `width` best are the beam, and see what `sees_K` says."""
     width = min(width, score_C.numel())
     parent_C = torch.full_like(token_C, -1)
     row_N = torch.arange(width, device=token_C.device)
@@ -69,27 +67,34 @@ def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int) -> Beam:
         score_N=score_C[:width],
         pool_N=row_N,
         row_N=torch.zeros_like(row_N),
-        slot_NS=torch.eye(width, dtype=torch.bool, device=token_C.device),
+        sees_NK=sees_K.repeat(width, 1),
         pool=[(token_C, score_C, parent_C)],
     )
 
 
+def settle(beam: Beam, column_N: torch.Tensor) -> Beam:
+    """The beam when its nodes have rows of their own, in these columns of the drafter's cache; each sees its own."""
+    return dataclasses.replace(beam, sees_NK=beam.sees_NK.scatter(1, column_N[:, None], 0.0))
+
+
 def extend(beam: Beam, logprob_NC: torch.Tensor, token_NC: torch.Tensor, width: int) -> Beam:
-    """The next level: each beam node's proposals, scored by the sum of log-probabilities along the branch."""
+    """The next level: each beam node's proposals, scored by the sum of log-probabilities along the branch.
+
+    No log-probability is above 0, or a child might outrank its parent.
+    """
     proposals = logprob_NC.shape[1]
-    score_C = (beam.score_N[:, None] + logprob_NC.clamp_max(0)).flatten()
+    score_C = (beam.score_N[:, None] + logprob_NC).flatten()
     parent_C = beam.pool_N.repeat_interleave(proposals)
     offset = sum(level[0].numel() for level in beam.pool)
     best_score_N, best_N = score_C.topk(min(width, score_C.numel()))
     row_N = best_N // proposals
-    own_NN = torch.eye(best_N.numel(), dtype=torch.bool, device=best_N.device)
     token_C = token_NC.flatten()
     return Beam(
         token_N=token_C[best_N],
         score_N=best_score_N,
         pool_N=offset + best_N,
         row_N=row_N,
-        slot_NS=torch.cat((beam.slot_NS[row_N], own_NN), dim=1),
+        sees_NK=beam.sees_NK[row_N],
         pool=[*beam.pool, (token_C, score_C, parent_C)],
     )
 
@@ -114,18 +119,18 @@ def rerank(beam: Beam, root_1: torch.Tensor, count: Callable[[torch.Tensor], int
     0) the stable sort keeps the earlier, shallower one first.
     """
     token_C, score_C, parent_C = (torch.cat(parts) for parts in zip(*beam.pool, strict=True))
-    level_C = torch.cat([torch.full_like(level[0], depth) for depth, level in enumerate(beam.pool, start=1)])
     ranked_C, order_C = score_C.sort(descending=True, stable=True)
     chosen_N = order_C[: count(ranked_C)].sort().values
     above_N = parent_C[chosen_N]
     parent_N = torch.where(above_N < 0, 0, torch.searchsorted(chosen_N, above_N) + 1)
     first_1 = token_C.new_zeros(1)
     parent_M = torch.cat((first_1, parent_N))
+    sees_MM = ancestry(parent_M, len(beam.pool))
     return Draft(
         token_M=torch.cat((root_1, token_C[chosen_N])),
         parent_M=parent_M,
-        depth_M=torch.cat((first_1, level_C[chosen_N])),
-        sees_MM=ancestry(parent_M, len(beam.pool)),
+        depth_M=sees_MM.sum(1) - 1,
+        sees_MM=sees_MM,
         score_M=torch.cat((score_C.new_zeros(1), score_C[chosen_N])),
         levels=len(beam.pool),
     )

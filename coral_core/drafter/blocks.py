@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from coral_core.norm import scaled_norm
 from coral_core.packed import PackedLinear
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query_BHTE, key_BGTE, value_BGTE) -> out_BHTE, with G key/value heads, H a multiple of G."""
+Turn = tuple[torch.Tensor, torch.Tensor]
+"""What `Rope` gives of positions."""
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(x_BTD.float(), x_BTD.shape[-1:], None, self.eps).type_as(x_BTD) * self.weight
+        return scaled_norm(x_BTD, self.weight, self.eps)
 
 
 class Rope(nn.Module):
@@ -51,17 +54,16 @@ class Rope(nn.Module):
         self.inv_freq_E = exact_E.to(self.inv_freq_E.device)
         return self
 
-    def forward(self, position_BT: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [B,1,T,E], ready to broadcast over heads."""
+    def forward(self, position_BT: torch.Tensor, dtype: torch.dtype) -> Turn:
+        """cos and sin, each [B,1,T,E], ready to broadcast over heads; the sine's first half is negative (`rotate`)."""
         angle_BTE = position_BT[..., None].float() * self.inv_freq_E
-        angle_B1TE = torch.cat((angle_BTE, angle_BTE), dim=-1)[:, None]
+        angle_B1TE = torch.cat((-angle_BTE, angle_BTE), dim=-1)[:, None]
         return (angle_B1TE.cos() * self.scaling).to(dtype), (angle_B1TE.sin() * self.scaling).to(dtype)
 
 
 def rotate(x_BHTE: torch.Tensor, cos_B1TE: torch.Tensor, sin_B1TE: torch.Tensor) -> torch.Tensor:
     """Turn each pair (i, i + E/2) of a head by its position's angle: Llama's half-split layout."""
-    low, high = x_BHTE.chunk(2, dim=-1)
-    return x_BHTE * cos_B1TE + torch.cat((-high, low), dim=-1) * sin_B1TE
+    return torch.addcmul(x_BHTE * cos_B1TE, x_BHTE.roll(x_BHTE.shape[-1] // 2, dims=-1), sin_B1TE)
 
 
 class Attention(nn.Module):
@@ -75,11 +77,11 @@ class Attention(nn.Module):
         self.v_proj = PackedLinear(hidden, kv_heads * head_dim, bias=False)
         self.o_proj = PackedLinear(heads * head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
         def split(y_BTD: torch.Tensor) -> torch.Tensor:
             return y_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        query_BHTE, key_BGTE = rotate(split(self.q_proj(x_BTD)), *cos_sin), rotate(split(self.k_proj(x_BTD)), *cos_sin)
+        query_BHTE, key_BGTE = rotate(split(self.q_proj(x_BTD)), *turn), rotate(split(self.k_proj(x_BTD)), *turn)
         out_BHTE = attend(query_BHTE, key_BGTE, split(self.v_proj(x_BTD)))
         return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
 
@@ -106,6 +108,6 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(hidden, intermediate)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
-    def forward(self, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(x_BTD, cos_sin, attend)
+    def forward(self, x_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+        x_BTD = x_BTD + self.self_attn(x_BTD, turn, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from coral_core.artifacts import MANIFEST, Manifest
-from coral_core.drafter.blocks import Attend, DraftLayer, Rope
+from coral_core.drafter.blocks import Attend, DraftLayer, Rope, Turn
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
@@ -60,12 +60,10 @@ class Drafter(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.mul_(0.2)
 
-    def forward(
-        self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, position_BT: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        """The next features [B,T,D] from the embeddings of tokens t+1, features t, and row positions t."""
+    def forward(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+        """The next features [B,T,D] from the embeddings of tokens t+1, features t, and `rope` of row positions t."""
         x_BTD = self.fc(torch.cat((embed_BTD, feature_BTD), dim=-1))
-        return self.layers[0](x_BTD, self.rope(position_BT, x_BTD.dtype), attend)
+        return self.layers[0](x_BTD, turn, attend)
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors; the embedding is the target's and is not repeated."""

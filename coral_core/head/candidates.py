@@ -1,4 +1,4 @@
-"""What every head answers: log-probabilities over the tokens it looked at.
+"""What every head answers: logits of the tokens it looked at.
 
 Axes: N row, D hidden, C candidate token, R proposed token.
 """
@@ -11,18 +11,19 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """log q over the active tokens, with their ids in the target's vocabulary."""
+    """The drafter's logits of the active tokens, with their ids in the target's vocabulary."""
 
-    logprob_NC: torch.Tensor
+    logit_NC: torch.Tensor
+    """log q up to a constant for each row."""
     token_C: torch.Tensor
     """[C] when all rows look at the same tokens, [N,C] when each has its own."""
 
     def best(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `count` most likely tokens of each row, best first: log-probabilities and ids, both [N,R]."""
-        logprob_NR, place_NR = self.logprob_NC.topk(min(count, self.logprob_NC.shape[-1]))
+        """The `count` most likely tokens of each row, best first: logits and ids, both [N,R]."""
+        logit_NR, place_NR = self.logit_NC.topk(min(count, self.logit_NC.shape[-1]))
         if self.token_C.dim() == 1:
-            return logprob_NR, self.token_C[place_NR]
-        return logprob_NR, self.token_C.gather(-1, place_NR)
+            return logit_NR, self.token_C[place_NR]
+        return logit_NR, self.token_C.gather(-1, place_NR)
 
 
 class Head(Protocol):

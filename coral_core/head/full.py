@@ -16,6 +16,5 @@ class FullHead:
         self.token_V = torch.arange(lent.head_VD.shape[0], device=lent.head_VD.device)
 
     def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
-        """log q over the whole vocabulary."""
-        logits_NV = self.lent.logits(hidden_ND.to(self.lent.head_VD.dtype))
-        return Candidates(logits_NV.float().log_softmax(-1), self.token_V)
+        """Of the whole vocabulary."""
+        return Candidates(self.lent.logits(hidden_ND.to(self.lent.head_VD.dtype)), self.token_V)

@@ -21,9 +21,9 @@ MAX_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """log q over the active rows for the most likely of them; not sorted, and -inf where a tile had fewer."""
+    """The logits of the most likely of the active rows; not sorted, and -inf where a tile had fewer."""
 
-    logprob_NC: torch.Tensor
+    logit_NC: torch.Tensor
     row_NC: torch.Tensor
 
 
@@ -46,8 +46,9 @@ def grouped_best(
     parts = [slice(first, first + MAX_ROWS) for first in range(0, hidden_ND.shape[0], MAX_ROWS)]
     own = chosen_PA.shape[0] > 1
     found = [launch(hidden_ND[n], rows_VD, start_G, chosen_PA[n] if own else chosen_PA, bias_V) for n in parts]
-    value_NC, row_NC, total_N1 = (torch.cat(pieces) for pieces in zip(*found, strict=True))
-    return Best(value_NC - total_N1, row_NC)
+    if len(found) == 1:
+        return Best(*found[0])
+    return Best(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
 
 
 def grouped_best_reference(
@@ -58,12 +59,12 @@ def grouped_best_reference(
     bias_V: torch.Tensor | None = None,
 ) -> Best:
     """The same, row by row, all candidates kept."""
-    start, logprobs, rows = start_G.tolist(), [], []
+    start, logits, rows = start_G.tolist(), [], []
     for n, hidden_D in enumerate(hidden_ND):
         chosen_A = chosen_PA[n if chosen_PA.shape[0] > 1 else 0]
         row_C = torch.cat([torch.arange(start[g], start[g + 1], device=rows_VD.device) for g in chosen_A.tolist()])
         bias_C = 0 if bias_V is None else bias_V[row_C]
-        logprobs.append((rows_VD[row_C].float() @ hidden_D.float() + bias_C).log_softmax(0))
+        logits.append(rows_VD[row_C].float() @ hidden_D.float() + bias_C)
         rows.append(row_C)
     pad = torch.nn.utils.rnn.pad_sequence
-    return Best(pad(logprobs, batch_first=True, padding_value=-torch.inf), pad(rows, batch_first=True))
+    return Best(pad(logits, batch_first=True, padding_value=-torch.inf), pad(rows, batch_first=True))

@@ -23,8 +23,8 @@ class StaticHead:
         self.bias_K = None if lent.head_bias_V is None else lent.head_bias_V[self.token_K]
 
     def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
-        """log q over the kept tokens, normalised among them."""
+        """Of the kept tokens."""
         raw_NK = self.block.products(hidden_ND.to(self.dtype), [0])
         if self.bias_K is not None:
             raw_NK = raw_NK + self.bias_K
-        return Candidates(self.lent.transform(raw_NK).float().log_softmax(-1), self.token_K)
+        return Candidates(self.lent.transform(raw_NK), self.token_K)

@@ -1,7 +1,7 @@
 """The Triton kernel behind `kernel.grouped_best`; imported only where it is used, since Triton is on few machines.
 
-One program multiplies all rows of a route with one tile of one active group's rows, and keeps the tile's best and its
-sum of exponentials, so that logits never reach memory. Axes as in kernel.py, T tile.
+One program multiplies all rows of a route with one tile of one active group's rows, and keeps the tile's best, so that
+the other logits never reach memory. Axes as in kernel.py, T tile.
 """
 
 import torch
@@ -23,7 +23,6 @@ def _tile_best(  # noqa: PLR0913 (a kernel's arguments are its pointers and size
     chosen_ptr,
     value_ptr,
     row_ptr,
-    total_ptr,
     hidden_rows,
     vocabulary,
     WIDTH: tl.constexpr,
@@ -55,11 +54,7 @@ def _tile_best(  # noqa: PLR0913 (a kernel's arguments are its pointers and size
     if HAS_BIAS:
         logits += tl.load(bias_ptr + row, mask=exists, other=0.0).to(tl.float32)[None, :]
     logits = tl.where(exists[None, :], logits, -float("inf"))
-    peak = tl.max(logits, axis=1)
-    safe = tl.where(peak == -float("inf"), 0.0, peak)
-    total = safe + tl.log(tl.sum(tl.exp(logits - safe[:, None]), axis=1))
     slots = ACTIVE * TILES
-    tl.store(total_ptr + n * slots + tile, total, mask=wanted)
     for kept in tl.static_range(KEEP):
         best = tl.argmax(logits, axis=1)
         out = (n * slots + tile) * KEEP + kept
@@ -74,8 +69,8 @@ def launch(
     start_G: torch.Tensor,
     chosen_PA: torch.Tensor,
     bias_V: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [N,C] and permuted rows [N,C] of each tile's best, and the log-sum-exp [N,1] of all active rows."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N,C] and permuted rows [N,C] of each tile's best."""
     rows, (vocabulary, width) = hidden_ND.shape[0], rows_VD.shape
     routes, active = chosen_PA.shape
     tiles = triton.cdiv(-(-vocabulary // (start_G.numel() - 1)), TILE_ROWS)
@@ -83,7 +78,6 @@ def launch(
     device = hidden_ND.device
     value_NTK = torch.empty(rows, active * tiles, BEST, device=device)
     row_NTK = torch.empty(rows, active * tiles, BEST, dtype=torch.int64, device=device)
-    total_NT = torch.empty(rows, active * tiles, device=device)
     _tile_best[(active * tiles, routes)](
         hidden_ND.contiguous(),
         rows_VD,
@@ -92,7 +86,6 @@ def launch(
         chosen_PA.contiguous(),
         value_NTK,
         row_NTK,
-        total_NT,
         rows,
         vocabulary,
         WIDTH=width,
@@ -105,4 +98,4 @@ def launch(
         BLOCK_D=TILE_HIDDEN,
         KEEP=BEST,
     )
-    return value_NTK.flatten(1), row_NTK.flatten(1), total_NT.logsumexp(1, keepdim=True)
+    return value_NTK.flatten(1), row_NTK.flatten(1)

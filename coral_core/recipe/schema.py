@@ -9,8 +9,6 @@ from typing import Literal
 
 from coral_core.errors import RecipeError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def _require(ok: bool, path: str, value: object, rule: str) -> None:
     if not ok:

@@ -17,6 +17,7 @@ from coral_core.errors import TargetError
 from coral_core.lent import Lent
 from coral_core.packed import pack
 from coral_core.recipe.schema import TargetSpec
+from coral_core.target import norms
 
 PICO = Path(__file__).parent.parent / "pico"
 """The embedded target, and the drafter and head trained for it."""
@@ -130,10 +131,11 @@ def load_target(spec: TargetSpec) -> Target:
 
 def wrap(model: Any, tokenizer: Any) -> Target:
     """A Target around a loaded model. Raises TargetError when coral cannot decode speculatively with it."""
-    from coral_core.target.attention import plug_in  # it imports transformers, which whoever has a model has loaded
+    from coral_core.target import attention  # it imports transformers, which whoever has a model has loaded
 
     model = model.eval().requires_grad_(False)
-    plug_in(model)
+    attention.plug_in(model)
+    norms.plug_in(model)
     config = model.config.get_text_config()
     types = _layer_types(model, config)
     lent = _lend(model, config)

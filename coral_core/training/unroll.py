@@ -34,7 +34,7 @@ def loss_rows(batch: Batch) -> torch.Tensor:
 
 
 def unroll_rows(
-    drafter: nn.Module,
+    drafter: Drafter,
     inputs: tuple[torch.Tensor, torch.Tensor],
     rows: Sequence[torch.Tensor],
     attention: StreamAttention = attend_fast,
@@ -51,7 +51,8 @@ def unroll_rows(
     stream_BRD = feature_BRD
     for mask_BR in rows:
         row_N = mask_BR.flatten().nonzero()[:, 0]
-        missing = missing_rows(len(row_N), feature_BRD.device, computing_dtype(feature_BRD))
+        dtype = computing_dtype(feature_BRD)
+        missing = missing_rows(len(row_N), feature_BRD.device, dtype)
         row_P = torch.nn.functional.pad(row_N, (0, missing))
 
         def attend(
@@ -68,7 +69,8 @@ def unroll_rows(
             return out_BHRE.transpose(1, 2).flatten(0, 1)[row_P].transpose(0, 1)[None]
 
         embed_1PD, stream_1PD = (x_BRD.flatten(0, 1)[row_P][None] for x_BRD in (embed_BRD, stream_BRD))
-        out_1PD = drafter(embed_1PD, stream_1PD, (row_P % shape[1])[None], attend)
+        turn = drafter.rope((row_P % shape[1])[None], dtype)
+        out_1PD = drafter(embed_1PD, stream_1PD, turn, attend)
         out_BRD = _scatter(out_1PD[0], row_N, shape)
         outputs.append(out_BRD)
         stream_BRD = torch.cat((feature_BRD[:, :1], out_BRD[:, :-1].detach()), dim=1)

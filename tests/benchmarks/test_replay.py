@@ -11,7 +11,7 @@ from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.head.candidates import Candidates
-from tests.tiny import VOCAB, tiny_drafter, tiny_target
+from tests.tiny import VOCAB, positions, tiny_drafter, tiny_target
 
 SHAPE = TreeShape(depth=4, nodes=9, topk=3, confidence=0.01)
 
@@ -37,7 +37,9 @@ class SuccessorHead:
 class Echo(torch.nn.Module):
     """A drafter whose feature is the embedding of the token it read."""
 
-    def forward(self, embed_BTD, feature_BTD, position_BT, attend):
+    rope = staticmethod(positions)
+
+    def forward(self, embed_BTD, feature_BTD, turn, attend):
         attend(*[embed_BTD[:, None]] * 3)  # the cache holds a row per call, as any drafter's does
         return embed_BTD
 

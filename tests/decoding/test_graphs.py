@@ -21,7 +21,7 @@ from coral_core.decoding.memory import Memory
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
-from coral_core.drafter.blocks import Attend
+from coral_core.drafter.blocks import Attend, Turn
 from coral_core.errors import TargetError
 from coral_core.head.candidates import Candidates
 from coral_core.head.full import FullHead
@@ -30,7 +30,7 @@ from coral_core.recipe.schema import TargetSpec
 from coral_core.target.load import Target, load_target, wrap
 from tests.decoding import tape
 from tests.decoding.test_memory import ids_of, oracle_engine, words
-from tests.tiny import VOCAB, tiny_drafter, tiny_engine, tiny_target
+from tests.tiny import VOCAB, positions, tiny_drafter, tiny_engine, tiny_target
 
 TREE = TreeShape(depth=4, nodes=9, topk=3)
 """With its root 10 rows, which are filled up to 16."""
@@ -129,9 +129,9 @@ def test_a_recorded_draft_is_of_one_head_one_sampler_and_so_many_columns(taped: 
 class Echo(torch.nn.Module):
     """A drafter whose feature is the embedding of the token that it read."""
 
-    def forward(
-        self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, position_BT: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
+    rope = staticmethod(positions)
+
+    def forward(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
         attend(*[embed_BTD[:, None]] * 3)  # the cache holds a row per token, as any drafter's does
         return embed_BTD
 

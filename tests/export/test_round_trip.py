@@ -126,7 +126,7 @@ def test_our_drafter_and_an_independent_layer_agree_on_the_exported_folder(tmp_p
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     drafter, position_BT = read_checkpoint(folder).drafter, torch.arange(11)[None]
-    ours_BTD = drafter(target.lent.embed(ids)[None], feature_TD[None], position_BT, causal)
+    ours_BTD = drafter(target.lent.embed(ids)[None], feature_TD[None], drafter.rope(position_BT, torch.float32), causal)
     torch.testing.assert_close(ours_BTD[0], Reference(folder)(ids.tolist(), feature_TD), rtol=0, atol=1e-5)
 
 

@@ -34,20 +34,18 @@ def a_grouped(lent: Lent, active: int) -> GroupedHead:
 
 
 def by_token(candidates: Candidates, row: int) -> dict[int, float]:
-    return dict(zip(candidates.token_C.tolist(), candidates.logprob_NC[row].tolist(), strict=True))
+    return dict(zip(candidates.token_C.tolist(), candidates.logit_NC[row].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("scalars", [{}, {"logit_scale": 0.3}, {"logit_softcap": 2.0}])
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_with_every_group_active_the_grouped_head_is_the_full_one(scalars: dict[str, float], rows: int) -> None:
     lent, hidden_ND = a_lent(**scalars), torch.randn(rows, D)
-    logprob_NR, token_NR = FullHead(lent).candidates(hidden_ND).best(V)
+    logit_NR, token_NR = FullHead(lent).candidates(hidden_ND).best(V)
     ours_NR, same_NR = a_grouped(lent, G).candidates(hidden_ND).best(V)
     assert torch.equal(token_NR, same_NR)
-    torch.testing.assert_close(ours_NR, logprob_NR, rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        logprob_NR.sort().values, lent.logits(hidden_ND).log_softmax(-1).sort().values, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(ours_NR, logit_NR, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logit_NR.sort().values, lent.logits(hidden_ND).sort().values, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("active", [1, 2, 4])
@@ -55,12 +53,12 @@ def test_active_groups_are_the_full_head_restricted_to_their_rows(active: int) -
     lent = a_lent()
     head, hidden_ND = a_grouped(lent, active), torch.randn(3, D)
     candidates = head.candidates(hidden_ND)
-    logits_NC = lent.logits(hidden_ND)[:, candidates.token_C]
-    routed_NG = head.router(hidden_ND).softmax(-1)
-    chosen = routed_NG.sum(0).topk(active).indices
-    expected_NC = logits_NC.log_softmax(-1) + routed_NG[:, chosen].sum(-1, keepdim=True).log()
-    torch.testing.assert_close(candidates.logprob_NC, expected_NC, rtol=0, atol=1e-5)
-    assert len(set(candidates.token_C.tolist())) == candidates.token_C.numel() < V
+    expected_NC = lent.logits(hidden_ND)[:, candidates.token_C]
+    torch.testing.assert_close(candidates.logit_NC, expected_NC, rtol=0, atol=1e-5)
+    chosen = head.router(hidden_ND).softmax(-1).sum(0).topk(active).indices.tolist()
+    groups = head.token_V.tensor_split(head.start_G[1:-1])
+    assert candidates.token_C.sort().values.equal(torch.cat([groups[group] for group in chosen]).sort().values)
+    assert candidates.token_C.numel() < V
 
 
 def test_the_static_head_keeps_its_tokens_only() -> None:
@@ -68,16 +66,14 @@ def test_the_static_head_keeps_its_tokens_only() -> None:
     token_K = torch.tensor([7, 3, 50])
     candidates = StaticHead(lent, token_K).candidates(hidden_ND)
     assert candidates.token_C.tolist() == [7, 3, 50]
-    torch.testing.assert_close(
-        candidates.logprob_NC, lent.logits(hidden_ND)[:, token_K].log_softmax(-1), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(candidates.logit_NC, lent.logits(hidden_ND)[:, token_K], rtol=0, atol=1e-5)
 
 
 def test_best_maps_places_to_tokens() -> None:
-    logprob_NC = torch.tensor([[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]])
-    assert Candidates(logprob_NC, torch.tensor([9, 8, 7])).best(2)[1].tolist() == [[8, 7], [9, 8]]
+    logit_NC = torch.tensor([[-3.0, -1.0, -2.0], [-1.0, -2.0, -3.0]])
+    assert Candidates(logit_NC, torch.tensor([9, 8, 7])).best(2)[1].tolist() == [[8, 7], [9, 8]]
     own_NC = torch.tensor([[9, 8, 7], [6, 5, 4]])
-    assert Candidates(logprob_NC, own_NC).best(2)[1].tolist() == [[8, 7], [6, 5]]
+    assert Candidates(logit_NC, own_NC).best(2)[1].tolist() == [[8, 7], [6, 5]]
 
 
 def a_folder(folder: Path, groups: Groups | None = None, hidden: int = D) -> Path:
@@ -150,10 +146,10 @@ def test_tied_untied_and_biased_heads_are_read_alike(tied: bool, biased: bool) -
     embed_VD = torch.randn(V, D)
     lent = Lent(embed_VD, embed_VD if tied else torch.randn(V, D), torch.randn(V) if biased else None)
     hidden_ND = torch.randn(3, D)
-    logprob_NR, token_NR = FullHead(lent).candidates(hidden_ND).best(V)
+    logit_NR, token_NR = FullHead(lent).candidates(hidden_ND).best(V)
     ours_NR, same_NR = a_grouped(lent, G).candidates(hidden_ND).best(V)
     assert torch.equal(token_NR, same_NR)
-    torch.testing.assert_close(ours_NR, logprob_NR, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours_NR, logit_NR, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -173,6 +169,6 @@ def test_the_full_head_is_never_touched_in_drafting() -> None:
     """Once built, the grouped head answers the same with the lent rows gone."""
     lent, hidden_ND = a_lent(), torch.randn(2, D)
     head = a_grouped(lent, 2)
-    before = head.candidates(hidden_ND).logprob_NC
+    before = head.candidates(hidden_ND).logit_NC
     lent.head_VD.fill_(torch.nan)
-    assert torch.equal(head.candidates(hidden_ND).logprob_NC, before)
+    assert torch.equal(head.candidates(hidden_ND).logit_NC, before)

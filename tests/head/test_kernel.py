@@ -15,8 +15,8 @@ V, D, G = 350, 64, 5
 
 
 def best(found: Best, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    logprob_NR, place_NR = found.logprob_NC.topk(count)
-    return logprob_NR, found.row_NC.gather(1, place_NR)
+    logit_NR, place_NR = found.logit_NC.topk(count)
+    return logit_NR, found.row_NC.gather(1, place_NR)
 
 
 def agrees(device: str, dtype: torch.dtype, atol: float) -> None:
@@ -30,9 +30,9 @@ def agrees(device: str, dtype: torch.dtype, atol: float) -> None:
         routes = torch.stack([torch.randperm(G, generator=generator)[:3] for _ in range(rows if own else 1)])
         arguments = (hidden_ND, rows_VD, start_G, routes.to(device), bias)
         ours, expected = grouped_best(*arguments), grouped_best_reference(*arguments)
-        logprob_NR, row_NR = best(ours, 10)
+        logit_NR, row_NR = best(ours, 10)
         wanted_NR, wanted_row_NR = best(expected, 10)
-        torch.testing.assert_close(logprob_NR, wanted_NR, rtol=0, atol=atol)
+        torch.testing.assert_close(logit_NR, wanted_NR, rtol=0, atol=atol)
         if dtype == torch.float32:
             assert torch.equal(row_NR, wanted_row_NR)
 
@@ -42,7 +42,7 @@ def test_the_reference_by_hand() -> None:
     rows_VD = torch.tensor([[0.0], [1.0], [9.0]])
     hidden_ND = torch.tensor([[3.0]]).log()
     found = grouped_best_reference(hidden_ND, rows_VD, torch.tensor([0, 2, 3]), torch.tensor([[0]]))
-    torch.testing.assert_close(found.logprob_NC.exp(), torch.tensor([[0.25, 0.75]]))
+    torch.testing.assert_close(found.logit_NC.exp(), torch.tensor([[1.0, 3.0]]))
     assert found.row_NC.tolist() == [[0, 1]]
 
 

@@ -7,6 +7,7 @@ from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
+from coral_core.drafter.blocks import Attend, Turn
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.head.clustering import by_kmeans
@@ -16,7 +17,7 @@ from coral_core.head.groups import Groups
 from coral_core.head.router import Router
 from coral_core.head.static import StaticHead
 from coral_core.target.load import Target
-from tests.tiny import tiny_drafter, tiny_target
+from tests.tiny import positions, tiny_drafter, tiny_target
 
 GROUPS = 12
 
@@ -31,8 +32,11 @@ class Informed:
         self.drafter = drafter
         self.feature_TD = target.forward(torch.tensor([ids]))[0]
 
-    def __call__(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, position_BT: torch.Tensor, attend: object):
-        self.drafter(embed_BTD, feature_BTD, position_BT, attend)  # its cache must be fed
+    rope = staticmethod(positions)
+
+    def __call__(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+        position_BT = turn[0][:, 0, :, 0].expand(embed_BTD.shape[:2])
+        self.drafter(embed_BTD, feature_BTD, self.drafter.rope(position_BT, embed_BTD.dtype), attend)  # feeds its cache
         return self.feature_TD[(position_BT + 1).clamp_max(len(self.feature_TD) - 1)]
 
 

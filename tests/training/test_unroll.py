@@ -45,7 +45,8 @@ def draft_chain(drafter, lent, ids_T, feature_TD, root, steps):
     rows = torch.arange(root + 1)
     feature_1KD = feature_TD[None, : root + 1]
     for _ in range(steps):
-        out_1KD = drafter(lent.embed(ids_T[rows + 1])[None], feature_1KD, rows[None], cache.attend)
+        embed_1KD = lent.embed(ids_T[rows + 1])[None]
+        out_1KD = drafter(embed_1KD, feature_1KD, drafter.rope(rows[None], embed_1KD.dtype), cache.attend)
         outs.append(out_1KD[0, -1])
         rows, feature_1KD = rows[-1:] + 1, out_1KD[:, -1:]
     return outs

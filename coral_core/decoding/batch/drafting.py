@@ -5,8 +5,9 @@ Axes: B seat, W beam node of the widest beam, N beam nodes of all seats, T new r
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from coral_core.decoding import tree
+from coral_core.decoding import masks, tree
 from coral_core.decoding.batch.cache import SeatSlots
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.sampling import Picker
@@ -41,14 +42,18 @@ class BatchDrafting:
         topk = self.shape.topk
         position = [rows + 1 for rows in past]
         logprob_BC, token_BC = self._propose(hidden_BD, picker, [1] * len(past), position)
-        beams = [self._narrow(tree.plant(*row, topk)) for row in zip(logprob_BC, token_BC, strict=True)]
-        used, starts, hidden_ND = [0] * len(beams), list(range(len(beams))), hidden_BD
+        columns = max(past) + self.shape.rows
+        seen = [masks.committed(rows, columns, hidden_BD) for rows in past]
+        rows = zip(logprob_BC, token_BC, seen, strict=True)
+        beams = [self._narrow(tree.plant(logprob_C, token_C, topk, sees_K)) for logprob_C, token_C, sees_K in rows]
+        firsts, starts, hidden_ND = past, list(range(len(beams))), hidden_BD
         for level in range(1, self.shape.depth):
             widths = [beam.token_N.numel() for beam in beams]
             if not any(widths):
                 break
             feature_ND = torch.cat([hidden_ND[start + beam.row_N] for start, beam in zip(starts, beams, strict=True)])
-            hidden_ND = self._level(beams, feature_ND, past, used, level)
+            beams = [tree.settle(beam, self._columns(first, beam)) for first, beam in zip(firsts, beams, strict=True)]
+            hidden_ND = self._level(beams, feature_ND, firsts, [rows - 1 + level for rows in past])
             position = [rows + 1 for rows in position]
             logprob_NC, token_NC = self._propose(hidden_ND, picker, widths, position)
             proposals = zip(beams, logprob_NC.split(widths), token_NC.split(widths), strict=True)
@@ -57,7 +62,7 @@ class BatchDrafting:
                 self._narrow(tree.extend(beam, logprob_WC, token_WC, topk)) if len(token_WC) else beam
                 for beam, logprob_WC, token_WC in proposals
             ]
-            used = [rows + width for rows, width in zip(used, widths, strict=True)]
+            firsts = [first + width for first, width in zip(firsts, widths, strict=True)]
         return [
             tree.rerank(beam, beam.token_N.new_full((1,), root), self.shape.count)
             for beam, root in zip(beams, roots, strict=True)
@@ -71,31 +76,30 @@ class BatchDrafting:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Drafting.propose` for several seats, each with its number of rows and the position that is proposed for."""
         found, vocab = self.head.candidates(hidden_ND), self.lent.head_VD.shape[0]
-        token_NC = found.token_C if found.token_C.dim() == 2 else found.token_C.expand_as(found.logprob_NC)
+        token_NC = found.token_C if found.token_C.dim() == 2 else found.token_C.expand_as(found.logit_NC)
         aheads = [picker.ahead(place, 1, vocab, token_NC.device) for place in position]
-        parts = zip(aheads, found.logprob_NC.split(widths), token_NC.split(widths), strict=True)
-        score_NC = torch.cat([ahead.rank(0, logprob, token) for ahead, logprob, token in parts])
-        return Candidates(score_NC, found.token_C).best(self.shape.topk)
+        parts = zip(aheads, found.logit_NC.split(widths), token_NC.split(widths), strict=True)
+        logprob_NC = torch.cat([ahead.rank(0, logit, token) for ahead, logit, token in parts])
+        return Candidates(logprob_NC, found.token_C).best(self.shape.topk)
+
+    @staticmethod
+    def _columns(first: int, beam: tree.Beam) -> torch.Tensor:
+        return torch.arange(first, first + beam.token_N.numel(), device=beam.token_N.device)
 
     def _level(
-        self, beams: list[tree.Beam], feature_ND: torch.Tensor, past: list[int], used: list[int], level: int
+        self, beams: list[tree.Beam], feature_ND: torch.Tensor, firsts: list[int], position: list[int]
     ) -> torch.Tensor:
-        """The drafted features [N,D] of all beams' nodes; a seat with `used` drafted rows gets its next ones."""
+        """The drafted features [N,D] of all beams' nodes: for each seat, its first column and its nodes' position."""
         device, widths = feature_ND.device, [beam.token_N.numel() for beam in beams]
         valid_BW = torch.arange(max(widths), device=device) < torch.tensor(widths, device=device)[:, None]
         token_BW = torch.zeros(valid_BW.shape, dtype=torch.long, device=device)
         token_BW[valid_BW] = torch.cat([beam.token_N for beam in beams])
         feature_BWD = feature_ND.new_zeros(*valid_BW.shape, feature_ND.shape[1])
         feature_BWD[valid_BW] = feature_ND
-        past_B1 = torch.tensor(past, device=device)[:, None]
-        column_BW = past_B1 + torch.tensor(used, device=device)[:, None] + torch.arange(max(widths), device=device)
-        end = max(rows + drafted for rows, drafted in zip(past, used, strict=True)) + max(widths)
-        sees_BWK = (torch.arange(end, device=device) < past_B1)[:, None].repeat(1, max(widths), 1)
-        for seat, beam in enumerate(beams):
-            nodes, slots = beam.slot_NS.shape
-            sees_BWK[seat, :nodes, past[seat] : past[seat] + slots] = beam.slot_NS
-        position_BW = (past_B1 - 1 + level).expand_as(token_BW)
-        return self._forward(token_BW, feature_BWD, position_BW, column_BW, sees_BWK)[valid_BW]
+        column_BW = torch.tensor(firsts, device=device)[:, None] + torch.arange(max(widths), device=device)
+        sees_BWK = pad_sequence([beam.sees_NK for beam in beams], batch_first=True)[:, :, : max(firsts) + max(widths)]
+        position_B1 = torch.tensor(position, device=device)[:, None]
+        return self._forward(token_BW, feature_BWD, position_B1, column_BW, sees_BWK)[valid_BW]
 
     def _forward(
         self,
@@ -111,4 +115,5 @@ class BatchDrafting:
             key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)
             return grouped(query_BHTE, key_BGKE, value_BGKE, sees_BTK[:, None])
 
-        return self.drafter(self.lent.embed(token_BT), feature_BTD, position_BT, attend)
+        turn = self.drafter.rope(position_BT, feature_BTD.dtype)
+        return self.drafter(self.lent.embed(token_BT), feature_BTD, turn, attend)
