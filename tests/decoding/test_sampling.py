@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coral_core.decoding.noise import MEMO_ROWS, NoiseRows, gumbel
-from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.sampling import Ahead, Sampler
 
 DRAWS = 100_000
 LOGITS_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
@@ -99,3 +99,14 @@ def test_ranks_tell_how_often_a_draft_will_be_picked() -> None:
     apart_NV = -torch.log(-torch.log(torch.rand(draws, 6, generator=torch.Generator().manual_seed(1))))
     noise_1V = gumbel(seed, torch.tensor([position]), torch.arange(6))
     assert_follows((logq_V + apart_NV + noise_1V).argmax(-1), ranked_V.exp())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_greedy_pick_is_surer_than_a_draw(dtype: torch.dtype) -> None:
+    """Chances of 1, 2 and 4 in 7 are 1, 4 and 16 in 21 for the largest, up to any factor, and known in float32."""
+    logit_NC = torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 12.0]]).log().to(dtype)
+    ranked_NC = Sampler().ahead(9, 1, 30, torch.device("cpu")).rank(0, logit_NC, torch.arange(3))
+    assert ranked_NC.dtype == torch.float32
+    torch.testing.assert_close(ranked_NC.exp(), torch.tensor([[1.0, 4.0, 16.0]] * 2) / 21, rtol=0, atol=1e-2)
+    unknown_NC = Ahead(None, None).rank(0, logit_NC, torch.arange(3))
+    torch.testing.assert_close(unknown_NC.exp(), torch.tensor([[1.0, 2.0, 4.0]] * 2) / 7, rtol=0, atol=1e-2)
