@@ -127,7 +127,8 @@ class Drafting:
             if (width := plan.width(beam.score_N)) == 0:
                 break
             column_N = column_R[drafted : drafted + width]
-            beam = tree.settle(tree.narrow(beam, width), column_N)
+            beam = tree.narrow(beam, width)
+            tree.settle(beam, column_N)
             drafted += width
             end = int(committed) + drafted if columns is None else columns
             turn = cos_11LE[:, :, level - 1 : level], sin_11LE[:, :, level - 1 : level]

@@ -72,9 +72,9 @@ def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int, sees_K: torc
     )
 
 
-def settle(beam: Beam, column_N: torch.Tensor) -> Beam:
-    """The beam when its nodes have rows of their own, in these columns of the drafter's cache; each sees its own."""
-    return dataclasses.replace(beam, sees_NK=beam.sees_NK.scatter(1, column_N[:, None], 0.0))
+def settle(beam: Beam, column_N: torch.Tensor) -> None:
+    """Its nodes get rows of their own, in these columns of the drafter's cache; each sees its own from now on."""
+    beam.sees_NK.scatter_(1, column_N[:, None], 0.0)
 
 
 def extend(beam: Beam, logprob_NC: torch.Tensor, token_NC: torch.Tensor, width: int) -> Beam:

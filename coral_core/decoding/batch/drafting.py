@@ -52,7 +52,8 @@ class BatchDrafting:
             if not any(widths):
                 break
             feature_ND = torch.cat([hidden_ND[start + beam.row_N] for start, beam in zip(starts, beams, strict=True)])
-            beams = [tree.settle(beam, self._columns(first, beam)) for first, beam in zip(firsts, beams, strict=True)]
+            for first, width, beam in zip(firsts, widths, beams, strict=True):
+                tree.settle(beam, torch.arange(first, first + width, device=hidden_BD.device))
             hidden_ND = self._level(beams, feature_ND, firsts, [rows - 1 + level for rows in past])
             position = [rows + 1 for rows in position]
             logprob_NC, token_NC = self._propose(hidden_ND, picker, widths, position)
@@ -81,10 +82,6 @@ class BatchDrafting:
         parts = zip(aheads, found.logit_NC.split(widths), token_NC.split(widths), strict=True)
         logprob_NC = torch.cat([ahead.rank(0, logit, token) for ahead, logit, token in parts])
         return Candidates(logprob_NC, found.token_C).best(self.shape.topk)
-
-    @staticmethod
-    def _columns(first: int, beam: tree.Beam) -> torch.Tensor:
-        return torch.arange(first, first + beam.token_N.numel(), device=beam.token_N.device)
 
     def _level(
         self, beams: list[tree.Beam], feature_ND: torch.Tensor, firsts: list[int], position: list[int]
