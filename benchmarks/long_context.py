@@ -7,12 +7,14 @@ measured in the same process: the target's layers over the tree's rows, the draf
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,45 +53,53 @@ def random_target() -> Target:
     return wrap(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
 
 
-def attention_ms(rows: int, length: int, layers: int) -> float:
-    """Attention of `rows` new rows over `length` cached ones, in the form that a masked forward on a CPU takes.
+def attention(length: int) -> Callable[[], None]:
+    """A round's attention over `length` cached rows, in the form that masked forwards on a CPU take.
 
     Each layer has keys and values of its own: read over and over, one layer's would come from the processor's cache.
+    The drafter's layer reads its own on every level.
     """
-    query = torch.randn(1, HEADS, rows, WIDTH)
-    held = [torch.randn(2, 1, KV_HEADS, length, WIDTH) for _ in range(layers)]
-    mask = torch.zeros(1, 1, rows, length)
-    times = []
-    for _ in range(7):
-        begun = time.perf_counter()
-        for key, value in held:
+    held = [torch.randn(2, 1, KV_HEADS, length, WIDTH) for _ in range(LAYERS + 1)]
+    parts = [(SHAPE.nodes + 1, keys) for keys in held[:-1]]
+    parts += [(rows, held[-1]) for rows in (1, *[SHAPE.topk] * (SHAPE.depth - 1))]
+    calls = [(torch.randn(1, HEADS, rows, WIDTH), *keys, torch.zeros(1, 1, rows, length)) for rows, keys in parts]
+
+    def attend() -> None:
+        for query, key, value, mask in calls:
             grouped(query, key, value, mask)
-        times.append(time.perf_counter() - begun)
-    return 1e3 * statistics.median(times)
+
+    return attend
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(length: int) -> dict[str, Any]:
-    """One prompt of `length` tokens, in this process."""
+    """One prompt of `length` tokens, in this process; rounds and their attention in turns."""
     target = random_target()
     drafter = Drafter(DrafterConfig(**drafter_shape(target.model.config))).requires_grad_(False).eval()
     engine = Engine(target, drafter, FullHead(target.lent), SHAPE)
     prompt = torch.randint(0, 4096, (length,)).tolist()
-    before_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    events = list(engine.decode(prompt, Sampler(), 2 * ROUNDS))
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rounds = [sum(event.seconds.values()) for event in events if event.kind != "prefill"][
-        1:
-    ]  # 1st: the drafter's prompt
-    steps = [sum(event.seconds.values()) for event in plain(target, prompt, Sampler(), ROUNDS)][1:]
-    drafted = attention_ms(SHAPE.topk, length, SHAPE.depth - 1) + attention_ms(1, length, 1)
+    before_bytes = peak_bytes()
+    events = engine.decode(prompt, Sampler(), 3 * ROUNDS)
+    first, *_ = itertools.islice(events, ROUNDS)  # the drafter's prompt among them
+    grown_bytes = peak_bytes() - before_bytes
+    attend, rounds_s, attention_s = attention(length), [], []
+    for event in events:
+        rounds_s.append(sum(event.seconds.values()))
+        begun = time.perf_counter()
+        attend()
+        attention_s.append(time.perf_counter() - begun)
+    steps_s = [sum(event.seconds.values()) for event in plain(target, prompt, Sampler(), ROUNDS)][1:]
     return {
         "tokens": length,
-        "prefill_s": events[0].seconds["prefill"],
-        "peak_bytes": peak_bytes - before_bytes,
+        "prefill_s": first.seconds["prefill"],
+        "peak_bytes": grown_bytes,
         "cache_bytes": length * 2 * 4 * WIDTH * KV_HEADS * (LAYERS + 1),
-        "round_ms": 1e3 * statistics.median(rounds),
-        "step_ms": 1e3 * statistics.median(steps),
-        "attention_ms": attention_ms(SHAPE.nodes + 1, length, LAYERS) + drafted,
+        "round_ms": 1e3 * statistics.median(rounds_s),
+        "step_ms": 1e3 * statistics.median(steps_s),
+        "attention_ms": 1e3 * statistics.median(attention_s),
     }
 
 
