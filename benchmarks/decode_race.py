@@ -74,7 +74,8 @@ def generated(target: Target, prompt: list[int], max_new_tokens: int, model: Any
 
 def untouched(model: Any) -> Any:
     """The model as transformers makes it: with its own products, norms and attention."""
-    own = type(model)._from_config(model.config, dtype=model.dtype, attn_implementation="sdpa")
+    config = copy.deepcopy(model.config)  # which attention is used stands there, the target's own too
+    own = type(model)._from_config(config, dtype=model.dtype, attn_implementation="sdpa")
     own.load_state_dict(model.state_dict())
     return own.to(model.device).eval()
 

@@ -16,6 +16,7 @@ from coral_core.bench.race import Lane
 from coral_core.decoding import graphs
 from coral_core.decoding.drafting import TreeShape
 from coral_core.head.full import FullHead
+from coral_core.target import attention
 from coral_core.target.load import Target
 from tests.decoding import tape
 from tests.tiny import VOCAB, tiny_drafter, tiny_engine, tiny_target
@@ -52,6 +53,17 @@ def test_every_lane_says_what_plain_says() -> None:
     assert found["speedup_over_best_plain"] == by_kind["coral full"]["over_best_plain"]
     assert found["plain_over_generate"] == by_kind["plain"]["tokens_per_s"] / by_kind["generate"]["tokens_per_s"]
     assert found["other_share"] == by_kind["coral full"]["other_share"]
+
+
+def test_an_untouched_model_is_transformers_own_and_leaves_the_target_as_it_is() -> None:
+    model = tiny_target("llama").model
+    kinds, ids_BT = {type(module) for module in model.modules()}, torch.tensor([[5, 6, 7]])
+    own = decode_race.untouched(model)
+    assert {type(module).__module__.split(".")[0] for module in own.modules()} == {"torch", "transformers"}
+    assert own.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == attention.NAME
+    assert {type(module) for module in model.modules()} == kinds
+    torch.testing.assert_close(own(ids_BT).logits, model(ids_BT).logits, rtol=0, atol=1e-5)
 
 
 def test_numbers_per_round_by_hand() -> None:
