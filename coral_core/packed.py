@@ -83,7 +83,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows, weight_OI = input.numel() // self.in_features, self.weight
-        if rows >= self._fewest and few(rows):
+        if rows >= self._fewest and few(rows) and input.dtype == weight_OI.dtype:
             source_OI, version, packed = self._packed
             if version != weight_OI._version or source_OI.data_ptr() != weight_OI.data_ptr():
                 packed = Packed(weight_OI) if packs(weight_OI) else None

@@ -112,3 +112,10 @@ def test_layers_of_another_kind_are_left_alone() -> None:
     model = nn.Sequential(Other(8, 8))
     pack(model)
     assert type(model[0]) is Other
+
+
+@torch.no_grad()
+def test_rows_of_another_dtype_are_refused_in_pytorchs_words() -> None:
+    """oneDNN says that it "could not create a primitive descriptor"."""
+    with pytest.raises(RuntimeError, match="dtype"):
+        PackedLinear(32, 48).bfloat16()(torch.randn(3, 32))
