@@ -2,7 +2,7 @@
 
 The drafter's cache holds a row per committed position, then, while a tree grows, a row per expanded node; those are
 cut again when the draft is done, because verified features replace drafted ones (EAGLE-2).
-Axes: B batch, T position, D hidden, L level, N beam node, R proposed token or drafted row, C candidate, K cached row,
+Axes: B batch, T position, D hidden, L level, N beam node, R proposed token, S drafted row, C candidate, K cached row,
 H query head, G key/value head, E head dimension.
 """
 
@@ -116,8 +116,8 @@ class Drafting:
         """
         plan, drafted, hidden_ND = self.plan, 0, hidden_1D
         most = (plan.depth - 1) * plan.topk
-        column_R = torch.arange(most, device=root_1.device) + committed
-        cos_11LE, sin_11LE = self.drafter.rope(column_R[None, : plan.depth - 1], hidden_1D.dtype)
+        column_S = torch.arange(most, device=root_1.device) + committed
+        cos_11LE, sin_11LE = self.drafter.rope(column_S[None, : plan.depth - 1], hidden_1D.dtype)
         sees_K = masks.committed(committed, int(committed) + most if columns is None else columns, hidden_1D)
         clock.lap("other")
         logprob_1R, token_1R = self.propose(hidden_1D, ahead, 0)
@@ -126,7 +126,7 @@ class Drafting:
         for level in range(1, plan.depth):
             if (width := plan.width(beam.score_N)) == 0:
                 break
-            column_N = column_R[drafted : drafted + width]
+            column_N = column_S[drafted : drafted + width]
             beam = tree.narrow(beam, width)
             tree.settle(beam, column_N)
             drafted += width

@@ -1,4 +1,4 @@
-"""The frozen target: a Hugging Face causal LM, unchanged, and what coral needs to know of it.
+"""The frozen target: a Hugging Face causal LM, its weights unchanged, and what coral needs to know of it.
 
 Axes: B batch, T position, D hidden, V vocabulary, K cached position.
 """

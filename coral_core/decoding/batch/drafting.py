@@ -44,8 +44,8 @@ class BatchDrafting:
         logprob_BC, token_BC = self._propose(hidden_BD, picker, [1] * len(past), position)
         columns = max(past) + self.shape.rows
         seen = [masks.committed(rows, columns, hidden_BD) for rows in past]
-        rows = zip(logprob_BC, token_BC, seen, strict=True)
-        beams = [self._narrow(tree.plant(logprob_C, token_C, topk, sees_K)) for logprob_C, token_C, sees_K in rows]
+        proposed = zip(logprob_BC, token_BC, seen, strict=True)
+        beams = [self._narrow(tree.plant(logprob_C, token_C, topk, sees_K)) for logprob_C, token_C, sees_K in proposed]
         firsts, starts, hidden_ND = past, list(range(len(beams))), hidden_BD
         for level in range(1, self.shape.depth):
             widths = [beam.token_N.numel() for beam in beams]
