@@ -47,6 +47,17 @@ QWEN_2_5 = {
     "sliding_window": 131072,
     "use_sliding_window": False,
 }
+SMOLLM2 = LLAMA_2 | {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
 PICO = {
     "model_type": "llama",
     "vocab_size": 8192,
@@ -67,6 +78,7 @@ TARGETS = {
     "llama-3-8b-instruct": ("meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, 251_662_336),
     "llama-2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", LLAMA_2, 235_933_696),
     "qwen2.5-7b-instruct": ("Qwen/Qwen2.5-7B-Instruct", QWEN_2_5, 258_739_712),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2, 4_203_072),
     "vicuna-7b": ("lmsys/vicuna-7b-v1.5", LLAMA_2, 235_933_696),
 }
 
