@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 import typer.core
 
+from coral_cli import hints
 from coral_cli.commands.chat import chat
 from coral_cli.commands.eval import evaluate
 from coral_cli.commands.export import export
@@ -36,7 +37,7 @@ class Boundary(typer.core.TyperGroup):
         except CoralError as error:
             if os.environ.get("CORAL_DEBUG"):
                 raise
-            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+            typer.echo(f"error: {hints.pasteable(' '.join(str(error).splitlines()))}", err=True)
             raise typer.Exit(1) from None
 
 

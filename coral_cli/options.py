@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coral_cli import hints
 from coral_core.errors import CoralError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 def _refuse_early(arguments: list[str] | None) -> list[str] | None:
     """Read the recipe while the command line is parsed: a slip is answered before a command spends seconds on torch."""
+    hints.remember("recipe", arguments or [])
     read_recipe(arguments)
     return arguments
 
@@ -35,9 +37,19 @@ Arguments = Annotated[
         show_default=False,
     ),
 ]
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs; this one is in RUNS/NAME.")]
 RUNS = Path("runs")
 """The default of --runs, in the current folder."""
+
+
+def _remember_runs(runs: Path) -> Path:
+    hints.remember("runs", [] if runs == RUNS else ["--runs", str(runs)])
+    return runs
+
+
+RunsOption = Annotated[
+    Path,
+    typer.Option("--runs", callback=_remember_runs, help="Folder that holds the runs; this one is in RUNS/NAME."),
+]
 
 
 @dataclasses.dataclass(frozen=True)

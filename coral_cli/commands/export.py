@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def export(
     source = open_source(run.recipe, run.folder, target.fingerprint)
     if to == HF:
         folder = export_hf(source, run.folder)
-        err.print(f"written to {folder}. Next: coral publish --repo ORG/NAME", markup=False, soft_wrap=True)
+        next_step = hints.pasteable("coral publish --repo ORG/NAME")
+        err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
         return
     token_map = _token_map(run, source, target, map_size) if to == "sglang" else None
     folder = export_engine(to, source, target, run.folder, token_map)

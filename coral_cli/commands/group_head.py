@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 from coral_cli.tapped import Tapped
 
@@ -30,7 +31,7 @@ def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     if not built:
         err.print(f"{folder} is finished already, with this recipe and drafter", markup=False, soft_wrap=True)
     _print_summary(manifest)
-    err.print(f"written to {folder}. Next: coral eval, coral chat", markup=False, soft_wrap=True)
+    err.print(f"written to {folder}. Next: {hints.pasteable('coral eval')}", markup=False, soft_wrap=True)
 
 
 def _probe(tapped: Tapped, progress: Progress) -> Probe:

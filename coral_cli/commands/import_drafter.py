@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 
 
@@ -26,7 +27,7 @@ def import_drafter(
     next_step = "coral eval" if with_head else "coral eval head.kind=full, or coral prepare-data and coral group-head"
     facts = manifest.facts
     err.print(
-        f"{facts['parameters']:,} parameters written to {run.folder / 'drafter'}. Next: {next_step}",
+        f"{facts['parameters']:,} parameters written to {run.folder / 'drafter'}. Next: {hints.pasteable(next_step)}",
         markup=False,
         soft_wrap=True,
     )

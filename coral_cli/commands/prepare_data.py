@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run, read_recipe
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def prepare_data(
     _print_summary(store)
     for index in store.train_indices[:show]:
         _print_sample(store, index, job.target.tokenizer)
-    _say(f"in {job.folder}. Next: coral train")
+    _say(hints.pasteable(f"in {job.folder}. Next: coral train"))
 
 
 def _say(text: str) -> None:

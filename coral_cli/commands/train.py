@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 from coral_cli.tapped import Tapped
 
@@ -27,7 +28,7 @@ def train(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     if not trained:
         err.print(f"{folder} is finished already, with this recipe and data", markup=False, soft_wrap=True)
     _print_summary(manifest)
-    err.print(f"written to {folder}. Next: coral group-head", markup=False, soft_wrap=True)
+    err.print(f"written to {folder}. Next: {hints.pasteable('coral group-head')}", markup=False, soft_wrap=True)
 
 
 def _acceptance(tapped: Tapped, progress: Progress) -> Measure:

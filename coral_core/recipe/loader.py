@@ -30,18 +30,26 @@ PICO_RECIPE = Path(__file__).parent.parent / "pico" / "recipe.yaml"
 def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
     """The recipe in `path` (None: the embedded pico's own) with `section.key=value` overrides on top.
 
-    Keys that nobody wrote come from `train.preset`, then from the schema's defaults. Raises RecipeError, one line, for
-    a file that cannot be read, an unknown key, or a value of the wrong type or out of range.
+    A recipe without a name takes its file's. Keys that nobody wrote come from `train.preset`, then from the schema's
+    defaults. Raises RecipeError, one line, for a file that cannot be read, an unknown key, a value of the wrong type or
+    out of range, and another model under pico's name.
     """
     given: dict[str, Any] = {}
-    path = path or PICO_RECIPE
-    given.update(_leaves(_read(path), "", str(path)))
+    given.update(_leaves(_read(path or PICO_RECIPE), "", str(path or PICO_RECIPE)))
+    if path is not None:
+        given.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."))
     for override in overrides:
         given.update(_override(override))
     preset = given.get("train.preset", Recipe().train.preset)
     for key, value in PRESETS[preset].items():
         given.setdefault(f"train.{key}", value)
-    return _build(Recipe, given, "")
+    recipe: Recipe = _build(Recipe, given, "")
+    if (recipe.name, recipe.target.model != "pico") == ("pico", True):
+        raise RecipeError(
+            f"the run is named 'pico', which is that of the embedded model, and target.model is "
+            f"'{recipe.target.model}'. Give the run a name of its own, such as name=mine"
+        )
+    return recipe
 
 
 def to_mapping(recipe: Recipe) -> dict[str, Any]:

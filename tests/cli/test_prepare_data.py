@@ -64,7 +64,7 @@ def test_a_dry_run_makes_nothing(folder: Path) -> None:
 
 
 def test_a_slip_is_one_line_before_the_target_is_loaded(folder: Path) -> None:
-    done = coral("data.prompts=nope.jsonl", "target.model=nowhere")
+    done = coral("data.prompts=nope.jsonl", "target.model=nowhere", "name=mine")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no prompt file nope.jsonl. Set data.prompts to")
     (folder / "p.jsonl").write_text('{"prompt": "a"\n{"prompt": \n')

@@ -188,3 +188,18 @@ def test_a_fingerprint_depends_on_what_is_named_and_nothing_else():
 
     assert of() == of("decode.draft_depth=3", "name=other")
     assert len({of(), of("train.steps=7"), of("seed=7"), of(data="e")}) == 4
+
+
+def test_a_recipe_without_a_name_takes_its_files(tmp_path):
+    path = tmp_path / "my model v2.1.yaml"
+    path.write_text("seed: 1\n", encoding="utf-8")
+    assert load_recipe(path, []).name == "my-model-v2.1"
+    assert load_recipe(path, ["name=other"]).name == "other"
+
+
+@pytest.mark.parametrize("overrides", [["target.model=org/model"], ["target.model=org/model", "name=pico"]])
+def test_only_picos_own_run_is_named_pico(overrides):
+    """Another model's data in runs/pico would stand where pico's own are looked for."""
+    with pytest.raises(RecipeError, match="named 'pico'.*name=mine"):
+        load_recipe(None, overrides)
+    assert load_recipe(None, ["target.model=org/model", "name=mine"]).name == "mine"
