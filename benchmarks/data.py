@@ -31,8 +31,8 @@ from coral_core.bench.acceptance import emitted_by_prompt
 from coral_core.data.answer import Sampling, write
 from coral_core.data.job import Job
 from coral_core.data.meter import Meter
-from coral_core.data.prepare import prepare
 from coral_core.data.shards import tap_all
+from coral_core.data.stage import prepare
 from coral_core.decoding.assemble import sampler, tree_shape
 from coral_core.decoding.engine import Engine
 from coral_core.head.full import FullHead

@@ -25,8 +25,8 @@ from benchmarks.train import LLAMA_3_8B
 from coral_core.decoding.drafting import TreeShape
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
+from coral_core.grouping.clustering import by_id
 from coral_core.head.candidates import Head
-from coral_core.head.clustering import by_id
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.router import Router

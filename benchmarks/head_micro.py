@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from coral_core.head.clustering import by_id
-from coral_core.head.cost import time_calls
+from coral_core.grouping.clustering import by_id
+from coral_core.grouping.cost import time_calls
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.router import Router

@@ -28,7 +28,7 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.head.full import FullHead
-from coral_core.target.attention import grouped
+from coral_core.kernels.attention import grouped
 from coral_core.target.load import Target, drafter_shape, wrap
 
 LENGTHS = (1024, 8192, 32768)

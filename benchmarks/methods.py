@@ -44,7 +44,7 @@ from coral_core.store.store import Store
 from coral_core.target.capture import tap
 from coral_core.target.load import Target, load_target
 from coral_core.training.loop import Reports, train
-from coral_core.training.publish import open_data
+from coral_core.training.stage import open_data
 
 METHODS = ("eagle2", "hass", "coral")
 COMPARISONS = ("methods", "equal time", "early")

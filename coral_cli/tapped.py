@@ -26,7 +26,7 @@ class Tapped:
     @functools.cached_property
     def store(self) -> Store:
         """The run's data."""
-        from coral_core.training.publish import open_data
+        from coral_core.training.stage import open_data
 
         return open_data(self.run.recipe, self.run.folder)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from coral_core.packed import Packed, few, packs
+from coral_core.kernels.linear import Packed, few, packs
 from coral_core.tensors import write_tensors
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from coral_core.kernels.linear import FEW_ROWS
 from coral_core.lent import Lent
-from coral_core.packed import FEW_ROWS
 
 
 def a_lent(tied: bool = False) -> Lent:

@@ -10,15 +10,15 @@ from coral_cli.tapped import Tapped
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
+    from coral_core.grouping.stage import Probe
     from coral_core.progress import Progress
-    from coral_core.training.grouping import Probe
 
 
 def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     """Group the LM head's rows and train the router."""
     from coral_cli.console import err, progress_bars
-    from coral_core.training.grouping import group_head as build_head
-    from coral_core.training.grouping import is_finished
+    from coral_core.grouping.stage import group_head as build_head
+    from coral_core.grouping.stage import is_finished
 
     run = open_run(arguments, runs)
     spec = run.recipe.head

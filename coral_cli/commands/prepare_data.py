@@ -29,7 +29,7 @@ def prepare_data(
     from coral_cli.console import progress_bars
     from coral_core.data.estimate import estimate
     from coral_core.data.job import Job, check_recipe
-    from coral_core.data.prepare import agreed_standing, prepare, processes
+    from coral_core.data.stage import agreed_standing, prepare, processes
     from coral_core.target.load import load_target
 
     recipe = read_recipe(arguments)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def train(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     """Train the drafter on the tapped features."""
     from coral_cli.console import err, progress_bars
-    from coral_core.training.publish import train_drafter
+    from coral_core.training.stage import train_drafter
 
     run = open_run(arguments, runs)
     tapped = Tapped(run, ", or set train.eval_every=0" if run.recipe.data.features == "stored" else "")

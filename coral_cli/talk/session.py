@@ -138,7 +138,7 @@ class Session:
         Ends early once `stopped` says so, or by a KeyboardInterrupt inside the model; what was said is kept then too,
         unless it is nothing.
         """
-        from coral_core.decoding.stream import TextStream
+        from coral_core.api.stream import TextStream
 
         question = {"role": "user", "content": words}
         answer = self.last = Answer(self._prompt([*self.opening, *self.messages, question]), self.speculative)

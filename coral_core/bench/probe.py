@@ -14,8 +14,8 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs
 from coral_core.drafter.model import Drafter
 from coral_core.errors import DataError
+from coral_core.grouping.cost import RoundCost, goes_on
 from coral_core.head.candidates import Candidates, Head
-from coral_core.head.cost import RoundCost, goes_on
 from coral_core.head.full import FullHead
 from coral_core.lent import Lent
 from coral_core.progress import Progress

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from coral_core.api.stream import TextStream
 from coral_core.bench.questions import Bench
 from coral_core.bench.race import Lane, Turn
-from coral_core.decoding.stream import TextStream
 from coral_core.target.load import Target
 
 SAMPLES = 3

@@ -9,8 +9,8 @@ import torch
 from coral_core.data.answer import Sampling, write
 from coral_core.data.job import Job
 from coral_core.data.plan import make_plan
-from coral_core.data.prepare import bytes_at_most, check_job, check_room, existing_parent, tokens_at_most
 from coral_core.data.sources import SELF, shares
+from coral_core.data.stage import bytes_at_most, check_job, check_room, existing_parent, tokens_at_most
 from coral_core.progress import Progress, silent
 from coral_core.target.capture import tap
 from coral_core.target.template import prompt_ids

@@ -13,22 +13,22 @@ import torch
 
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import Slots
-from coral_core.decoding.paying import Plan
+from coral_core.decoding.policy.adaptive import Plan
 from coral_core.decoding.rounds import PREFILL_ROWS, Clock
 from coral_core.decoding.sampling import Ahead, Picker
 from coral_core.decoding.verify import Verdict
 from coral_core.drafter.blocks import Turn
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
+from coral_core.kernels.attention import grouped
 from coral_core.lent import Lent
-from coral_core.target.attention import grouped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TreeShape:
     """How large a draft is: true numbers of levels, nodes, and nodes expanded per level.
 
-    As a plan, every draft is this large; where a tree is chosen by what it costs (paying.py), these are its bounds.
+    As a plan, every draft is this large; where a tree is chosen by what it costs (policy/), these are its bounds.
     """
 
     depth: int

@@ -12,15 +12,15 @@ import torch
 
 from coral_core.decoding import masks, replayed, tree
 from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.costs import Costs
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.graphs import padded_rows
 from coral_core.decoding.history import History
 from coral_core.decoding.memory import Memory, borrowed
-from coral_core.decoding.paying import Paying, Plan
+from coral_core.decoding.policy.adaptive import Paying, Plan
+from coral_core.decoding.policy.constant import Steady
+from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Picker
-from coral_core.decoding.steady import Steady
 from coral_core.decoding.tree import Draft
 from coral_core.decoding.verify import Verdict
 from coral_core.drafter.model import Drafter
@@ -33,7 +33,7 @@ class Engine:
     """A target with the drafter and head that speed it up.
 
     With the `costs` of its rounds on this device (measure.py), the tree is chosen within `shape`, round by round where
-    that makes nobody wait (paying.py, steady.py), and rounds whose draft would not pay are plain steps; without, every
+    that makes nobody wait (policy/), and rounds whose draft would not pay are plain steps; without, every
     tree has that shape.
     """
 

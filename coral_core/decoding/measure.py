@@ -25,11 +25,11 @@ import torch
 from coral_core.artifacts import fingerprint, versions, write_text
 from coral_core.decoding import replayed, tree
 from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.costs import Costs, rising
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.graphs import Graphs
 from coral_core.decoding.history import History
+from coral_core.decoding.policy.costs import Costs, rising
 from coral_core.decoding.rounds import Clock, prefill
 from coral_core.decoding.sampling import Sampler
 

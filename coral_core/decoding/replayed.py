@@ -13,7 +13,7 @@ from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.graphs import columns, padded_rows
-from coral_core.decoding.paying import Plan
+from coral_core.decoding.policy.adaptive import Plan
 from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Ahead, Picker
 from coral_core.decoding.tree import Draft

@@ -45,7 +45,7 @@ class Ahead:
 
 
 class Picker(Protocol):
-    """What decides the next token: a Sampler, or the caller's own code (generate.py)."""
+    """What decides the next token: a Sampler, or the caller's own code (api/generate.py)."""
 
     @property
     def temperature(self) -> float: ...

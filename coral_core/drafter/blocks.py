@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from coral_core.norm import scaled_norm
-from coral_core.packed import PackedLinear
+from coral_core.kernels.linear import PackedLinear
+from coral_core.kernels.norm import scaled_norm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query_BHTE, key_BGTE, value_BGTE) -> out_BHTE, with G key/value heads, H a multiple of G."""

@@ -20,7 +20,7 @@ from coral_core.drafter.blocks import Attend, DraftLayer, Rope, Turn
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
-from coral_core.packed import PackedLinear
+from coral_core.kernels.linear import PackedLinear
 from coral_core.tensors import write_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

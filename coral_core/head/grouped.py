@@ -7,11 +7,11 @@ Axes: N row, D hidden, V vocabulary in permuted order, G group, A active group, 
 
 import torch
 
-from coral_core.head import kernel
 from coral_core.head.candidates import Candidates
-from coral_core.head.groups import Groups, runs
-from coral_core.head.products import Blocks
+from coral_core.head.groups import Groups
 from coral_core.head.router import Router
+from coral_core.kernels import blocks
+from coral_core.kernels.products import Blocks, runs
 from coral_core.lent import Lent
 
 
@@ -25,7 +25,7 @@ class GroupedHead:
         self.token_V = groups.order_V.to(device)
         self.bias_V = None if lent.head_bias_V is None else lent.head_bias_V[self.token_V]
         rows_VD = lent.head_VD[self.token_V]
-        self.fused = kernel.fits(lent, rows_VD)
+        self.fused = blocks.fits(lent, rows_VD)
         self.recordable = self.fused  # which groups are active then stays on the device
         self.start_device_G = torch.tensor(self.start_G, dtype=torch.int32, device=device)
         self.blocks = Blocks(rows_VD, self.start_G)
@@ -40,7 +40,7 @@ class GroupedHead:
         chosen_A = self.router(hidden_ND).softmax(-1, dtype=torch.float32).sum(0).topk(self.active).indices
         if self.fused and self.blocks.rows_VD is not None:
             start_G = self.start_device_G
-            best = kernel.grouped_best(hidden_ND, self.blocks.rows_VD, start_G, chosen_A[None], self.bias_V)
+            best = blocks.grouped_best(hidden_ND, self.blocks.rows_VD, start_G, chosen_A[None], self.bias_V)
             return Candidates(best.logit_NC, self.token_V[best.row_NC])
         active = sorted(chosen_A.tolist())
         spans = runs(active, self.start_G)

@@ -1,12 +1,11 @@
 """Groups of the vocabulary: which token is which row of the grouped head.
 
 Groups are balanced (sizes differ by one at most), and the head's rows are permuted so that each group is one contiguous
-block: an active group is then a slice, not a gather. How rows find their group is clustering.py.
+block: an active group is then a slice, not a gather. How rows find their group is grouping/clustering.py.
 Axes: G group, R row of a group, V vocabulary, C row of several groups.
 """
 
 import dataclasses
-from collections.abc import Iterable
 
 import torch
 
@@ -83,18 +82,3 @@ def balanced_sizes(vocabulary: int, groups: int) -> torch.Tensor:
     size_G = torch.full((groups,), vocabulary // groups)
     size_G[: vocabulary % groups] += 1
     return size_G
-
-
-def runs(active: Iterable[int], start_G: list[int]) -> list[tuple[int, int]]:
-    """Permuted rows of the active groups as (first, end), neighbours joined: fewer, larger products.
-
-    With blocks of 10 rows, groups 7, 2, 3 are rows (20, 40) and (70, 80).
-    """
-    joined: list[tuple[int, int]] = []
-    for group in sorted(active):
-        first, end = start_G[group], start_G[group + 1]
-        if joined and joined[-1][1] == first:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((first, end))
-    return joined

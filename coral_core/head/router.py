@@ -6,7 +6,7 @@ Axes: N row, D hidden, G group.
 import torch
 from torch import nn
 
-from coral_core.packed import PackedLinear
+from coral_core.kernels.linear import PackedLinear
 
 
 class Router(nn.Module):

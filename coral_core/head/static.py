@@ -6,7 +6,7 @@ Axes: N row, D hidden, K kept token.
 import torch
 
 from coral_core.head.candidates import Candidates
-from coral_core.head.products import Blocks
+from coral_core.kernels.products import Blocks
 from coral_core.lent import Lent
 
 

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Literal
 
+from coral_core.api.stream import TextStream
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.stream import TextStream
 from coral_core.errors import DataError
 from coral_core.serve.protocol import Ask, Refusal
 from coral_core.target.load import Target

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from coral_core.errors import TargetError
+from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
-from coral_core.packed import pack
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target import norms
 
@@ -131,7 +131,7 @@ def load_target(spec: TargetSpec) -> Target:
 
 def wrap(model: Any, tokenizer: Any) -> Target:
     """A Target around a loaded model. Raises TargetError when coral cannot decode speculatively with it."""
-    from coral_core.target import attention  # it imports transformers, which whoever has a model has loaded
+    from coral_core.kernels import attention  # it imports transformers, which whoever has a model has loaded
 
     model = model.eval().requires_grad_(False)
     attention.plug_in(model)

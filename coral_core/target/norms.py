@@ -1,4 +1,4 @@
-"""The plug-in that gives a target's norms their short form (norm.py).
+"""The plug-in that gives a target's norms their short form (kernels/norm.py).
 
 Axes: D hidden.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coral_core.norm import scaled_norm
+from coral_core.kernels.norm import scaled_norm
 
 DIFFERENT = 0.05
 """Of the outputs, in bfloat16, the most that may differ. With sums in float64 none of 4,096 did; where a norm rounds

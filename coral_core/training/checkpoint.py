@@ -6,7 +6,7 @@
 
 Every random draw of the loop is keyed by the seed and the number of the micro-batch, so the position in the data is the
 state of the generators too. A checkpoint is written under a temporary name, renamed, and only then called latest.
-Not the published drafter: that is publish.py's.
+Not the published drafter: that is stage.py's.
 """
 
 import dataclasses

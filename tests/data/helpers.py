@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from coral_core.data.job import Job
-from coral_core.data.prepare import prepare
+from coral_core.data.stage import prepare
 from coral_core.recipe.loader import load_recipe
 from coral_core.target.load import Target, wrap
 

@@ -12,9 +12,9 @@ import pytest
 from coral_core.data.draw import Wanted, read_dialogues
 from coral_core.data.kept import Kept
 from coral_core.data.mix import Mix, Stream
-from coral_core.data.prepare import prepare
 from coral_core.data.prompts import Dialogue, Skipped
 from coral_core.data.sources import Share, Source, shares
+from coral_core.data.stage import prepare
 from coral_core.errors import DataError
 from tests.data.helpers import make_job, write_lines
 

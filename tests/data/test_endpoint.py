@@ -15,7 +15,7 @@ import pytest
 from coral_core.data import endpoint as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import Job, standing
-from coral_core.data.prepare import prepare
+from coral_core.data.stage import prepare
 from coral_core.errors import DataError, RecipeError
 from coral_core.recipe.loader import load_recipe
 from coral_core.store.store import Store

@@ -8,8 +8,8 @@ import pytest
 
 from coral_core.data.estimate import estimate
 from coral_core.data.plan import Fit
-from coral_core.data.prepare import prepare
 from coral_core.data.prompts import Dialogue
+from coral_core.data.stage import prepare
 from coral_core.errors import DataError
 from tests.data.helpers import (
     CHATML,

@@ -8,26 +8,26 @@ import torch
 import transformers
 
 from benchmarks import decode_gpu
+from coral_core.api.generate import Speculate
 from coral_core.decoding import graphs
 from coral_core.decoding.batch.engine import BatchEngine
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
-from coral_core.decoding.generate import Speculate
 from coral_core.decoding.measure import measure_costs
 from coral_core.decoding.plain import plain
+from coral_core.decoding.policy.constant import Steady
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.steady import Steady
-from coral_core.head import kernel
+from coral_core.grouping.clustering import by_id
 from coral_core.head.candidates import Head
-from coral_core.head.clustering import by_id
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.router import Router
+from coral_core.kernels import blocks
 from coral_core.target.load import Target
 from tests.decoding import pretend
+from tests.decoding.policy.test_adaptive import DEAR
 from tests.decoding.test_memory import ids_of, words
-from tests.decoding.test_paying import DEAR
 from tests.tiny import VOCAB, tiny_drafter, tiny_target
 
 SHAPE = TreeShape(depth=4, nodes=7, topk=3)
@@ -83,19 +83,19 @@ def best_of_chosen(
     start_G: torch.Tensor,
     chosen_PA: torch.Tensor,
     bias_V: torch.Tensor | None = None,
-) -> kernel.Best:
+) -> blocks.Best:
     """The kernel's answer from all products, without a look at which groups were chosen."""
     logits_NV = hidden_ND @ rows_VD.T if bias_V is None else hidden_ND @ rows_VD.T + bias_V
     row_V = torch.arange(rows_VD.shape[0], device=rows_VD.device)
     group_V = torch.searchsorted(start_G, row_V, right=True, out_int32=False) - 1
     active_V = (group_V[:, None] == chosen_PA[0]).any(dim=1)
     logprob_NV = logits_NV.masked_fill(~active_V, -torch.inf).log_softmax(-1)
-    return kernel.Best(*logprob_NV.topk(kernel.BEST))
+    return blocks.Best(*logprob_NV.topk(blocks.BEST))
 
 
 def heads(target: Target, monkeypatch: pytest.MonkeyPatch) -> list[Head]:
-    monkeypatch.setattr(kernel, "fits", lambda lent, rows_VD: True)
-    monkeypatch.setattr(kernel, "grouped_best", best_of_chosen)
+    monkeypatch.setattr(blocks, "fits", lambda lent, rows_VD: True)
+    monkeypatch.setattr(blocks, "grouped_best", best_of_chosen)
     torch.manual_seed(5)
     router = pretend.on_device(Router(target.lent.head_VD.shape[1], 12))
     return [FullHead(target.lent), GroupedHead(target.lent, by_id(VOCAB, 12), router, 6)]

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from coral_core.decoding import measure
-from coral_core.decoding.costs import Costs, rising
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs, tuned
+from coral_core.decoding.policy.costs import Costs, rising
 from coral_core.decoding.sampling import Sampler
+from tests.decoding.policy.test_adaptive import PLAIN_CPU
 from tests.decoding.test_lossless import ids_of
-from tests.decoding.test_paying import PLAIN_CPU
 from tests.tiny import tiny_engine, tiny_target
 
 

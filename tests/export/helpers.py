@@ -9,7 +9,7 @@ from coral_core.artifacts import Manifest
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.export.run import Source, open_source
-from coral_core.head.clustering import by_frequency
+from coral_core.grouping.clustering import by_frequency
 from coral_core.head.load import save_head
 from coral_core.head.router import Router
 from coral_core.recipe.schema import HeadSpec, Recipe

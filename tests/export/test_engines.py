@@ -25,8 +25,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coral_core.api.generator import Generator
 from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.generator import Generator
 from coral_core.export.run import export_engine, open_source
 from coral_core.recipe.schema import Recipe
 from coral_core.target.load import PICO, load_target

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coral_core.errors import RecipeError
-from coral_core.head.clustering import (
+from coral_core.grouping.clustering import (
     balanced_assignment,
     by_cooccurrence,
     by_frequency,
@@ -12,7 +12,8 @@ from coral_core.head.clustering import (
     by_kmeans,
     token_contexts,
 )
-from coral_core.head.groups import Groups, balanced_sizes, runs
+from coral_core.head.groups import Groups, balanced_sizes
+from coral_core.kernels.products import runs
 
 
 def test_the_permutation_of_the_docstring() -> None:

@@ -7,17 +7,17 @@ import torch
 
 from coral_core.artifacts import Manifest
 from coral_core.errors import ArtifactError
+from coral_core.grouping.clustering import by_id, by_kmeans
 from coral_core.head.candidates import Candidates
-from coral_core.head.clustering import by_id, by_kmeans
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups
 from coral_core.head.load import load_head, save_head
-from coral_core.head.products import Blocks
 from coral_core.head.router import Router
 from coral_core.head.static import StaticHead
+from coral_core.kernels.linear import packs
+from coral_core.kernels.products import Blocks
 from coral_core.lent import Lent
-from coral_core.packed import packs
 from coral_core.recipe.schema import HeadSpec
 
 V, D, G = 53, 16, 6

@@ -9,8 +9,8 @@ from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.blocks import Attend, Turn
 from coral_core.drafter.model import Drafter
+from coral_core.grouping.clustering import by_kmeans
 from coral_core.head.candidates import Head
-from coral_core.head.clustering import by_kmeans
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from coral_core.api.stream import TextStream
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.stream import TextStream
 from coral_core.serve.answer import Service, StopText
 from coral_core.target.template import prompt_ids
 from tests.serve.helpers import JSON, ask, make_service, running

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from coral_core.data.prepare import prepare
+from coral_core.data.stage import prepare
 from coral_core.drafter.model import Drafter
 from coral_core.recipe.schema import Recipe
 from coral_core.store.batches import batch_of, batches
 from coral_core.store.shard import Shard
 from coral_core.target.capture import tap
-from coral_core.training.publish import train_drafter
+from coral_core.training.stage import train_drafter
 from tests.data.helpers import make_job, make_target
 from tests.training.helpers import tiny_spec
 

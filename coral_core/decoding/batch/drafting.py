@@ -13,8 +13,8 @@ from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.sampling import Picker
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
+from coral_core.kernels.attention import grouped
 from coral_core.lent import Lent
-from coral_core.target.attention import grouped
 
 
 class BatchDrafting:

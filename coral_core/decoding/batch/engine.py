@@ -17,9 +17,9 @@ from coral_core.decoding.batch.cache import BatchCache
 from coral_core.decoding.batch.drafting import BatchDrafting
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.history import History
+from coral_core.decoding.policy.constant import fixed
 from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.steady import fixed
 from coral_core.decoding.verify import on_path
 
 

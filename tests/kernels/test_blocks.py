@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coral_core.head.groups import balanced_sizes
-from coral_core.head.kernel import Best, grouped_best, grouped_best_reference
+from coral_core.kernels.blocks import Best, grouped_best, grouped_best_reference
 
 V, D, G = 350, 64, 5
 

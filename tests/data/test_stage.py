@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from coral_core.data import prepare as module
+from coral_core.data import stage as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import standing
-from coral_core.data.prepare import prepare
+from coral_core.data.stage import prepare
 from coral_core.data.written import Scribe
 from coral_core.errors import ArtifactError
 from coral_core.target.template import prompt_ids
@@ -187,7 +187,7 @@ def test_rounds_of_prompts_that_were_finished_are_not_written_again(
 KILLED = """
 import sys
 from pathlib import Path
-from coral_core.data.prepare import prepare
+from coral_core.data.stage import prepare
 from coral_core.data.prompts import Dialogue
 from tests.data.helpers import make_job
 import torch

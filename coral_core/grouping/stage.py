@@ -14,7 +14,7 @@ import torch
 from coral_core.artifacts import MANIFEST, Manifest, stage
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
-from coral_core.head.clustering import (
+from coral_core.grouping.clustering import (
     by_cooccurrence,
     by_frequency,
     by_id,
@@ -22,19 +22,8 @@ from coral_core.head.clustering import (
     frequency_order,
     token_contexts,
 )
-from coral_core.head.cost import RoundCost, predict, time_calls, time_heads
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
-from coral_core.head.groups import Groups, check_groups
-from coral_core.head.load import COMMAND, save_head
-from coral_core.head.router import Router
-from coral_core.lent import Lent
-from coral_core.progress import Progress, silent
-from coral_core.recipe.loader import section_fingerprint, to_mapping
-from coral_core.recipe.schema import HeadSpec, Recipe
-from coral_core.store.store import Store, Tap
-from coral_core.training.publish import open_data
-from coral_core.training.router import (
+from coral_core.grouping.cost import RoundCost, predict, time_calls, time_heads
+from coral_core.grouping.router import (
     Rows,
     Source,
     answer_counts,
@@ -45,6 +34,17 @@ from coral_core.training.router import (
     recall,
     train_router,
 )
+from coral_core.head.full import FullHead
+from coral_core.head.grouped import GroupedHead
+from coral_core.head.groups import Groups, check_groups
+from coral_core.head.load import COMMAND, save_head
+from coral_core.head.router import Router
+from coral_core.lent import Lent
+from coral_core.progress import Progress, silent
+from coral_core.recipe.loader import section_fingerprint, to_mapping
+from coral_core.recipe.schema import HeadSpec, Recipe
+from coral_core.store.store import Store, Tap
+from coral_core.training.stage import open_data
 
 SECTIONS = ("seed", "head")
 """What of a recipe decides the head, besides drafter and data."""

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from coral_core.errors import RecipeError
-from coral_core.head.cost import RoundCost
+from coral_core.grouping import stage
+from coral_core.grouping.cost import RoundCost
+from coral_core.grouping.stage import group_head, open_active, open_groups
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.load import load_head
 from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec, Recipe
-from coral_core.training import grouping
-from coral_core.training.grouping import group_head, open_active, open_groups
-from coral_core.training.publish import train_drafter
+from coral_core.training.stage import train_drafter
 from tests.training.helpers import tiny_lent, tiny_spec, tiny_store
 
 OPEN = HeadSpec(router_steps=5)
@@ -42,12 +42,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(grouping, "GROUPS", (2, 3))
+    monkeypatch.setattr(stage, "GROUPS", (2, 3))
 
     def time_heads(heads: list[FullHead | GroupedHead], hidden_ND: torch.Tensor, cost: RoundCost) -> list[float]:
         return [len(head.candidates(hidden_ND).token_C) / 1e3 for head in heads]
 
-    monkeypatch.setattr(grouping, "time_heads", time_heads)
+    monkeypatch.setattr(stage, "time_heads", time_heads)
     tiny_store(tmp_path / "tiny" / "data")
     train_drafter(a_recipe(OPEN), tmp_path / "tiny")
     return tmp_path / "tiny"

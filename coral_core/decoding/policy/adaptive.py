@@ -20,9 +20,9 @@ from typing import Protocol
 
 import torch
 
-from coral_core.decoding.costs import Costs
+from coral_core.decoding.policy.costs import Costs
+from coral_core.decoding.policy.trials import FORGET, Trials
 from coral_core.decoding.tree import Draft
-from coral_core.decoding.trials import FORGET, Trials
 from coral_core.decoding.verify import Verdict
 
 SURETY, GOES_ON, TRIES = 0.85, 0.7, 4.0

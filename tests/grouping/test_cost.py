@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from coral_core.head.cost import RoundCost, goes_on, predict, time_calls
+from coral_core.grouping.cost import RoundCost, goes_on, predict, time_calls
 
 COST = RoundCost(goes_on=[0.8, 0.5], round_s=0.1, head_s=0.04, layer_s=0.02, verify_s=0.04, head_calls=4, level_rows=5)
 

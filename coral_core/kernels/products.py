@@ -1,6 +1,6 @@
 """Hidden rows times blocks of head rows: one small matrix product per block, the weights never copied in a call.
 
-On a CPU blocks are packed (packed.py), except small ones in float32. 32 of 256 blocks, ms on two cores of an AMD EPYC
+On a CPU blocks are packed (linear.py), except small ones in float32. 32 of 256 blocks, ms on two cores of an AMD EPYC
 (AVX-512), random blocks in turns:
 
 | rows                            |    1 |    2 |    4 |   10 |
@@ -18,12 +18,11 @@ wants. Small blocks copied side by side, for one product, took twice as long as 
 Axes: N row, D hidden, R head row of one block, V head row of all blocks, C head row of the active blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from coral_core.head.groups import runs
-from coral_core.packed import FILL, Packed, packs
+from coral_core.kernels.linear import FILL, Packed, packs
 
 _LARGE = 1 << 15
 """Elements of a float32 block from which the packed layout repays its cost per call."""
@@ -57,3 +56,18 @@ class Blocks:
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def runs(active: Iterable[int], start_G: list[int]) -> list[tuple[int, int]]:
+    """Permuted rows of the active groups as (first, end), neighbours joined: fewer, larger products.
+
+    With blocks of 10 rows, groups 7, 2, 3 are rows (20, 40) and (70, 80).
+    """
+    joined: list[tuple[int, int]] = []
+    for group in sorted(active):
+        first, end = start_G[group], start_G[group + 1]
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((first, end))
+    return joined

@@ -6,11 +6,11 @@ import torch
 
 from coral_core.decoding.batch.engine import BatchEngine
 from coral_core.decoding.plain import plain
+from coral_core.decoding.policy.constant import Steady, fixed, prices
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.steady import Steady, fixed, prices
 from coral_core.decoding.verify import judge
+from tests.decoding.policy.test_adaptive import BOUNDS, CHEAP, PLAIN_CPU, chain
 from tests.decoding.test_lossless import ids_of, some_prompt
-from tests.decoding.test_paying import BOUNDS, CHEAP, PLAIN_CPU, chain
 from tests.tiny import tiny_engine, tiny_target
 
 

@@ -41,7 +41,7 @@ def grouped_best(
     bias_V: torch.Tensor | None = None,
 ) -> Best:
     """The best candidates among the rows of the chosen groups; group g is rows start_G[g] to start_G[g + 1]."""
-    from coral_core.head.triton_grouped import launch
+    from coral_core.kernels.triton_blocks import launch
 
     parts = [slice(first, first + MAX_ROWS) for first in range(0, hidden_ND.shape[0], MAX_ROWS)]
     own = chosen_PA.shape[0] > 1

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from coral_core.decoding.costs import Costs
 from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.policy.costs import Costs
+from coral_core.decoding.policy.trials import Trials
 from coral_core.decoding.tree import Draft
-from coral_core.decoding.trials import Trials
 from coral_core.decoding.verify import Verdict
 
 

@@ -10,9 +10,9 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from coral_core.api.generate import Speculate
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
-from coral_core.decoding.generate import Speculate
 from coral_core.errors import DataError, TargetError
 from coral_core.target.load import PICO
 from tests.decoding.test_lossless import some_prompt

@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coral_core.head.clustering import by_id
-from coral_core.head.groups import Groups
-from coral_core.lent import Lent
-from coral_core.recipe.schema import HeadSpec
-from coral_core.store.batches import collate
-from coral_core.store.shard import Sample
-from coral_core.training.router import (
+from coral_core.grouping.clustering import by_id
+from coral_core.grouping.router import (
     Rows,
     Source,
     answer_counts,
@@ -24,6 +19,11 @@ from coral_core.training.router import (
     recall,
     train_router,
 )
+from coral_core.head.groups import Groups
+from coral_core.lent import Lent
+from coral_core.recipe.schema import HeadSpec
+from coral_core.store.batches import collate
+from coral_core.store.shard import Sample
 from coral_core.training.unroll import loss_rows, unroll
 from tests.store.helpers import make_store
 from tests.training.helpers import HIDDEN, VOCABULARY, tiny_drafter, tiny_lent

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from coral_core.api.stream import TextStream
 from coral_core.artifacts import MANIFEST, Manifest
 from coral_core.decoding.assemble import tree_shape
 from coral_core.decoding.drafting import TreeShape
@@ -17,7 +18,6 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.stream import TextStream
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.head.candidates import Head

@@ -11,8 +11,8 @@ from coral_core.artifacts import MANIFEST, Manifest
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.recipe.schema import PRESETS, Recipe
-from coral_core.training import publish
-from coral_core.training.publish import train_drafter
+from coral_core.training import stage
+from coral_core.training.stage import train_drafter
 from tests.training.helpers import tiny_spec, tiny_store
 
 RECIPE = Recipe(name="tiny", train=tiny_spec(steps=4, checkpoint_every=2))
@@ -59,7 +59,7 @@ def test_a_finished_drafter_is_not_trained_again_until_the_recipe_changes(run, m
     again, trained = train_drafter(other, run)
     assert trained
     assert again.fingerprint != first.fingerprint
-    monkeypatch.setattr(publish, "train", None)
+    monkeypatch.setattr(stage, "train", None)
     assert train_drafter(other, run) == (again, False)
 
 

@@ -9,15 +9,15 @@ import torch
 
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.costs import Costs
 from coral_core.decoding.drafting import Drafting, TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.memory import Memory
-from coral_core.decoding.paying import Paying, best_prefix
 from coral_core.decoding.plain import plain
+from coral_core.decoding.policy.adaptive import Paying, best_prefix
+from coral_core.decoding.policy.costs import Costs
+from coral_core.decoding.policy.trials import LONGEST_REST
 from coral_core.decoding.rounds import Round, prefill
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.trials import LONGEST_REST
 from coral_core.decoding.verify import judge
 from coral_core.head.candidates import Candidates
 from coral_core.target.load import Target

@@ -1,14 +1,14 @@
 """The Triton kernel behind `kernel.grouped_best`; imported only where it is used, since Triton is on few machines.
 
 One program multiplies all rows of a route with one tile of one active group's rows, and keeps the tile's best, so that
-the other logits never reach memory. Axes as in kernel.py, T tile.
+the other logits never reach memory. Axes as in blocks.py, T tile.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from coral_core.head.kernel import BEST
+from coral_core.kernels.blocks import BEST
 
 TILE_ROWS = 64
 TILE_HIDDEN = 64

@@ -1,4 +1,4 @@
-"""What the parts of a round cost on one device, in plain steps. Measured in measure.py, spent in paying.py.
+"""What the parts of a round cost on one device, in plain steps. Measured in measure.py, spent in adaptive.py.
 
 A plain step is a target forward of one row with all that a round does around it; costs are ratios to it, so that a tree
 depends on how a machine is built and not on how busy it was.

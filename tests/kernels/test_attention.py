@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from coral_core.target import attention
+from coral_core.kernels import attention
 from tests.tiny import tiny_target
 
 
