@@ -38,9 +38,10 @@ class CardFacts:
 
 
 def hub_target(recipe: Recipe) -> str:
-    """The target's Hub id; '' for a folder, and for pico, which is nowhere else."""
+    """The target's Hub id; '' for a folder or a GGUF file, and for pico, which is nowhere else."""
     model = recipe.target.model
-    return model if model.count("/") == 1 and not model.startswith((".", "/", "~")) else ""
+    local = model.startswith((".", "/", "~")) or model.lower().endswith(".gguf")
+    return model if model.count("/") == 1 and not local else ""
 
 
 def card_text(facts: CardFacts) -> str:

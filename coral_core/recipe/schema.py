@@ -20,7 +20,7 @@ class TargetSpec:
     """The frozen language model that is to be made faster."""
 
     model: str = "pico"
-    """`pico` (embedded), a Hugging Face Hub id, or a local folder."""
+    """`pico` (embedded), a Hugging Face Hub id, a local folder, or a GGUF file: a path, or OWNER/NAME/FILE.gguf."""
     revision: str = "main"
     """Hub revision; ignored for a folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -17,7 +17,7 @@ from coral_core.errors import TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import norms
+from coral_core.target import gguf_file, norms
 
 PICO = Path(__file__).parent.parent / "pico"
 """The embedded target, and the drafter and head trained for it."""
@@ -48,7 +48,7 @@ class Target:
 
     @classmethod
     def from_pretrained(cls, model: str, **options: Any) -> "Target":
-        """`pico`, a Hub id or a folder. `options` are a recipe's: revision, dtype, device, trust_remote_code, graphs.
+        """`pico`, a Hub id, a folder or a GGUF file. `options` are a recipe's: revision, dtype, device, trust_remote_code, graphs.
 
         Raises TargetError for what is not there or cannot be sped up.
         """
@@ -120,12 +120,16 @@ def load_target(spec: TargetSpec) -> Target:
     device = pick_device(spec.device)
     if spec.graphs and device.type != "cuda":
         raise TargetError(f"target.graphs records CUDA graphs, and the target is on {device.type}; set it to false")
-    model = _load_model(spec, pick_dtype(spec.dtype, device)).to(device)
-    source, options = _source(spec)
+    dtype = pick_dtype(spec.dtype, device)
+    file = None if spec.model == "pico" else gguf_file.find(spec.model, spec.revision)
+    source, options = _source(spec) if file is None else (str(gguf_file.unpack(file, dtype)), {})
+    model = _load_model(spec.model, source, dtype, options).to(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise TargetError(f"target '{spec.model}' has no tokenizer that loads: {_line(error)}") from error
+    if file is not None:
+        gguf_file.add_template(tokenizer, file)
     return dataclasses.replace(wrap(model, tokenizer), graphs=spec.graphs)
 
 
@@ -184,18 +188,18 @@ def _source(spec: TargetSpec) -> tuple[str, dict[str, Any]]:
     return spec.model, options
 
 
-def _load_model(spec: TargetSpec, dtype: torch.dtype) -> Any:
+def _load_model(name: str, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     if not sys.stderr.isatty():  # a bar drawn into a log is noise
         logging.disable_progress_bar()
-    source, options = _source(spec)
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise TargetError(
-            f"cannot load target '{spec.model}': {_line(error)} Set target.model to a folder or a Hub id of a causal LM"
+            f"cannot load target '{name}': {_line(error)} Set target.model to a folder, a GGUF file or a Hub id of a "
+            "causal LM"
         ) from error
 
 

@@ -1,0 +1,196 @@
+"""GGUF files as targets: dequantised once, and kept as an ordinary folder of transformers.
+
+    CACHE/coral/gguf/SHA256-DTYPE/   config, weights, tokenizer with its chat template
+    CACHE/coral/gguf/sums/           checksums of files that were read before, so that a start need not read them again
+
+CACHE is the Hugging Face libraries' own (HF_ASSETS_CACHE, else HF_HOME/assets). A folder may be removed at any time.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coral_core.artifacts import fingerprint, write_text
+from coral_core.errors import TargetError
+
+ON_THE_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)", re.IGNORECASE)
+CHAT_TEMPLATE = "chat_template.jinja"
+END_IDS = ("eos", "eot", "eom")
+"""Tokens at which llama.cpp ends an answer: end of sequence, of turn, of message."""
+INSTEAD = "Set target.model to a whole GGUF file, or to the model's own folder or Hub id"
+
+
+def find(model: str, revision: str) -> Path | None:
+    """The GGUF file that `target.model` names: a path, or OWNER/NAME/FILE.gguf on the Hub. None when it names none.
+
+    Raises TargetError for a file that is not there.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix.lower() != ".gguf" or path.is_dir():
+        return None
+    there = ON_THE_HUB.fullmatch(model)
+    if there is None or path.parent.is_dir():
+        raise TargetError(f"there is no file {model}. {INSTEAD}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(there["repo"], there["file"], revision=revision))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise TargetError(
+            f"cannot fetch {there['file']} of {there['repo']} from the Hub: {reason}. {INSTEAD}"
+        ) from error
+
+
+def unpack(file: Path, dtype: torch.dtype) -> Path:
+    """The folder of a GGUF file's model in `dtype`; the first call makes it, which takes seconds to minutes.
+
+    Raises TargetError for what is no GGUF, is damaged, or cannot be read by transformers.
+    """
+    import filelock
+
+    with file.open("rb") as start:
+        if start.read(4) != b"GGUF":
+            raise TargetError(f"{file} is a file, and no GGUF. {INSTEAD}")
+    with _cache() as cache:
+        if (folder := _known(file, cache, dtype)) and folder.is_dir():
+            return folder
+        with filelock.FileLock(cache / ".lock"):  # one process converts, the others wait for it
+            write_text(_sum_file(file, cache), _sha256(file))
+            folder = _known(file, cache, dtype)
+            assert folder is not None
+            if not folder.is_dir():
+                _check(file)
+                partial = cache / f".{folder.name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                try:
+                    with _quiet_unless_seen():
+                        _convert(file, dtype, partial)
+                    partial.rename(folder)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+            return folder
+
+
+def add_template(tokenizer: Any, file: Path) -> None:
+    """Name a tokenizer by its GGUF file, and give it the chat template beside the file where the file holds none."""
+    tokenizer.name_or_path = str(file)
+    beside = file.with_name(CHAT_TEMPLATE)
+    if not tokenizer.chat_template and beside.is_file():
+        tokenizer.chat_template = beside.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _cache() -> Iterator[Path]:
+    from huggingface_hub import cached_assets_path
+
+    try:
+        cache = cached_assets_path(library_name="coral", namespace="gguf", subfolder="sums").parent
+        yield cache
+    except (OSError, ValueError) as error:
+        raise TargetError(
+            f"cannot keep a dequantised GGUF in the Hugging Face cache: {error}. Free some room, or set HF_HOME to a "
+            "folder that can be written"
+        ) from error
+
+
+def _quiet_unless_seen() -> contextlib.AbstractContextManager[Any]:
+    """transformers draws bars of its own; in a log they are noise."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+
+
+def _sum_file(file: Path, cache: Path) -> Path:
+    state = file.stat()
+    name = fingerprint([str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino])
+    return cache / "sums" / name
+
+
+def _known(file: Path, cache: Path, dtype: torch.dtype) -> Path | None:
+    """Where the file's folder is or will be; None when the file, as it is now, was not read before."""
+    known = _sum_file(file, cache)
+    if not known.exists():
+        return None
+    return cache / f"{known.read_text(encoding='utf-8')}-{str(dtype).removeprefix('torch.')}"
+
+
+def _sha256(file: Path) -> str:
+    digest, piece = hashlib.sha256(), bytearray(1 << 22)
+    with file.open("rb", buffering=0) as raw:
+        while count := raw.readinto(piece):
+            digest.update(memoryview(piece)[:count])
+    return digest.hexdigest()
+
+
+def _check(file: Path) -> None:
+    """Raises TargetError for a file that lacks what a target needs, before minutes are spent on it."""
+    if importlib.util.find_spec("gguf") is None:
+        raise TargetError(f"reading {file} needs the package gguf. Run: pip install 'coral-decoding[gguf]'")
+    fields = _fields(file)
+    if "general.architecture" not in fields:
+        raise TargetError(f"{file} does not say of which architecture its model is. {INSTEAD}")
+    if (fields.get("split.count") or 1) > 1:
+        raise TargetError(
+            f"{file} is one of {fields['split.count']} parts. Join them with: llama-gguf-split --merge {file} WHOLE.gguf"
+        )
+    if "tokenizer.ggml.tokens" not in fields:
+        raise TargetError(f"{file} holds no tokenizer. {INSTEAD}")
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """The file's metadata; of an array, how long it is. Raises TargetError when the file ends early or is damaged."""
+    import gguf
+
+    try:
+        fields = gguf.GGUFReader(file).fields
+        return {
+            name: len(field.data) if field.types[:1] == [gguf.GGUFValueType.ARRAY] else field.contents()
+            for name, field in fields.items()
+        }
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise TargetError(
+            f"{file} is damaged, or was cut off while it was copied ({str(error).splitlines()[0]}). Fetch it again"
+        ) from error
+
+
+def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
+    """Let transformers read the file, and save what it made of it. Raises TargetError when it cannot."""
+    import transformers
+
+    lone = folder / "gguf"
+    lone.mkdir(parents=True)
+    (lone / "model.gguf").symlink_to(file.resolve())  # alone: what lies beside the file must not be read with it
+    options: dict[str, Any] = {"gguf_file": "model.gguf"}
+    whole = dict(options)
+    if hasattr(transformers, "GgufConfig"):  # newer than our floor: else weights may stay in their blocks
+        whole["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            lone, dtype=dtype, output_loading_info=True, **whole
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(lone, **options)
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise TargetError(f"transformers cannot read {file}: {reason}. {INSTEAD}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise TargetError(f"{file} lacks {len(missing)} of its model's tensors, {missing[0]} among them. {INSTEAD}")
+    fields = _fields(file)
+    ends = [int(fields[key]) for name in END_IDS if (key := f"tokenizer.ggml.{name}_token_id") in fields]
+    model.generation_config.eos_token_id = sorted(set(ends)) or tokenizer.eos_token_id
+    model.hf_quantizer = None  # the weights are plain: nothing of the file's form is left
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    shutil.rmtree(lone)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

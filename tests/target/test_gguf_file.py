@@ -1,0 +1,264 @@
+"""A GGUF file is the model that it was made from, is converted once, and is refused in one line where it cannot be used."""
+
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from coral_core.errors import TargetError
+from coral_core.recipe.schema import TargetSpec
+from coral_core.target import gguf_file
+from coral_core.target.load import PICO, load_target
+from tests.tiny import SHAPE, tiny_target
+
+gguf = pytest.importorskip("gguf", reason="pip install 'coral-decoding[gguf]'")
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}<e>{% endfor %}"
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hugging Face cache, in the test's own folder."""
+    import huggingface_hub.utils._cache_assets as assets
+
+    monkeypatch.setattr(assets, "HF_ASSETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "coral" / "gguf"
+
+
+def write(path: Path, **changes: Any) -> Path:
+    """tiny_target("llama") as a GGUF file in float32, as llama.cpp's converter lays it out.
+
+    `changes`: architecture, tokens, template, split (of so many files), leave_out (a tensor's name).
+    """
+    writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
+    writer.add_context_length(SHAPE["max_position_embeddings"])
+    writer.add_embedding_length(SHAPE["hidden_size"])
+    writer.add_block_count(SHAPE["num_hidden_layers"])
+    writer.add_feed_forward_length(SHAPE["intermediate_size"])
+    writer.add_head_count(SHAPE["num_attention_heads"])
+    writer.add_head_count_kv(SHAPE["num_key_value_heads"])
+    writer.add_rope_dimension_count(SHAPE["head_dim"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    if "split" in changes:
+        writer.add_uint16("split.count", changes["split"])
+    if tokens := changes.get("tokens", ["<u>", "<s>", "<e>", "<t>", *(chr(33 + i) for i in range(91)), "ab"]):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] * 4 + [1] * 92)
+        writer.add_token_merges(["a b"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_eot_token_id(3)
+    if template := changes.get("template", TEMPLATE):
+        writer.add_chat_template(template)
+    for name, values in tensors():
+        if name != changes.get("leave_out"):
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tensors() -> list[tuple[str, np.ndarray]]:
+    """The weights under llama.cpp's names; rotary rows in its order, halves interleaved."""
+    state = {name: weight.numpy() for name, weight in tiny_target("llama").model.state_dict().items()}
+    found = [
+        ("token_embd.weight", state["model.embed_tokens.weight"]),
+        ("output.weight", state["lm_head.weight"]),
+        ("output_norm.weight", state["model.norm.weight"]),
+    ]
+    heads = {"attn_q": SHAPE["num_attention_heads"], "attn_k": SHAPE["num_key_value_heads"]}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for own, theirs in NAMES.items():
+            values = state[f"model.layers.{layer}.{own}.weight"]
+            if count := heads.get(theirs):
+                values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+            found.append((f"blk.{layer}.{theirs}.weight", np.ascontiguousarray(values)))
+    return found
+
+
+def load(path: Path | str) -> Any:
+    return load_target(TargetSpec(model=str(path), dtype="float32", device="cpu"))
+
+
+def test_it_answers_as_the_model_that_it_was_made_from(tmp_path: Path) -> None:
+    target = load(write(tmp_path / "tiny.gguf"))
+    ids_BT = torch.arange(4, 40)[None]
+    wanted_BTV = tiny_target("llama").model(input_ids=ids_BT).logits
+    torch.testing.assert_close(target.model(input_ids=ids_BT).logits, wanted_BTV, rtol=0, atol=1e-5)
+    assert target.stop_ids == {2, 3}  # the end of the sequence, and of a turn
+    assert target.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab<e>"
+    assert target.tokenizer("ab<e>")["input_ids"] == [95, 2]
+
+
+def test_it_is_converted_once_and_again_when_it_changes(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    folder = gguf_file.unpack(path, torch.float32)
+    made = (folder / "config.json").stat().st_mtime_ns
+    copy = shutil.copy(path, tmp_path / "the same under another name")
+    for again in (path, Path(copy)):
+        assert gguf_file.unpack(again, torch.float32) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == made
+    write(path, template="other")
+    other = gguf_file.unpack(path, torch.float32)
+    assert other != folder
+    assert gguf_file.unpack(path, torch.bfloat16) not in (other, folder)
+    assert {name.name for name in cache.iterdir() if name.is_dir()} == {
+        "sums",
+        folder.name,
+        other.name,
+        other.name.replace("float32", "bfloat16"),
+    }
+
+
+def test_a_start_reads_neither_the_file_nor_gguf_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    gguf_file.unpack(path, torch.float32)
+    for slow in ("_sha256", "_check", "_convert"):
+        monkeypatch.setattr(gguf_file, slow, None)
+    gguf_file.unpack(path, torch.float32)
+
+
+def _unpack(path: Path, cache: str, made: Any) -> None:
+    import huggingface_hub.utils._cache_assets as assets
+
+    assets.HF_ASSETS_CACHE = cache
+    convert = gguf_file._convert
+
+    def counted(*args: Any) -> None:
+        made.put(args)
+        convert(*args)
+
+    gguf_file._convert = counted  # type: ignore[assignment]
+    gguf_file.unpack(path, torch.float32)
+
+
+def test_of_two_processes_at_once_one_converts(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    context = multiprocessing.get_context("fork")
+    made = context.SimpleQueue()
+    both = [context.Process(target=_unpack, args=(path, str(tmp_path / "cache"), made)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    made.get()
+    assert made.empty()
+    assert len([name for name in cache.iterdir() if name.name.endswith("float32")]) == 1
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gguf_file.unpack(path, torch.float32)
+    assert [name.name for name in cache.iterdir() if name.is_dir()] == ["sums"]
+    gguf_file.unpack(path, torch.float32)
+
+
+def test_a_file_of_a_hub_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = write(tmp_path / "tiny.gguf"), []
+
+    def download(repo: str, file: str, revision: str) -> str:
+        asked.append((repo, file, revision))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    load("some-one/tiny-GGUF/quants/tiny.Q4_K_M.gguf")
+    assert asked == [("some-one/tiny-GGUF", "quants/tiny.Q4_K_M.gguf", "main")]
+
+    def absent(*_: object, **__: object) -> str:
+        raise FileNotFoundError("404: no such entry.\nSee more")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
+    with pytest.raises(TargetError, match=r"cannot fetch x\.gguf of some-one/tiny from the Hub: 404: no such entry\. "):
+        load("some-one/tiny/x.gguf")
+
+
+def test_a_template_beside_the_file_serves_where_it_holds_none(tmp_path: Path) -> None:
+    from coral_core.errors import DataError
+    from coral_core.target.template import prompt_ids
+
+    path = write(tmp_path / "tiny.gguf", template="")
+    messages = [{"role": "user", "content": "a"}]
+    with pytest.raises(
+        DataError, match=r"tiny\.gguf' has no chat template.* save a chat_template\.jinja in its folder"
+    ):
+        prompt_ids(load(path).tokenizer, messages)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert prompt_ids(load(path).tokenizer, messages)[-1] == 2
+
+
+REFUSED = {
+    "an unknown architecture": (
+        {"architecture": "mystery"},
+        r"cannot read .*tiny\.gguf: .*mystery.* Set target\.model",
+    ),
+    "no tokenizer": ({"tokens": []}, r"tiny\.gguf holds no tokenizer\. Set target\.model"),
+    "one part of several": ({"split": 3}, r"is one of 3 parts\. Join them with: llama-gguf-split --merge"),
+    "a missing tensor": ({"leave_out": "blk.1.ffn_up.weight"}, r"lacks 1 of its model's tensors, .*1\.mlp\.up_proj"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_cannot_serve_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    changes, message = REFUSED[case]
+    with pytest.raises(TargetError, match=message) as caught:
+        load(write(tmp_path / "tiny.gguf", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_off_anywhere_is_refused_in_one_line(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.gguf").read_bytes()
+    path = tmp_path / "cut.gguf"
+    for length in (5, 20, 60, 300, 900, 2000, len(whole) // 2, len(whole) - 4):
+        path.write_bytes(whole[:length])
+        with pytest.raises(TargetError, match=r"cut\.gguf is damaged, or was cut off .* Fetch it again") as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    for name, content in (("model.gguf", b"PK\x03\x04 a zip"), ("empty.gguf", b""), ("model.safetensors", b"\x10\0")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TargetError, match="is a file, and no GGUF. Set target.model"):
+            load(tmp_path / name)
+    with pytest.raises(TargetError, match=r"there is no file .*nowhere\.gguf\. Set target\.model"):
+        load(tmp_path / "nowhere.gguf")
+    assert gguf_file.find(str(PICO / "target"), "main") is None
+    assert gguf_file.find("HuggingFaceTB/SmolLM2-135M-Instruct", "main") is None
+
+
+def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TargetError, match=r"needs the package gguf\. Run: pip install 'coral-decoding\[gguf\]'"):
+        gguf_file.unpack(path, torch.float32)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(TargetError, match=r"cannot keep a dequantised GGUF .* HF_HOME"):
+        gguf_file.unpack(path, torch.float32)
