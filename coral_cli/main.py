@@ -12,6 +12,7 @@ import typer.core
 
 from coral_cli import hints
 from coral_cli.commands.chat import chat
+from coral_cli.commands.env import env
 from coral_cli.commands.eval import evaluate
 from coral_cli.commands.export import export
 from coral_cli.commands.group_head import group_head
@@ -19,6 +20,7 @@ from coral_cli.commands.import_drafter import import_drafter
 from coral_cli.commands.inspect import inspect
 from coral_cli.commands.prepare_data import prepare_data
 from coral_cli.commands.publish import publish
+from coral_cli.commands.recipe import recipe
 from coral_cli.commands.serve import serve
 from coral_cli.commands.train import train
 from coral_core import __version__
@@ -44,7 +46,6 @@ class Boundary(typer.core.TyperGroup):
 app = typer.Typer(
     name="coral",
     cls=Boundary,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # a bug's traceback as Python prints it
     rich_markup_mode=None,  # plain help: rich takes 0.2 s more, and reads `[recipe.yaml]` as markup
@@ -82,6 +83,8 @@ app.command("export")(export)
 app.command("import")(import_drafter)
 app.command("publish")(publish)
 app.command("serve")(serve)
+app.command("recipe")(recipe)
+app.command("env")(env)
 
 
 def main() -> None:

@@ -15,7 +15,9 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     arguments: Arguments = None,
     bench: Annotated[
         list[str] | None,
-        typer.Option("--bench", help="mt-bench, humaneval, gsm8k or held-out (the default); repeat for several."),
+        typer.Option(
+            "--bench", help="held-out (the default), mt-bench, humaneval, gsm8k, math-500 ...; repeat for several."
+        ),
     ] = None,
     questions: Annotated[
         Path | None,

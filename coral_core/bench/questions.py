@@ -7,17 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from coral_core.bench.catalogue import PUBLISHED, SPEED_BENCH_MASK
 from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.loader import PICO_RECIPE
 
-HUB: dict[str, tuple[str, str | None, str]] = {
-    "mt-bench": ("HuggingFaceH4/mt_bench_prompts", None, "train"),
-    "humaneval": ("openai/openai_humaneval", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-}
-"""Bench -> Hub dataset, configuration, split."""
 HELD_OUT = "held-out"
-BENCHES = (HELD_OUT, *HUB)
+BENCHES = (HELD_OUT, *PUBLISHED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +61,7 @@ def check_names(names: list[str], questions: Path | None) -> list[str]:
     if questions.is_dir():
         found = tuple(sorted(path.stem for path in questions.glob("*.jsonl")))
         for name in names:
-            if name in HUB and name not in found:
+            if name in PUBLISHED and name not in found:
                 raise DataError(f"the questions of {name} are missing; {_where_to_get(name, questions)}")
         return [check_bench(name, (HELD_OUT, *found)) for name in names] or list(found)
     if len(names) > 1:
@@ -75,7 +70,9 @@ def check_names(names: list[str], questions: Path | None) -> list[str]:
         )
     name = names[0] if names else questions.stem
     if not questions.exists():
-        hint = f"; {_where_to_get(name, questions.parent)}" if name in HUB else ". Pass a JSONL file to --questions"
+        hint = (
+            f"; {_where_to_get(name, questions.parent)}" if name in PUBLISHED else ". Pass a JSONL file to --questions"
+        )
         raise DataError(f"the questions file {questions} is missing{hint}")
     return [name]
 
@@ -93,27 +90,34 @@ def from_hub(bench: str) -> list[Question]:
     """A bench of the papers. Raises DataError saying what to download when the Hub cannot be reached."""
     import datasets
 
-    dataset, configuration, split = HUB[bench]
+    source = PUBLISHED[bench]
     client = logging.getLogger("huggingface_hub")
     level = client.level
     client.setLevel(logging.ERROR)  # without a network it tells of each retry, and the failure is told below
     try:
-        rows = datasets.load_dataset(dataset, configuration, split=split)
+        rows = datasets.load_dataset(source.dataset, source.configuration, data_files=source.file, split=source.split)
     except Exception as error:  # the Hub client raises many kinds; the reason is passed on
         raise DataError(
-            f"cannot fetch {bench} from the Hub dataset {dataset} ({type(error).__name__}); "
+            f"cannot fetch {bench} from the Hub dataset {source.dataset} ({type(error).__name__}); "
             f"{_where_to_get(bench, Path('questions'))}"
         ) from error
     finally:
         client.setLevel(level)
-    return [_question(row, f"{bench}-{index}") for index, row in enumerate(rows)]
+    asked = [_question(row, f"{bench}-{index}", bench) for index, row in enumerate(rows)]
+    return [question for question in asked if not _masked(question)]
+
+
+def _masked(question: Question) -> bool:
+    """Whether SPEED-Bench keeps the words of this row to itself."""
+    return any(SPEED_BENCH_MASK in turn for turn in question.turns)
 
 
 def _where_to_get(bench: str, folder: Path) -> str:
     """What to download, where to put it, and the command."""
-    dataset, _, split = HUB[bench]
+    source = PUBLISHED[bench]
+    what = source.file or f"the {source.split} split"
     return (
-        f"download the {split} split of https://huggingface.co/datasets/{dataset} elsewhere, one JSON object per line, "
+        f"download {what} of https://huggingface.co/datasets/{source.dataset} elsewhere, one JSON object per line, "
         f"to {folder / bench}.jsonl, and run: coral eval --bench {bench} --questions {folder}"
     )
 
@@ -129,20 +133,22 @@ def from_file(path: Path) -> list[Question]:
         if not line.strip():
             continue
         try:
-            questions.append(_question(json.loads(line), f"{path.stem}-{number}"))
+            questions.append(_question(json.loads(line), f"{path.stem}-{number}", path.stem))
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"{path} line {number} is not a question: it needs 'turns', 'prompt' or 'question' ({error})"
             ) from error
     if not questions:
         raise DataError(f"the questions file {path} is empty. Pass a JSONL file to --questions")
-    return questions
+    return [question for question in questions if not _masked(question)]
 
 
-def _question(row: dict[str, Any], name: str) -> Question:
+def _question(row: dict[str, Any], name: str, bench: str) -> Question:
+    """A row of `bench`, whose template is used where the bench has one and the row its fields."""
     if not isinstance(row, dict):
         raise TypeError("not a JSON object")
-    turns = row.get("turns") or row.get("prompt") or row["question"]
+    templated = PUBLISHED[bench].words(row) if bench in PUBLISHED else None
+    turns = templated or row.get("turns") or row.get("prompt") or row["question"]
     turns = (turns,) if isinstance(turns, str) else tuple(turns)
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError("a turn is empty or not text")

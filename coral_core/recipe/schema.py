@@ -135,8 +135,10 @@ class TrainSpec:
     the best drafter so far is the one published. 0: never, and the last is published."""
     init_from: str = ""
     """Folder of a drafter to start from, as in HASS's second stage; empty: random weights."""
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where numbers go besides log.jsonl; the two others are extras to install."""
+    tracker: Literal[
+        "none", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+    ] = "none"
+    """Where numbers go besides log.jsonl: a tracker that accelerate knows, whose package is to be installed."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "csra_negatives", "checkpoint_every"):

@@ -110,7 +110,7 @@ def make_accelerator(spec: TrainSpec, work: Path) -> accelerate.Accelerator:
     """accelerate's idea of this machine. Raises CoralError for a precision or a tracker that it does not have."""
     tracker = None if spec.tracker == "none" else spec.tracker
     if tracker and not importlib.util.find_spec(tracker):
-        raise CoralError(f"train.tracker={tracker} is not installed. Run: pip install 'coral-decoding[{tracker}]'")
+        raise CoralError(f"train.tracker={tracker} is not installed. Run: pip install {tracker.replace('_', '-')}")
     try:
         accelerator = accelerate.Accelerator(mixed_precision=spec.precision, log_with=tracker, project_dir=work.parent)
     except ValueError as error:

@@ -47,6 +47,38 @@ def test_an_unknown_bench_names_the_nearest() -> None:
         check_bench("mtbench")
 
 
+@pytest.mark.parametrize(
+    ("bench", "row", "turns"),
+    [
+        ("math-500", {"problem": "1 + 1?", "solution": "2"}, ("1 + 1?",)),
+        ("mbpp", {"prompt": "Add.", "test_list": ["assert a", "assert b"]}, None),
+        ("alpaca", {"instruction": "Sort.", "input": "3 1"}, ("Sort.\n3 1",)),
+        ("alpaca", {"instruction": "Sing.", "input": ""}, ("Sing.",)),
+        ("cnn-dailymail", {"article": "It rained.", "highlights": "Rain."}, ("Summarize this article.\n\nIt rained.",)),
+        ("speed-bench", {"turns": ["One.", "Two."]}, ("One.", "Two.")),
+        ("spec-bench-rag", {"turns": ["Who?"], "category": "rag"}, ("Who?",)),
+        ("gsm8k", {"question": "2 + 2?", "answer": "#### 4"}, ("2 + 2?",)),
+    ],
+)
+def test_each_bench_asks_what_its_rows_hold(monkeypatch: pytest.MonkeyPatch, bench: str, row: dict, turns) -> None:
+    """The same from the Hub and from a file of the bench's name."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [row])
+    turns = turns or ("Add.\nYour code should pass these tests:\nassert a\nassert b",)
+    assert [question.turns for question in from_hub(bench)] == [turns]
+
+
+def test_a_benchs_own_file_is_read_with_its_template(tmp_path: Path) -> None:
+    path = write(tmp_path / "mbpp.jsonl", {"prompt": "Add.", "test_list": ["assert a"]}, {"turns": ["As ever."]})
+    asked = [question.turns for question in from_file(path)]
+    assert asked == [("Add.\nYour code should pass these tests:\nassert a",), ("As ever.",)]
+
+
+def test_rows_whose_words_are_withheld_are_left_out(tmp_path: Path) -> None:
+    masked = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+    path = write(tmp_path / "speed-bench.jsonl", {"turns": [masked]}, {"turns": ["Said."]})
+    assert [question.turns for question in from_file(path)] == [("Said.",)]
+
+
 def test_an_unreachable_hub_says_what_to_download(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,7 +20,9 @@ def heavy_after(code: str) -> str:
     return done.stderr.strip()
 
 
-@pytest.mark.parametrize("verb", [None, "prepare-data", "train", "group-head", "eval", "chat", "inspect", "serve"])
+@pytest.mark.parametrize(
+    "verb", [None, "prepare-data", "train", "group-head", "eval", "chat", "inspect", "serve", "env", "recipe"]
+)
 def test_help_imports_nothing_heavy(verb):
     argv = ["coral", *([verb] if verb else []), "--help"]
     code = (

@@ -5,7 +5,7 @@ import typer.main
 from coral_cli.main import app
 
 OPTIONS = {
-    "coral": ["--help", "--version"],
+    "coral": ["--help", "--install-completion", "--show-completion", "--version"],
     "prepare-data": ["--dry-run", "--help", "--runs", "--show"],
     "train": ["--help", "--runs"],
     "group-head": ["--help", "--runs"],
@@ -16,6 +16,8 @@ OPTIONS = {
     "serve": ["--active", "--help", "--host", "--port", "--runs", "--waiting"],
     "chat": ["--help", "--no-speculative", "--runs", "--show-drafts", "--speculative"],
     "inspect": ["--help", "--json"],
+    "recipe": ["--help", "--schema"],
+    "env": ["--help", "--json"],
     "export": ["--help", "--map-size", "--runs", "--to"],
     "import": ["--help", "--runs"],
     "publish": ["--help", "--licence", "--push", "--repo", "--runs"],
@@ -42,5 +44,5 @@ def test_each_command_takes_recipe_and_overrides():
     for name, command in group.commands.items():
         positional = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         folder, recipe = ("path", 1), ("arguments", -1)
-        expected = {"inspect": [folder], "import": [folder, recipe]}.get(name, [recipe])
+        expected = {"inspect": [folder], "env": [], "import": [folder, recipe]}.get(name, [recipe])
         assert [(argument.name, argument.nargs) for argument in positional] == expected

@@ -270,7 +270,5 @@ def test_a_second_stage_starts_from_another_drafter(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(
-        CoralError, match=r"train.tracker=wandb is not installed. Run: pip install 'coral-decoding\[wandb\]'"
-    ):
+    with pytest.raises(CoralError, match="train.tracker=wandb is not installed. Run: pip install wandb"):
         run_train(tiny_store(tmp_path / "data"), tmp_path / "work", tracker="wandb")
