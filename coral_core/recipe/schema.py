@@ -114,6 +114,9 @@ class TrainSpec:
     epochs without (`init_from`); from the first step on it costs 4 % of tau, all that the unroll gains (LOG.md)."""
     topk: int = 10
     """Tokens in the top-K loss."""
+    candidates: int = 0
+    """Rows of the LM head that the losses over the vocabulary read for each batch: frequent tokens, those of the batch,
+    and some drawn from the rest, which stand for it; 0, or as many as there are: all rows, exactly."""
     csra_weight: float = 0.1
     """Weight of cross-step representation alignment (InfoNCE over the unroll steps' outputs)."""
     csra_temperature: float = 0.2
@@ -145,7 +148,7 @@ class TrainSpec:
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         for key in ("learning_rate", "clip_norm", "csra_temperature"):
             _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
-        for key in ("warmup_steps", "feature_noise", "eval_every"):
+        for key in ("warmup_steps", "feature_noise", "eval_every", "candidates"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
         for key in ("regression_weight", "distill_weight", "topk_weight", "csra_weight"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")

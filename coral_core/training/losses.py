@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from coral_core.lent import Lent
+from coral_core.training.candidates import HeadRows
 from coral_core.training.rows import missing_rows
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -60,16 +61,22 @@ class VocabularyParts:
     topk_S: torch.Tensor
     agree_S: torch.Tensor
     """Rows where the drafter's most likely token is the target's."""
+    tail_S: torch.Tensor
+    """The target's probability outside of the certain rows; the same for every step."""
 
 
 def vocabulary(
-    hidden_SND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent, weights: tuple[float, float], k: int
+    hidden_SND: torch.Tensor, feature_ND: torch.Tensor, head: HeadRows, weights: tuple[float, float], k: int
 ) -> tuple[torch.Tensor, VocabularyParts]:
-    """`weights[0]` · distill + `weights[1]` · topk, summed over N and S, and its parts."""
-    most = max(CHUNK_ROWS, CHUNK_ELEMENTS[feature_ND.device.type] // lent.head_VD.shape[0])
+    """`weights[0]` · distill + `weights[1]` · topk, summed over N and S, and its parts.
+
+    With candidates both are estimates: a drawn row counts as often as there are rows that it stands for. The top-K
+    tokens and the most likely one are looked for among the certain rows.
+    """
+    most = max(CHUNK_ROWS, CHUNK_ELEMENTS[feature_ND.device.type] // len(head.lent.head_VD))
     pieces = max(1, round(len(feature_ND) / most))  # equal ones: a short last chunk reads the head for little
     rows = max(1, -(-len(feature_ND) // pieces))
-    total, parts_PS = _Vocabulary.apply(hidden_SND, feature_ND, lent, weights, (k, rows))
+    total, parts_PS = _Vocabulary.apply(hidden_SND, feature_ND, head, weights, (min(k, head.certain), rows))
     return total, VocabularyParts(*parts_PS)
 
 
@@ -81,19 +88,19 @@ class _Vocabulary(torch.autograd.Function):
         ctx: Any,
         hidden_SND: torch.Tensor,
         feature_ND: torch.Tensor,
-        lent: Lent,
+        head: HeadRows,
         weights: tuple[float, float],
         sizes: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         k, rows = sizes
         grad_SND = torch.zeros_like(hidden_SND) if ctx.needs_input_grad[0] else None
-        parts_PS = torch.zeros(3, len(hidden_SND), device=hidden_SND.device)
+        parts_PS = torch.zeros(4, len(hidden_SND), device=hidden_SND.device)
         for start in range(0, len(feature_ND), rows):
             chunk = slice(start, start + rows)
-            aim = _aim(feature_ND[chunk], lent, weights, k)
+            aim = _aim(feature_ND[chunk], head, weights, k)
             for step, hidden_ND in enumerate(hidden_SND[:, chunk]):
                 out_ND = None if grad_SND is None else grad_SND[step, chunk]
-                parts_PS[:, step] += _chunk(hidden_ND, aim, lent, out_ND)
+                parts_PS[:, step] += _chunk(hidden_ND, aim, head, out_ND)
         ctx.save_for_backward(grad_SND)
         ctx.mark_non_differentiable(parts_PS)
         return (weights[0] * parts_PS[0] + weights[1] * parts_PS[1]).sum(), parts_PS
@@ -114,31 +121,38 @@ class _Aim:
     g_NV: torch.Tensor
 
 
-def _aim(feature_ND: torch.Tensor, lent: Lent, weights: tuple[float, float], k: int) -> _Aim:
-    p_NV = logits(lent, feature_ND).softmax(-1)
-    p_NK, token_NK = p_NV.topk(k, dim=-1)
+def _aim(feature_ND: torch.Tensor, head: HeadRows, weights: tuple[float, float], k: int) -> _Aim:
+    p_NV = _counted(logits(head.lent, feature_ND), head).softmax(-1)
+    p_NK, token_NK = p_NV[:, : head.certain].topk(k, dim=-1)
     g_NV = (p_NV * weights[0]).scatter_add_(-1, token_NK, p_NK * weights[1])
     return _Aim(p_NV, p_NK, token_NK, g_NV)
 
 
-def _chunk(hidden_ND: torch.Tensor, aim: _Aim, lent: Lent, grad_ND: torch.Tensor | None) -> torch.Tensor:
-    """The three parts' sums over a chunk; the gradient of the weighted sum goes into `grad_ND`."""
-    z_NV = logits(lent, hidden_ND)
-    best_N, token_N = z_NV.max(-1)
+def _counted(z_NV: torch.Tensor, head: HeadRows) -> torch.Tensor:
+    """The logits, changed in place, such that softmax counts each row as often as it stands for one."""
+    if head.log_weight:
+        z_NV[:, head.certain :] += head.log_weight
+    return z_NV
+
+
+def _chunk(hidden_ND: torch.Tensor, aim: _Aim, head: HeadRows, grad_ND: torch.Tensor | None) -> torch.Tensor:
+    """The parts' sums over a chunk; the gradient of the weighted sum goes into `grad_ND`."""
+    z_NV = logits(head.lent, hidden_ND)
+    best_N, token_N = z_NV[:, : head.certain].max(-1)
     z_NK, dot_N = z_NV.gather(-1, aim.token_NK), torch.linalg.vecdot(aim.p_NV, z_NV)
-    slope_NV = _transform_slope(z_NV, lent)
-    q_NV = torch.softmax(z_NV, -1)
+    slope_NV = _transform_slope(z_NV, head.lent)
+    q_NV = torch.softmax(_counted(z_NV, head), -1)
     del z_NV
     lse_N = best_N - q_NV.gather(-1, token_N[:, None])[:, 0].log()
     topk_sum = (aim.p_NK * (lse_N[:, None] - z_NK)).sum()
     agree = (token_N == aim.token_NK[:, 0]).sum()
-    parts_P = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree))
+    parts_P = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree, aim.p_NV[:, head.certain :].sum()))
     if grad_ND is None:
         return parts_P
     d_logits_NV = q_NV.mul_(aim.g_NV.sum(-1, keepdim=True)).sub_(aim.g_NV)
     if slope_NV is not None:
         d_logits_NV *= slope_NV
-    grad_ND.copy_((_for_head(d_logits_NV, lent) @ lent.head_VD)[: len(grad_ND)])
+    grad_ND.copy_((_for_head(d_logits_NV, head.lent) @ head.lent.head_VD)[: len(grad_ND)])
     return parts_P
 
 

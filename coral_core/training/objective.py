@@ -11,6 +11,7 @@ import torch
 from coral_core.lent import Lent
 from coral_core.store.batches import Batch
 from coral_core.training.alignment import Alignment, cross_step_cosine, csra, take_rows
+from coral_core.training.candidates import Candidates, HeadRows
 from coral_core.training.losses import regression, vocabulary
 from coral_core.training.unroll import loss_rows
 
@@ -25,6 +26,8 @@ class Objective:
     topk: int = 10
     csra_weight: float = 0.0
     alignment: Alignment = dataclasses.field(default_factory=Alignment)
+    candidates: Candidates | None = None
+    """Which rows of the LM head distillation and top-K read; None: all."""
 
     def __call__(
         self, hiddens: list[torch.Tensor], batch: Batch, lent: Lent, generator: torch.Generator | None = None
@@ -32,8 +35,8 @@ class Objective:
         """(sum over rows of the mean over steps, sums of its parts by name): divide both by the number of rows.
 
         Parts: `regression`, `distill`, `topk`, `csra` (unweighted, mean over steps), `accuracy_1` … (rows where step
-        j's most likely token is the target's), `cosine` (between step 1 and the later ones). No value is read from
-        the device here.
+        j's most likely token is the target's), `cosine` (between step 1 and the later ones), and with candidates
+        `tail` (the target's probability outside of the certain ones).
         """
         row_BA, present_BA = pack(loss_rows(batch))
         hidden_SBAD = torch.stack([take_rows(hidden_BRD, row_BA) for hidden_BRD in hiddens])
@@ -41,7 +44,8 @@ class Objective:
         hidden_SND, feature_ND = hidden_SBAD[:, present_BA], feature_BAD[present_BA]
         steps = len(hiddens)
         weights = (self.distill_weight, self.topk_weight)
-        words, seen = vocabulary(hidden_SND, feature_ND, lent, weights, min(self.topk, lent.head_VD.shape[0]))
+        head = self.candidates.rows(lent, batch, generator) if self.candidates else HeadRows.whole(lent)
+        words, seen = vocabulary(hidden_SND, feature_ND, head, weights, self.topk)
         parts = {"distill": seen.distill_S.mean(), "topk": seen.topk_S.mean()}
         parts["regression"] = regression(hidden_SND, feature_ND.expand_as(hidden_SND)) / steps
         total = words / steps + self.regression_weight * parts["regression"]
@@ -50,6 +54,8 @@ class Objective:
             aligned = csra(hidden_SBAD, feature_BAD, present_BA, token_BA, self.alignment, generator) / steps
             total, parts["csra"] = total + self.csra_weight * aligned, aligned
         parts |= {f"accuracy_{step}": agree for step, agree in enumerate(seen.agree_S, start=1)}
+        if self.candidates:
+            parts["tail"] = seen.tail_S[0]
         parts["cosine"] = cross_step_cosine(hidden_SND)
         return total, {name: value.detach() for name, value in parts.items()}
 

@@ -23,6 +23,7 @@ from coral_core.recipe.schema import TrainSpec
 from coral_core.store.batches import Batch, batches
 from coral_core.store.store import Store
 from coral_core.training.alignment import Alignment
+from coral_core.training.candidates import Candidates
 from coral_core.training.checkpoint import Checkpoint
 from coral_core.training.objective import Objective
 from coral_core.training.unroll import Unroll, feature_noise, loss_rows
@@ -46,7 +47,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(unroll.parameters(), lr=spec.learning_rate, betas=BETAS)
         self.model, self.optimizer = accelerator.prepare(unroll, optimizer)
         self.lent = store.lent().to(accelerator.device, DTYPES[spec.precision])
-        self.objective = make_objective(spec)
+        self.objective = make_objective(spec, Candidates.of(store, spec.candidates, accelerator.device))
         self.step = 0
 
     def micro_batches(self) -> Iterator["MicroBatch"]:
@@ -162,8 +163,8 @@ def draw_seed(seed: int, number: int) -> int:
     return random.Random(f"{seed} {number}").getrandbits(32)
 
 
-def make_objective(spec: TrainSpec) -> Objective:
-    """The loss that a recipe describes."""
+def make_objective(spec: TrainSpec, candidates: Candidates | None = None) -> Objective:
+    """The loss that a recipe describes, over the whole vocabulary or over candidates."""
     alignment = Alignment(
         temperature=spec.csra_temperature,
         negatives=spec.csra_negatives,
@@ -178,6 +179,7 @@ def make_objective(spec: TrainSpec) -> Objective:
         topk=spec.topk,
         csra_weight=spec.csra_weight,
         alignment=alignment,
+        candidates=candidates,
     )
 
 

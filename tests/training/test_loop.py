@@ -54,14 +54,13 @@ def one_thread():
 
 def test_ten_steps_equal_five_steps_a_kill_and_five_steps_bit_for_bit(tmp_path, one_thread):
     store = tiny_store(tmp_path / "data")
-    killed = start(tmp_path, kill_after=5)
-    expected, _ = run_train(store, tmp_path / "whole")
+    killed = start(tmp_path, kill_after=5, changes=["candidates=16"])
+    expected, _ = run_train(store, tmp_path / "whole", candidates=16)
     assert killed.wait(300) == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
     steps = []
-    found = train(
-        tiny_spec(), store, seed=5, work=tmp_path, reports=Reports(lambda _: None, lambda *seen: steps.append(seen[1]))
-    ).state_dict()
+    reports = Reports(lambda _: None, lambda *seen: steps.append(seen[1]))
+    found = train(tiny_spec(candidates=16), store, seed=5, work=tmp_path, reports=reports).state_dict()
     assert steps == [5, 6, 7, 8, 9, 10]
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name

@@ -13,6 +13,7 @@ import torch
 
 from coral_core.lent import Lent
 from coral_core.training import losses
+from coral_core.training.candidates import HeadRows
 from tests.training.helpers import HIDDEN, tiny_lent
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_chunked_vocabulary_loss_equals_the_references(scalars, rows_per_chunk, 
     torch.manual_seed(0)
     hidden_SND, feature_ND = torch.randn(3, 11, HIDDEN, requires_grad=True), torch.randn(11, HIDDEN)
     weights = (0.1, 0.9)
-    total, parts = losses.vocabulary(hidden_SND, feature_ND, lent, weights, 5)
+    total, parts = losses.vocabulary(hidden_SND, feature_ND, HeadRows.whole(lent), weights, 5)
     (grad_SND,) = torch.autograd.grad(total * 2.0, hidden_SND)
 
     distill = torch.stack([losses.distill(hidden_ND, feature_ND, lent) for hidden_ND in hidden_SND])
@@ -81,13 +82,13 @@ def test_vocabulary_loss_keeps_no_tensor_of_width_v():
     lent = Lent(torch.randn(1000, 8), torch.randn(1000, 8))
     hidden_SND = torch.randn(3, 50, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses.vocabulary(hidden_SND, torch.randn(50, 8), lent, (0.1, 1.0), 10)
+        losses.vocabulary(hidden_SND, torch.randn(50, 8), HeadRows.whole(lent), (0.1, 1.0), 10)
     assert max(saved) <= 3 * 50 * 8
 
 
 def test_no_rows_give_zero_and_no_gradient():
     hidden_SND = torch.zeros(2, 0, HIDDEN, requires_grad=True)
-    total, parts = losses.vocabulary(hidden_SND, torch.zeros(0, HIDDEN), tiny_lent(), (0.1, 1.0), 5)
+    total, parts = losses.vocabulary(hidden_SND, torch.zeros(0, HIDDEN), HeadRows.whole(tiny_lent()), (0.1, 1.0), 5)
     total.backward()
     assert total.item() == 0
     assert parts.agree_S.tolist() == [0, 0]
