@@ -11,6 +11,7 @@ from coral_core.recipe.schema import Recipe
 
 TAGS = ["speculative-decoding", "coral", "eagle", "draft-model"]
 PAPERS = {
+    "quick": "CORAL (arXiv 2502.16880), its loss over some rows of the LM head",
     "eagle2": "EAGLE-2 (arXiv 2406.16858)",
     "hass": "HASS (arXiv 2408.15766)",
     "coral": "CORAL (arXiv 2502.16880)",

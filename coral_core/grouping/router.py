@@ -185,12 +185,3 @@ def recall(router: Router, rows: Rows, groups: Groups, active: int, drafted_SM: 
         "mass": float((rows.prob_MK * inside_SMK).sum(-1).mean()),
         "kept": float(argmax_SM[drafted_SM].mean()) if drafted_SM.any() else 1.0,
     }
-
-
-def answer_counts(store: Store, vocabulary: int) -> torch.Tensor:
-    """How often each token [V] stands in the training dialogues' answers."""
-    count_V = torch.zeros(vocabulary, dtype=torch.int64)
-    for index in store.train_indices:
-        sample = store[index]
-        count_V += torch.bincount(sample.ids_T[sample.answer_T], minlength=vocabulary)
-    return count_V

@@ -26,7 +26,6 @@ from coral_core.grouping.cost import RoundCost, predict, time_calls, time_heads
 from coral_core.grouping.router import (
     Rows,
     Source,
-    answer_counts,
     drafted,
     first_router,
     gather,
@@ -153,7 +152,7 @@ class Trial:
         check_groups(recipe.head.groups, vocabulary)
         drafter = drafter.to(device)
         source = Source(drafter, lent, recipe.train.unroll_steps)
-        count_V = answer_counts(store, vocabulary)
+        count_V = store.answer_counts()
         rows = gather(source, store, seed=recipe.seed, progress=progress)
         unseen = held_out_rows(source, store) if store.holdout_indices else rows
         found_SM = drafted(unseen, recipe.decode.draft_topk)

@@ -128,6 +128,14 @@ class Store:
         prompts: list[list[int]] = json.loads((self.folder / HOLDOUT).read_text(encoding="utf-8"))
         return prompts
 
+    def answer_counts(self) -> torch.Tensor:
+        """How often each token [V] stands in the training dialogues' answers; reads every training sample."""
+        count_V = torch.zeros(self.manifest.facts["vocab"], dtype=torch.int64)
+        for index in self.train_indices:
+            sample = self[index]
+            count_V += torch.bincount(sample.ids_T[sample.answer_T], minlength=len(count_V))
+        return count_V
+
     def lent(self) -> Lent:
         """The target's embedding and head."""
         self._check_sum(LENT, self.manifest.facts["files"][LENT])

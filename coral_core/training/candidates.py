@@ -18,7 +18,6 @@ import torch
 from coral_core.lent import Lent
 from coral_core.store.batches import Batch
 from coral_core.store.store import Store
-from coral_core.training.router import answer_counts
 
 DRAWN = 4
 """One candidate in so many is drawn from the tail; the others are the most frequent tokens."""
@@ -60,7 +59,7 @@ class Candidates:
         if not 0 < count < vocabulary:
             return None
         drawn = max(1, count // DRAWN)
-        order_V = answer_counts(store, vocabulary).argsort(descending=True, stable=True)
+        order_V = store.answer_counts().argsort(descending=True, stable=True)
         return cls(order_V[: count - drawn].to(device), drawn)
 
     def rows(self, lent: Lent, batch: Batch, generator: torch.Generator | None = None) -> HeadRows:

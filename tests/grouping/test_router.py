@@ -10,7 +10,6 @@ from coral_core.grouping.clustering import by_id
 from coral_core.grouping.router import (
     Rows,
     Source,
-    answer_counts,
     drafted,
     first_router,
     gather,
@@ -87,14 +86,6 @@ def test_labels_are_the_drafters_mass_per_group(tmp_path: Path) -> None:
     torch.testing.assert_close(group_mass(unseen, groups), q_NV.unflatten(1, (6, 8)).sum(-1), rtol=0, atol=1e-5)
     best_SM = q_NV.argmax(-1).view(2, -1)
     assert torch.equal(drafted(unseen, 1), best_SM == p_MV.argmax(1))
-
-
-def test_only_the_training_answers_are_counted(tmp_path: Path) -> None:
-    ids = [torch.tensor([1, 1, 2, 3]), torch.tensor([5, 5, 5, 5])]
-    answer_T = torch.tensor([False, True, True, True])
-    samples = [Sample(ids_T, answer_T, torch.zeros(4, 8)) for ids_T in ids]
-    count_V = answer_counts(make_store(tmp_path / "data", samples, holdout=1), 8)
-    assert count_V.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_recall_by_hand() -> None:

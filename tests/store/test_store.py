@@ -169,3 +169,11 @@ def test_more_shards_than_may_stay_open(tmp_path: Path) -> None:
 def test_holdout_file_is_plain_json(tmp_path: Path) -> None:
     store = make_store(tmp_path / "data", make_samples(4), holdout=1)
     assert json.loads((store.folder / "holdout.json").read_text()) == store.holdout_prompts
+
+
+def test_only_the_training_answers_are_counted(tmp_path):
+    ids = [torch.tensor([1, 1, 2, 3]), torch.tensor([5, 5, 5, 5])]
+    answer_T = torch.tensor([False, True, True, True])
+    samples = [Sample(ids_T, answer_T, torch.zeros(4, 8)) for ids_T in ids]
+    count_V = make_store(tmp_path / "data", samples, lent=make_lent(vocab=6), holdout=1).answer_counts()
+    assert count_V.tolist() == [0, 1, 1, 1, 0, 0]

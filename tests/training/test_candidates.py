@@ -50,7 +50,7 @@ def test_rows_that_are_alike_stand_for_each_other_exactly(scalars):
 
 
 def test_over_many_draws_the_loss_is_nearly_the_whole_one():
-    """28 different rows in the tail, 14 of them drawn: the mean over 200 draws. A ratio of estimates is biased a little."""
+    """28 different rows in the tail, 14 of them drawn: the mean over 200 draws. Ratios of estimates are biased."""
     lent, draw = tiny_lent(), Candidates(torch.arange(FREQUENT), 14)
     torch.manual_seed(0)
     hidden_SND, feature_ND = torch.randn(1, 50, HIDDEN) / 3, torch.randn(50, HIDDEN) / 3
