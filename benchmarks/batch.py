@@ -21,12 +21,12 @@ import torch
 from benchmarks.record import record
 from coral_core.bench.questions import held_out
 from coral_core.bench.race import first_prompt
-from coral_core.decoding.assemble import assemble
 from coral_core.decoding.batch.engine import BatchEngine
 from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.recipe.loader import load_recipe
+from coral_core.run import Run
 from coral_core.target.load import Target, load_target
 
 Answers = list[list[int]]
@@ -96,7 +96,7 @@ def main() -> None:
     files = [Path(text) for text in rest if "=" not in text]
     recipe = load_recipe(files[0] if files else None, [text for text in rest if "=" in text])
     target, run = load_target(recipe.target), Path("runs") / recipe.name
-    engine = assemble(recipe, run, target).engine
+    engine = Run(recipe, run).engine(target)
     questions = held_out(run, recipe.target.model)[: options.prompts]
     prompts = [first_prompt(target, question) for question in questions]
     lanes: dict[str, Callable[[], Decoded]] = {

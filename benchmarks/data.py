@@ -33,11 +33,11 @@ from coral_core.data.job import Job
 from coral_core.data.meter import Meter
 from coral_core.data.shards import tap_all
 from coral_core.data.stage import prepare
-from coral_core.decoding.assemble import sampler, tree_shape
 from coral_core.decoding.engine import Engine
 from coral_core.head.full import FullHead
 from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import Recipe
+from coral_core.run import sampler, tree_shape
 from coral_core.store.batches import batches
 from coral_core.store.shard import FP8, Sample, ShardFacts, row_bytes, write_shard
 from coral_core.store.store import Store, seal

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from coral_core.drafter.model import Drafter
-from coral_core.target.load import PICO
+from coral_core.embedded import FOLDER as PICO
 
 
 def main() -> None:

@@ -30,12 +30,13 @@ from coral_core.bench.race import first_prompt
 from coral_core.data.job import Job
 from coral_core.data.stage import prepare
 from coral_core.drafter.model import Drafter
+from coral_core.embedded import FOLDER as PICO
 from coral_core.grouping.stage import Trial
 from coral_core.progress import Progress
 from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import Recipe
 from coral_core.store.store import Store
-from coral_core.target.load import PICO, Target, load_target
+from coral_core.target.load import Target, load_target
 from coral_core.target.template import prompt_ids
 from coral_core.training.stage import train_drafter
 

@@ -15,7 +15,6 @@ from benchmarks import paired, replay
 from coral_core.bench.acceptance import emitted_by_prompt
 from coral_core.bench.probe import Probe
 from coral_core.bench.race import Lane, run_lane
-from coral_core.decoding.assemble import sampler, tree_shape
 from coral_core.decoding.engine import Engine
 from coral_core.grouping.clustering import frequency_order
 from coral_core.grouping.cost import predict, time_heads
@@ -25,6 +24,7 @@ from coral_core.head.candidates import Head
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.static import StaticHead
+from coral_core.run import sampler, tree_shape
 
 GROUPS = 256
 """At equal rows read, finer groups keep more: of 64, 128 and 256 the last, for 17 % of a call on a CPU (LOG.md)."""

@@ -34,12 +34,12 @@ from benchmarks.record import record
 from coral_cli.options import read_recipe
 from coral_core.artifacts import fingerprint, write_text
 from coral_core.bench.acceptance import emitted_by_prompt
-from coral_core.decoding.assemble import sampler, tree_shape
 from coral_core.decoding.engine import Engine
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.head.full import FullHead
 from coral_core.recipe.schema import PRESETS, Recipe
+from coral_core.run import sampler, tree_shape
 from coral_core.store.store import Store
 from coral_core.target.capture import tap
 from coral_core.target.load import Target, load_target

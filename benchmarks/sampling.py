@@ -28,10 +28,10 @@ from coral_cli.options import read_recipe
 from coral_core.bench.questions import held_out
 from coral_core.bench.race import first_prompt
 from coral_core.decoding import tree
-from coral_core.decoding.assemble import assemble
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.recipe.schema import Recipe
+from coral_core.run import Run
 from coral_core.target.load import load_target
 
 TEMPERATURES = (0.7, 1.0)
@@ -116,7 +116,7 @@ def cost(device: torch.device, repeats: int) -> dict[str, Any]:
 
 def bench(recipe: Recipe, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     target, run = load_target(recipe.target), options.runs / recipe.name
-    engine = assemble(recipe, run, target).engine
+    engine = Run(recipe, run).engine(target)
     questions = held_out(run, recipe.target.model)[: options.prompts]
     yield from coupled(engine, [first_prompt(target, question) for question in questions], options.tokens)
     yield cost(target.device, options.repeats)

@@ -5,7 +5,6 @@ The recipe room is imported when a command runs, not before: PyYAML alone is a s
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +16,7 @@ from coral_core.errors import CoralError
 
 if TYPE_CHECKING:
     from coral_core.recipe.schema import Recipe
+    from coral_core.run import Run
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
@@ -52,14 +52,6 @@ RunsOption = Annotated[
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One run: its recipe, and the folder where its stages live."""
-
-    recipe: Recipe
-    folder: Path
-
-
 def read_recipe(arguments: list[str] | None) -> Recipe:
     """The recipe that a command line names; writes nothing. More than one recipe file is wrong usage (exit code 2)."""
     from coral_core.recipe.loader import load_recipe
@@ -75,6 +67,7 @@ def open_run(arguments: list[str] | None, runs: Path) -> Run:
     """Load the recipe, make RUNS/NAME, and keep the resolved recipe there as recipe.yaml."""
     from coral_core.artifacts import write_text
     from coral_core.recipe.loader import dump_yaml
+    from coral_core.run import Run
 
     recipe = read_recipe(arguments)
     folder = runs / recipe.name

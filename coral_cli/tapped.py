@@ -6,11 +6,10 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from coral_cli.options import Run
-
 if TYPE_CHECKING:
     import torch
 
+    from coral_core.run import Run
     from coral_core.store.store import Store, Tap
     from coral_core.target.load import Target
 
@@ -35,17 +34,10 @@ class Tapped:
         """The target. Raises ArtifactError when it is another than the data's."""
         import accelerate
 
-        from coral_core.errors import ArtifactError
-        from coral_core.target.load import load_target
-
         accelerate.PartialState()  # under several processes, `cuda` is then each one's own GPU
-        target = load_target(self.run.recipe.target)
-        made_for = self.store.manifest.inputs["target"]
-        if made_for != target.fingerprint:
-            raise ArtifactError(
-                f"the data in {self.store.folder} is of target {made_for}, and target "
-                f"'{self.run.recipe.target.model}' is {target.fingerprint}. Run: coral prepare-data{self.otherwise}"
-            )
+        target = self.run.target()
+        remedy = f"Run: coral prepare-data{self.otherwise}"
+        self.store.manifest.refuse_stranger(self.store.folder, remedy, target=target.fingerprint)
         return target
 
     @property

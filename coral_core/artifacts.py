@@ -88,6 +88,17 @@ class Manifest:
             raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}. Run: {command}")
         return manifest
 
+    def refuse_stranger(self, folder: Path, remedy: str, **wanted: str) -> None:
+        """Raises ArtifactError, which ends in `remedy`, when this was made for another target, data or drafter.
+
+        `wanted` holds fingerprints by these names. The one check of its kind.
+        """
+        for name, own in wanted.items():
+            if (made_for := self.inputs.get(name)) != own:
+                raise ArtifactError(
+                    f"the {self.kind} in {folder} was made for {name} {made_for}, and this {name} is {own}. {remedy}"
+                )
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole, or not at all."""

@@ -10,8 +10,8 @@ from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 from coral_core.errors import CoralError, DataError
 
 if TYPE_CHECKING:
-    from coral_cli.options import Run
     from coral_cli.talk.session import Session
+    from coral_core.run import Run
 
 HELP = "/clear /stats /system TEXT /temperature NUMBER /speculative on|off /save FILE /exit; Ctrl-C stops an answer"
 
@@ -63,18 +63,16 @@ def _heed(session: Session, words: str, show_drafts: bool) -> None:
 def _session(run: Run, speculative: bool) -> Session:
     from coral_cli.console import err
     from coral_cli.talk.session import Session
-    from coral_core.decoding.assemble import assemble, sampler
     from coral_core.decoding.engine import Engine
-    from coral_core.target.load import load_target
 
-    target = load_target(run.recipe.target)
+    target = run.target()
 
     def engine() -> Engine:
-        assembled = assemble(run.recipe, run.folder, target)
-        err.print(f"drafter and head from {assembled.folder}", style="dim", markup=False, soft_wrap=True)
-        return assembled.engine
+        found = run.engine(target)
+        err.print(f"drafter and head from {run.made}", style="dim", markup=False, soft_wrap=True)
+        return found
 
-    return Session(target, sampler(run.recipe), run.recipe.decode.max_new_tokens, engine, drafted=speculative)
+    return Session(target, run.sampler, run.recipe.decode.max_new_tokens, engine, drafted=speculative)
 
 
 def _turn(session: Session, words: str, show_drafts: bool) -> None:

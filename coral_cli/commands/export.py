@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coral_cli import hints
-from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 
 if TYPE_CHECKING:
     import torch
 
     from coral_core.export.run import Source
+    from coral_core.run import Run
     from coral_core.target.load import Target
 
 MEASURED_PROMPTS = 16
@@ -32,17 +33,17 @@ def export(
 ) -> None:
     """Write RUNS/NAME/export/FORMAT, a folder that an engine loads as it is, or say why it could not."""
     from coral_cli.console import err
+    from coral_core import embedded
     from coral_core.errors import CoralError
     from coral_core.export.run import FORMATS, HF, export_engine, export_hf, open_source
     from coral_core.export.serve import serve_command
-    from coral_core.target.load import PICO, load_target
 
     if to not in FORMATS:
         raise typer.BadParameter(f"--to is '{to}'; it must be one of {', '.join(FORMATS)}")
     if map_size and to != "sglang":
         raise CoralError(f"--map-size {map_size}: only SGLang reads a token map. Leave it out, or export --to sglang")
     run = open_run(arguments, runs)
-    target = load_target(run.recipe.target)
+    target = run.target()
     source = open_source(run.recipe, run.folder, target.fingerprint)
     if to == HF:
         folder = export_hf(source, run.folder)
@@ -52,7 +53,7 @@ def export(
     token_map = _token_map(run, source, target, map_size) if to == "sglang" else None
     folder = export_engine(to, source, target, run.folder, token_map)
     err.print(f"written to {folder}, and read back. Serve it with:", markup=False, soft_wrap=True)
-    model = str(PICO / "target") if run.recipe.target.model == "pico" else run.recipe.target.model
+    model = embedded.model_source(run.recipe.target.model)
     typer.echo(serve_command(to, run.recipe, model, str(folder), with_map=token_map is not None))
 
 

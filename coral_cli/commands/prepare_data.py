@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coral_cli import hints
-from coral_cli.options import RUNS, Arguments, Run, RunsOption, open_run, read_recipe
+from coral_cli.options import RUNS, Arguments, RunsOption, open_run, read_recipe
 
 if TYPE_CHECKING:
     from coral_core.data.job import Job, Standing
+    from coral_core.run import Run
     from coral_core.store.store import Store
 
 

@@ -13,7 +13,7 @@ from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 from coral_core.errors import CoralError
 
 if TYPE_CHECKING:
-    from coral_cli.options import Run
+    from coral_core.run import Run
     from coral_core.serve.answer import Service
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -83,13 +83,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _service(run: Run) -> Service:
-    from coral_core.decoding.assemble import assemble, sampler
     from coral_core.serve.answer import Service
-    from coral_core.target.load import load_target
 
-    target = load_target(run.recipe.target)
-    engine = assemble(run.recipe, run.folder, target).engine
-    return Service(run.recipe.name, target, engine.decode, sampler(run.recipe), run.recipe.decode.max_new_tokens)
+    target = run.target()
+    engine = run.engine(target)
+    return Service(run.recipe.name, target, engine.decode, run.sampler, run.recipe.decode.max_new_tokens)
 
 
 def _log_config(theirs: dict[str, Any]) -> dict[str, Any]:

@@ -19,13 +19,13 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from coral_core.decoding.assemble import assemble
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Ahead, Sampler
 from coral_core.decoding.tree import Draft
 from coral_core.decoding.verify import Verdict, walk
 from coral_core.errors import DataError, TargetError
 from coral_core.recipe.loader import load_recipe
+from coral_core.run import Run
 from coral_core.target.load import wrap
 
 
@@ -96,7 +96,7 @@ class Speculate:
         there, or was made for another model.
         """
         recipe = load_recipe(run / "recipe.yaml" if run else None, [])
-        return cls(assemble(recipe, run or Path("runs") / recipe.name, wrap(model, tokenizer)).engine)
+        return cls(Run(recipe, run or Path("runs") / recipe.name).engine(wrap(model, tokenizer)))
 
     def __call__(
         self,

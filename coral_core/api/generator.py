@@ -6,16 +6,13 @@ for text in generator.stream("Hello!"): ...
 """
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from coral_core.api.stream import TextStream
 from coral_core.artifacts import MANIFEST, Manifest
-from coral_core.decoding.assemble import tree_shape
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
-from coral_core.decoding.measure import measure_costs
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
@@ -24,6 +21,7 @@ from coral_core.head.candidates import Head
 from coral_core.head.full import FullHead
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import DecodeSpec, HeadSpec
+from coral_core.run import wire
 from coral_core.target.load import Target
 from coral_core.target.template import prompt_ids
 
@@ -46,8 +44,7 @@ class Generator:
         head = _head(target, drafter)
         # `to` changes a module in place: a drafter that is saved later would be rounded to the target's dtype.
         drafter = copy.deepcopy(drafter).to(target.device, target.dtype)
-        engine = Engine(target, drafter, head, tree or tree_shape(DecodeSpec()))
-        self.engine = engine if tree else dataclasses.replace(engine, costs=measure_costs(engine))
+        self.engine = Engine(target, drafter, head, tree) if tree else wire(target, drafter, head, DecodeSpec())
 
     def rounds(
         self,
@@ -88,11 +85,8 @@ class Generator:
 
 
 def _refuse_stranger(target: Target, drafter: Drafter) -> None:
-    made_for = drafter.manifest.inputs.get("target") if drafter.manifest else None
-    if made_for not in (None, target.fingerprint):
-        raise ArtifactError(
-            f"the drafter was trained for target {made_for}, and this target is {target.fingerprint}. Load its own"
-        )
+    if drafter.manifest and drafter.folder and "target" in drafter.manifest.inputs:
+        drafter.manifest.refuse_stranger(drafter.folder, "Load its own", target=target.fingerprint)
     if misfit := drafter.config.misfit(tuple(target.lent.embed_VD.shape)):
         raise ArtifactError(f"the drafter {misfit}. Load its own")
 

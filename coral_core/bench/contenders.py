@@ -6,8 +6,9 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from coral_core import embedded
 from coral_core.errors import ArtifactError, DataError
-from coral_core.recipe.loader import PICO_RECIPE, load_recipe
+from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import HeadSpec, Recipe
 
 HEADS: tuple[str, ...] = typing.get_args(typing.get_type_hints(HeadSpec)["kind"])
@@ -60,8 +61,8 @@ def find_run(name: str, runs: Path) -> Path:
     for folder in (Path(name), runs / name):
         if (folder / "drafter").is_dir():
             return folder
-    if name == "pico":
-        return PICO_RECIPE.parent
+    if name == embedded.NAME:
+        return embedded.FOLDER
     known = sorted(path.parent.name for path in runs.glob("*/drafter"))
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"runs with one: {', '.join(known) or 'none'}."

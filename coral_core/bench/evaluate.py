@@ -22,7 +22,6 @@ from coral_core.bench.metrics import question_speedups, summarise
 from coral_core.bench.questions import Bench
 from coral_core.bench.race import Lane, Racers, Turn, fitting, race
 from coral_core.bench.samples import samples
-from coral_core.decoding.assemble import sampler
 from coral_core.decoding.measure import device_name
 from coral_core.errors import ArtifactError
 from coral_core.progress import Progress
@@ -30,6 +29,7 @@ from coral_core.recipe.loader import to_mapping
 from coral_core.recipe.schema import Recipe
 from coral_core.report.page import page
 from coral_core.report.tables import latex, markdown
+from coral_core.run import sampler
 from coral_core.target.load import Target
 
 SCHEMA = 1

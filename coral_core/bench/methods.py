@@ -9,10 +9,10 @@ import torch
 
 from coral_core.artifacts import Manifest
 from coral_core.bench.contenders import Contender
-from coral_core.decoding.assemble import assemble
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.head.candidates import Candidates, Head
+from coral_core.run import Run
 from coral_core.target.load import Target
 
 PROBE_TOKENS = 32
@@ -33,12 +33,12 @@ class Method:
 
 def load_method(contender: Contender, target: Target) -> Method:
     """Load drafter and head. Raises ArtifactError for what is missing, damaged or made for another target."""
-    assembled = assemble(contender.recipe, contender.folder, target)
-    manifest = Manifest.read(assembled.folder / "drafter", "drafter", "coral train")
+    run = Run(contender.recipe, contender.folder)
+    engine, manifest = run.engine(target), run.manifest(target)
     spec = contender.recipe.head
     head: dict[str, Any] = {"kind": spec.kind, "groups": spec.groups, "active": spec.active}
     if spec.kind != "full":
-        made = Manifest.read(assembled.folder / "head", "head", "coral group-head")
+        made = Manifest.read(run.made / "head", "head", "coral group-head")
         head |= {key: head[key] or made.facts[key] for key in ("groups", "active")}  # what the recipe leaves open
         head["fingerprint"] = made.fingerprint
     facts = {
@@ -46,14 +46,14 @@ def load_method(contender: Contender, target: Target) -> Method:
         "drafter": {
             "run": contender.owner,
             "preset": manifest.recipe.get("train", {}).get("preset"),
-            "fingerprint": assembled.drafter_fingerprint,
+            "fingerprint": manifest.fingerprint,
         },
         "head": head,
-        "tree": {"kind": contender.recipe.decode.tree, **dataclasses.asdict(assembled.engine.shape)},
+        "tree": {"kind": contender.recipe.decode.tree, **dataclasses.asdict(engine.shape)},
     }
-    if assembled.engine.costs is not None:
-        facts["costs"] = assembled.engine.costs.to_json()
-    return Method(contender.name, assembled.engine, assembled.folder, facts)
+    if engine.costs is not None:
+        facts["costs"] = engine.costs.to_json()
+    return Method(contender.name, engine, run.made, facts)
 
 
 class _CountingHead:

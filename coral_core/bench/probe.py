@@ -9,9 +9,6 @@ import dataclasses
 import torch
 
 from coral_core.bench.race import run_lane
-from coral_core.decoding.assemble import sampler, tree_shape
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.measure import measure_costs
 from coral_core.drafter.model import Drafter
 from coral_core.errors import DataError
 from coral_core.grouping.cost import RoundCost, goes_on
@@ -20,6 +17,7 @@ from coral_core.head.full import FullHead
 from coral_core.lent import Lent
 from coral_core.progress import Progress
 from coral_core.recipe.schema import Recipe
+from coral_core.run import sampler, wire
 from coral_core.target.load import Target
 
 PROMPTS = 12
@@ -59,9 +57,7 @@ class Probe:
         """Decode with a head, the full one unless given. Raises DataError when no prompt led to a drafted round."""
         drafter = copy.deepcopy(drafter).to(self.target.device, self.target.dtype)
         watched = Watched(head or FullHead(self.lent))
-        engine = Engine(self.target, drafter, watched, tree_shape(self.recipe.decode))
-        if self.recipe.decode.tree == "auto":
-            engine = dataclasses.replace(engine, costs=measure_costs(engine))
+        engine = wire(self.target, drafter, watched, self.recipe.decode)
         limit = self.recipe.decode.max_new_tokens
         lanes = []
         for number, prompt in enumerate((self.prompts[0], *self.prompts[:PROMPTS])):  # the first warms up

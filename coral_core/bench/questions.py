@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from coral_core import embedded
 from coral_core.bench.catalogue import PUBLISHED, SPEED_BENCH_MASK
 from coral_core.errors import ArtifactError, DataError
-from coral_core.recipe.loader import PICO_RECIPE
 
 HELD_OUT = "held-out"
 BENCHES = (HELD_OUT, *PUBLISHED)
@@ -174,8 +174,8 @@ def held_out(run: Path, model: str) -> list[Question]:
     Raises ArtifactError when the run has none.
     """
     path = run / "data" / "holdout.json"
-    if not path.exists() and model == "pico":
-        path = PICO_RECIPE.parent / "holdout.json"
+    if embedded.made_in(run, model, "data/holdout.json") != run:
+        path = embedded.FOLDER / "holdout.json"
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

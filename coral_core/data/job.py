@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from coral_core import embedded
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint
 from coral_core.data.sources import SELF, find_file, shares
 from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
 from coral_core.store.shard import FP8, file_sha256
 from coral_core.store.store import Store
-from coral_core.target.load import PICO, Target
+from coral_core.target.load import Target
 
 COMMAND = "coral prepare-data"
 INDIFFERENT = ("batch_size", "endpoint", "endpoint_requests")
@@ -32,8 +33,7 @@ class Job:
     @property
     def model_name(self) -> str:
         """What a server knows the target by."""
-        name = self.recipe.target.model
-        return str(PICO / "target") if name == "pico" else name
+        return embedded.model_source(self.recipe.target.model)
 
     @property
     def sections(self) -> dict[str, Any]:

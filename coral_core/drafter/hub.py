@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+from coral_core import embedded
 from coral_core.drafter.config import first_line
 from coral_core.errors import ArtifactError, CoralError
 
 READ = ("*.json", "*.safetensors", "pytorch_model*.bin", "head/*")
 """What a drafter's repository may hold that is read; a folder for an engine, in a folder of its own, is not."""
-PICO = Path(__file__).parents[1] / "pico" / "drafter"
-"""The drafter of the embedded target."""
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
@@ -19,8 +18,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if name == "pico":
-        return PICO
+    if name == embedded.NAME:
+        return embedded.FOLDER / "drafter"
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ArtifactError(f"no folder {name}; give the folder of a drafter, or a Hub id as org/name")
     from huggingface_hub import snapshot_download

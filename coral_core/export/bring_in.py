@@ -56,10 +56,7 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
 def own_manifest(folder: Path, target: Target) -> Manifest:
     """Of a drafter that coral made. Raises ArtifactError when it was trained for another target."""
     manifest = Manifest.read(folder, "drafter", AGAIN)
-    if (made_for := manifest.inputs.get("target")) != target.fingerprint:
-        raise ArtifactError(
-            f"the drafter in {folder} was trained for target {made_for}; this target is {target.fingerprint}. {OWN}"
-        )
+    manifest.refuse_stranger(folder, OWN, target=target.fingerprint)
     return manifest
 
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
+from coral_core import embedded
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint, stage
 from coral_core.drafter.model import Drafter
-from coral_core.errors import ArtifactError, CoralError
+from coral_core.errors import CoralError
 from coral_core.export.folder import write_folder
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.refusal import refuse
 from coral_core.head.load import load_head
 from coral_core.head.static import StaticHead
 from coral_core.recipe.schema import HeadSpec, Recipe
-from coral_core.target.load import PICO, Target
+from coral_core.target.load import Target
 
 HF = "hf"
 """Coral's own format: the drafter, and its grouped head whole, as Drafter.from_pretrained reads them."""
@@ -40,14 +41,11 @@ def open_source(recipe: Recipe, run: Path, target_fingerprint: str | None) -> So
 
     Raises ArtifactError when it is missing, damaged, or trained for another target than `target_fingerprint`.
     """
-    folder = PICO if recipe.target.model == "pico" and not (run / "drafter").exists() else run
+    folder = embedded.made_in(run, recipe.target.model)
     manifest = Manifest.read(folder / "drafter", "drafter", "coral train")
-    made_for = manifest.inputs.get("target")
-    if target_fingerprint is not None and made_for != target_fingerprint:
-        raise ArtifactError(
-            f"the drafter in {folder / 'drafter'} was trained for target {made_for}, and target "
-            f"'{recipe.target.model}' is {target_fingerprint}. Set target.model to its own"
-        )
+    if target_fingerprint is not None:
+        remedy = "Set target.model to its own"
+        manifest.refuse_stranger(folder / "drafter", remedy, target=target_fingerprint)
     return Source(folder, manifest, Drafter.load(folder / "drafter"), _head_of(folder / "head", manifest))
 
 

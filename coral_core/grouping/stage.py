@@ -13,7 +13,6 @@ import torch
 
 from coral_core.artifacts import MANIFEST, Manifest, stage
 from coral_core.drafter.model import Drafter
-from coral_core.errors import ArtifactError
 from coral_core.grouping.clustering import (
     by_cooccurrence,
     by_frequency,
@@ -99,13 +98,10 @@ def group_head(
 
 def _refuse_stranger(trained: Manifest, store: Store, folder: Path) -> None:
     """An imported drafter knows no data, only its target."""
-    if (made_for := trained.inputs["target"]) != (tapped := store.manifest.inputs["target"]):
-        raise ArtifactError(
-            f"the drafter in {folder} is for target {made_for}, and the data in {store.folder} are of target {tapped}. "
-            "Run: coral prepare-data, with the drafter's own target"
-        )
-    if trained.inputs.get("data", store.manifest.fingerprint) != store.manifest.fingerprint:
-        raise ArtifactError(f"the drafter in {folder} was trained on other data than {store.folder}. Run: coral train")
+    remedy = "Run: coral prepare-data, with the drafter's own target"
+    trained.refuse_stranger(folder, remedy, target=store.manifest.inputs["target"])
+    if "data" in trained.inputs:
+        trained.refuse_stranger(folder, "Run: coral train", data=store.manifest.fingerprint)
 
 
 def is_finished(recipe: Recipe, run: Path) -> bool:

@@ -41,12 +41,7 @@ def load_head(folder: Path, spec: HeadSpec, lent: Lent, *, target_fingerprint: s
     if spec.kind == "full":
         return FullHead(lent)
     manifest = Manifest.read(folder, "head", COMMAND)
-    for name, wanted in (("target", target_fingerprint), ("drafter", drafter_fingerprint)):
-        if manifest.inputs.get(name) != wanted:
-            raise ArtifactError(
-                f"the head in {folder} was made for {name} {manifest.inputs.get(name)}, not for {wanted}. "
-                f"Run: {COMMAND}"
-            )
+    manifest.refuse_stranger(folder, f"Run: {COMMAND}", target=target_fingerprint, drafter=drafter_fingerprint)
     tensors = _read(folder / FILE)
     vocabulary, hidden = lent.head_VD.shape
     total = spec.groups or int(manifest.facts["groups"])

@@ -15,16 +15,13 @@ from typing import Any
 
 import yaml
 
+from coral_core import embedded
 from coral_core.artifacts import fingerprint
 from coral_core.errors import RecipeError
 from coral_core.recipe.schema import PRESETS, Recipe
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
-
-
-PICO_RECIPE = Path(__file__).parent.parent / "pico" / "recipe.yaml"
-"""The run that made the drafter and head which coral ships; it serves where no recipe is given."""
 
 
 def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
@@ -35,7 +32,7 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
     out of range, and another model under pico's name.
     """
     given: dict[str, Any] = {}
-    given.update(_leaves(_read(path or PICO_RECIPE), "", str(path or PICO_RECIPE)))
+    given.update(_leaves(_read(path or embedded.RECIPE), "", str(path or embedded.RECIPE)))
     if path is not None:
         given.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."))
     for override in overrides:
@@ -44,7 +41,7 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
     for key, value in PRESETS[preset].items():
         given.setdefault(f"train.{key}", value)
     recipe: Recipe = _build(Recipe, given, "")
-    if (recipe.name, recipe.target.model != "pico") == ("pico", True):
+    if recipe.name == embedded.NAME != recipe.target.model:
         raise RecipeError(
             f"the run is named 'pico', which is that of the embedded model, and target.model is "
             f"'{recipe.target.model}'. Give the run a name of its own, such as name=mine"

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
+from coral_core import embedded
 from coral_core.errors import TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target import gguf_file, norms
-
-PICO = Path(__file__).parent.parent / "pico"
-"""The embedded target, and the drafter and head trained for it."""
 
 MASKED_TYPES = {"full_attention", "sliding_attention"}
 """Layer types that an explicit mask fully describes; others keep a state that a rejected draft would spoil."""
@@ -121,7 +119,7 @@ def load_target(spec: TargetSpec) -> Target:
     if spec.graphs and device.type != "cuda":
         raise TargetError(f"target.graphs records CUDA graphs, and the target is on {device.type}; set it to false")
     dtype = pick_dtype(spec.dtype, device)
-    file = None if spec.model == "pico" else gguf_file.find(spec.model, spec.revision)
+    file = None if spec.model == embedded.NAME else gguf_file.find(spec.model, spec.revision)
     source, options = _source(spec) if file is None else (str(gguf_file.unpack(file, dtype)), {})
     model = _load_model(spec.model, source, dtype, options).to(device)
     try:
@@ -181,11 +179,10 @@ def drafter_shape(config: Any) -> dict[str, Any]:
 
 def _source(spec: TargetSpec) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if spec.model == "pico":
-        return str(PICO / "target"), options
-    if not Path(spec.model).is_dir():
+    source = embedded.model_source(spec.model)
+    if not Path(source).is_dir():
         options["revision"] = spec.revision
-    return spec.model, options
+    return source, options
 
 
 def _load_model(name: str, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:

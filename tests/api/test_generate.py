@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from coral_core.api.generate import Speculate
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import DataError, TargetError
-from coral_core.target.load import PICO
 from tests.decoding.test_lossless import some_prompt
 from tests.tiny import PlainHead, tiny_drafter, tiny_target
 

@@ -12,11 +12,11 @@ from coral_core import Drafter, Generator, Target
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
+from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import ArtifactError
 from coral_core.export.run import export_hf
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
-from coral_core.target.load import PICO
 from tests.export.helpers import publish, random_drafter
 from tests.tiny import tiny_target
 
@@ -89,7 +89,7 @@ def test_the_tree_is_what_pays_here_unless_one_is_given(monkeypatch):
 def test_the_drafter_of_another_target_is_refused(tmp_path):
     target, other = tiny_target("llama"), tiny_target("llama", seed=1)
     publish(tmp_path, target, random_drafter(target))
-    with pytest.raises(ArtifactError, match="was trained for target .* Load its own"):
+    with pytest.raises(ArtifactError, match="was made for target .* Load its own"):
         Generator(other, Drafter.from_pretrained(tmp_path / "drafter"))
     with pytest.raises(ArtifactError, match="is for a vocabulary of 100 and 32 hidden; the target has 96 and 32"):
         Generator(target, random_drafter(target, vocab_size=100))

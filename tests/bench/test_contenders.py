@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from coral_core import embedded
 from coral_core.bench.contenders import contenders, find_run
 from coral_core.errors import ArtifactError, DataError
-from coral_core.recipe.loader import PICO_RECIPE, dump_yaml, load_recipe
+from coral_core.recipe.loader import dump_yaml, load_recipe
 
 
 @pytest.fixture
@@ -46,4 +47,4 @@ def test_slips_are_named(runs: Path) -> None:
 
 
 def test_the_embedded_drafter_has_a_name(tmp_path: Path) -> None:
-    assert find_run("pico", tmp_path) == PICO_RECIPE.parent
+    assert find_run("pico", tmp_path) == embedded.FOLDER

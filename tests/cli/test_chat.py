@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from coral_cli.commands import chat
-from coral_cli.options import Run
 from coral_cli.talk.session import Session
+from coral_core.run import Run
 from tests.cli.test_chat_session import counting, session
 from tests.cli.test_whole_job import coral
 

@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from coral_cli.main import app
+from coral_core.embedded import FOLDER as PICO
 from coral_core.inspection import histogram
 from coral_core.store.shard import Sample
-from coral_core.target.load import PICO
 from tests.store.helpers import make_store
 
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from coral_cli.main import app
-from coral_core.target.load import PICO
+from coral_core.embedded import FOLDER as PICO
 
 SMALL = "name=tiny data.max_samples=10 data.holdout=2 data.max_new_tokens=16 train.steps=2 decode.max_new_tokens=12"
 SMALL += " head.clustering=frequency head.router_steps=2"

@@ -16,10 +16,11 @@ from coral_core.data import endpoint as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import Job, standing
 from coral_core.data.stage import prepare
+from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import DataError, RecipeError
 from coral_core.recipe.loader import load_recipe
 from coral_core.store.store import Store
-from coral_core.target.load import PICO, load_target
+from coral_core.target.load import load_target
 from coral_core.target.template import closing_ids
 from tests.data.helpers import CHATML, make_job, make_target, make_tokenizer, write_lines
 from tests.data.server import Server, serving

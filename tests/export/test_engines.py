@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 
 from coral_core.api.generator import Generator
 from coral_core.decoding.drafting import TreeShape
+from coral_core.embedded import FOLDER as PICO
 from coral_core.export.run import export_engine, open_source
 from coral_core.recipe.schema import Recipe
-from coral_core.target.load import PICO, load_target
+from coral_core.target.load import load_target
 from coral_core.target.template import prompt_ids
 from tests.export.helpers import publish, random_drafter
 from tests.tiny import tiny_target

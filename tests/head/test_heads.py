@@ -107,9 +107,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_a_strangers_head_is_refused(tmp_path: Path) -> None:
     folder, lent = a_folder(tmp_path / "head"), a_lent()
-    with pytest.raises(ArtifactError, match="was made for target t, not for other. Run: coral group-head"):
+    with pytest.raises(ArtifactError, match="was made for target t, and this target is other. Run: coral group-head"):
         load_head(folder, SPEC, lent, target_fingerprint="other", drafter_fingerprint="d")
-    with pytest.raises(ArtifactError, match="was made for drafter d, not for other"):
+    with pytest.raises(ArtifactError, match="was made for drafter d, and this drafter is other"):
         load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="other")
     spec = HeadSpec(groups=G, active=2, clustering="kmeans")
     with pytest.raises(ArtifactError, match="has head.clustering=id; this recipe says kmeans"):

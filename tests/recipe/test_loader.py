@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from coral_core import embedded
 from coral_core.errors import RecipeError
-from coral_core.recipe.loader import PICO_RECIPE, dump_yaml, load_recipe, section_fingerprint, to_mapping
+from coral_core.recipe.loader import dump_yaml, load_recipe, section_fingerprint, to_mapping
 from coral_core.recipe.schema import PRESETS, Recipe
 
 
@@ -31,7 +32,7 @@ def refusal(path: Path | None, *overrides: str) -> str:
 
 
 def test_no_recipe_is_the_run_that_made_the_embedded_drafter():
-    assert load_recipe(None, []) == load_recipe(PICO_RECIPE, [])
+    assert load_recipe(None, []) == load_recipe(embedded.RECIPE, [])
     assert load_recipe(None, ["data.max_samples=9", "data.holdout=1"]).data.max_samples == 9
 
 

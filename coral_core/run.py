@@ -1,0 +1,106 @@
+"""A run on disk gives its target, drafter, head and engine, and refuses what was made for something else."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from coral_core import embedded
+from coral_core.artifacts import Manifest
+from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.measure import measure_costs, tuned
+from coral_core.decoding.sampling import Sampler
+from coral_core.drafter.model import Drafter
+from coral_core.head.candidates import Head
+from coral_core.head.load import COMMAND as HEAD_COMMAND
+from coral_core.head.load import load_head
+from coral_core.recipe.schema import DecodeSpec, Recipe
+from coral_core.target.load import Target, load_target
+
+DRAFTER_COMMAND = "coral train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: its recipe, and the folder where its stages are.
+
+    What reads an artifact raises ArtifactError when it is missing, damaged, or made for another target.
+    """
+
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def made(self) -> Path:
+        """The run that holds drafter and head: this one, or the package's own pico."""
+        return embedded.made_in(self.folder, self.recipe.target.model)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The recipe's distribution and seed."""
+        return sampler(self.recipe)
+
+    def target(self) -> Target:
+        """The recipe's target, loaded. Raises TargetError."""
+        return load_target(self.recipe.target)
+
+    def manifest(self, target: Target) -> Manifest:
+        """What the drafter's folder says of itself; the drafter is this target's."""
+        folder = self.made / "drafter"
+        manifest = Manifest.read(folder, "drafter", DRAFTER_COMMAND)
+        manifest.refuse_stranger(folder, "Run: coral prepare-data, then coral train", target=target.fingerprint)
+        return manifest
+
+    def drafter(self, target: Target) -> Drafter:
+        """The drafter, on the target's device and in its dtype."""
+        self.manifest(target)
+        return Drafter.load(self.made / "drafter").to(target.device, target.dtype)
+
+    def head(self, target: Target) -> Head:
+        """The head of the recipe's kind."""
+        fits = {"target_fingerprint": target.fingerprint, "drafter_fingerprint": self.manifest(target).fingerprint}
+        return load_head(self.made / "head", self.recipe.head, target.lent, **fits)
+
+    def engine(self, target: Target) -> Engine:
+        """Drafter and head on the target. With `decode.tree: auto`, what a round costs on this device is read from
+        the run, or measured now, in seconds."""
+        engine = Engine(target, self.drafter(target), self.head(target), tree_shape(self.recipe.decode))
+        if self.recipe.decode.tree != "auto":
+            return engine
+        of = {"target": target.fingerprint, "drafter": self.manifest(target).fingerprint, "head": self._head_of()}
+        return tuned(engine, self.folder, of)
+
+    def _head_of(self) -> dict[str, Any]:
+        """What tells heads apart that differ in their cost."""
+        spec, folder = self.recipe.head, self.made / "head"
+        made = "" if spec.kind == "full" else Manifest.read(folder, "head", HEAD_COMMAND).fingerprint
+        return {"kind": spec.kind, "groups": spec.groups, "active": spec.active, "made": made}
+
+
+def wire(target: Target, drafter: Drafter, head: Head, decode: DecodeSpec) -> Engine:
+    """An engine of parts that are at hand; with `decode.tree: auto`, the costs are measured now, in seconds."""
+    engine = Engine(target, drafter, head, tree_shape(decode))
+    return dataclasses.replace(engine, costs=measure_costs(engine)) if decode.tree == "auto" else engine
+
+
+def tree_shape(decode: DecodeSpec) -> TreeShape:
+    """The recipe's tree, or the bounds of the one that pays."""
+    return TreeShape(
+        depth=decode.draft_depth,
+        nodes=decode.draft_nodes,
+        topk=decode.draft_topk,
+        confidence=decode.draft_confidence,
+    )
+
+
+def sampler(recipe: Recipe) -> Sampler:
+    """The recipe's distribution and seed."""
+    decode = recipe.decode
+    return Sampler(
+        temperature=decode.temperature,
+        top_p=decode.top_p,
+        top_k=decode.top_k,
+        min_p=decode.min_p,
+        repetition_penalty=decode.repetition_penalty,
+        seed=recipe.seed,
+    )
