@@ -64,7 +64,6 @@ class DrafterConfig:
     def _wrong_rope(self) -> str:
         """What transformers cannot compute, or would compute from a default in place of what is missing."""
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         rope = self.rope_parameters
@@ -72,10 +71,17 @@ class DrafterConfig:
         if type(theta) not in (int, float) or not theta > 0:  # type: ignore[operator]  # a number, by now
             return f"rope_parameters is {rope}; its rope_theta must be a number above 0"
         try:
-            LlamaRotaryEmbedding(LlamaConfig(**dataclasses.asdict(self)))
+            LlamaRotaryEmbedding(self.rotary())
         except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
             return f"rope_parameters is {rope}, which transformers refuses ({first_line(error)})"
         return ""
+
+    def rotary(self) -> Any:
+        """A Llama config for the rotary embedding. Its hidden size is that of the heads together: transformers refuses
+        one that the heads do not divide, and there are such targets (Seed-OSS, GLM-4.5)."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(**dataclasses.asdict(self) | {"hidden_size": self.num_attention_heads * self.head_dim})
 
     def misfit(self, shape_VD: tuple[int, ...]) -> str:
         """Why a drafter of this shape cannot read a target with an embedding of that one; '' when it can."""

@@ -4,7 +4,6 @@ No training code and no decoding code: `attend` decides what a row sees, `lent` 
 head room turns the outputs into logits. Axes: B batch, T position, D hidden.
 """
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,14 +36,12 @@ class Drafter(nn.Module):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        from transformers import LlamaConfig
-
         self.config = config
         hidden = config.hidden_size
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.fc = PackedLinear(2 * hidden, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList([DraftLayer(hidden, heads, config.intermediate_size, config.rms_norm_eps)])
-        self.rope = Rope(LlamaConfig(**dataclasses.asdict(config)))
+        self.rope = Rope(config.rotary())
         self._start_as_identity()
 
     @torch.no_grad()

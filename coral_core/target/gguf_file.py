@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from coral_core import hub
 from coral_core.artifacts import fingerprint, write_text
 from coral_core.errors import TargetError
 
@@ -45,7 +46,8 @@ def find(model: str, revision: str) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(there["repo"], there["file"], revision=revision))
+        cached = not hub.answers()  # the Hub's client would try for minutes
+        return Path(hf_hub_download(there["repo"], there["file"], revision=revision, local_files_only=cached))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise TargetError(

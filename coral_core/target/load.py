@@ -3,11 +3,13 @@
 Axes: B batch, T position, D hidden, V vocabulary, K cached position.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import inspect
-import sys
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from coral_core.errors import TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import gguf_file, norms
+from coral_core.target import checkpoint, gguf_file, norms
 
 MASKED_TYPES = {"full_attention", "sliding_attention"}
 """Layer types that an explicit mask fully describes; others keep a state that a rejected draft would spoil."""
@@ -46,7 +48,8 @@ class Target:
 
     @classmethod
     def from_pretrained(cls, model: str, **options: Any) -> "Target":
-        """`pico`, a Hub id, a folder or a GGUF file. `options` are a recipe's: revision, dtype, device, trust_remote_code, graphs.
+        """`pico`, a Hub id, a folder or a GGUF file. `options` are a recipe's keys: revision, dtype, device,
+        trust_remote_code, graphs.
 
         Raises TargetError for what is not there or cannot be sped up.
         """
@@ -113,34 +116,39 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_target(spec: TargetSpec) -> Target:
     """Load model and tokenizer. Raises TargetError for what is not there or cannot be sped up."""
-    from transformers import AutoTokenizer
-
     device = pick_device(spec.device)
     if spec.graphs and device.type != "cuda":
         raise TargetError(f"target.graphs records CUDA graphs, and the target is on {device.type}; set it to false")
     dtype = pick_dtype(spec.dtype, device)
     file = None if spec.model == embedded.NAME else gguf_file.find(spec.model, spec.revision)
     source, options = _source(spec) if file is None else (str(gguf_file.unpack(file, dtype)), {})
-    model = _load_model(spec.model, source, dtype, options).to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise TargetError(f"target '{spec.model}' has no tokenizer that loads: {_line(error)}") from error
+    options = checkpoint.reachable(spec.model, source, options)
+    config = checkpoint.load_config(spec.model, source, options)
+    tokenizer = checkpoint.load_tokenizer(spec.model, source, options)  # first: the weights may take minutes
     if file is not None:
         gguf_file.add_template(tokenizer, file)
+    model = checkpoint.load_model(spec.model, source, config, dtype, options).to(device)
     return dataclasses.replace(wrap(model, tokenizer), graphs=spec.graphs)
 
 
 def wrap(model: Any, tokenizer: Any) -> Target:
-    """A Target around a loaded model. Raises TargetError when coral cannot decode speculatively with it."""
+    """A Target around a loaded model. Raises TargetError, and leaves the model as it was, when coral cannot decode
+    speculatively with it."""
+    with _undone_when_refused(model):
+        target = _wrap(model, tokenizer)
+    pack(model)
+    return target
+
+
+def _wrap(model: Any, tokenizer: Any) -> Target:
     from coral_core.kernels import attention  # it imports transformers, which whoever has a model has loaded
 
-    model = model.eval().requires_grad_(False)
-    attention.plug_in(model)
-    norms.plug_in(model)
     config = model.config.get_text_config()
     types = _layer_types(model, config)
     lent = _lend(model, config)
+    model.eval().requires_grad_(False)
+    attention.plug_in(model)
+    norms.plug_in(model)
     target = Target(
         model=model,
         tokenizer=tokenizer,
@@ -152,58 +160,71 @@ def wrap(model: Any, tokenizer: Any) -> Target:
         window=int(config.sliding_window) if "sliding_attention" in types else 0,
     )
     _probe(target)
-    pack(model)
     return target
 
 
+@contextlib.contextmanager
+def _undone_when_refused(model: Any) -> Iterator[None]:
+    """Gives a model its modes, layer classes and attention back after an error."""
+    modules = [(module, module.training, type(module)) for module in model.modules()]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    attention = model.config._attn_implementation
+    try:
+        yield
+    except BaseException:
+        for module, training, kind in modules:
+            module.training, module.__class__ = training, kind
+        for weight in trained:
+            weight.requires_grad_(True)
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        raise
+
+
 def drafter_shape(config: Any) -> dict[str, Any]:
-    """The shape of the target's own decoder layer, as DrafterConfig's keywords. `config` is a Hugging Face config."""
+    """The shape of the target's own decoder layer, as DrafterConfig's keywords. `config` is a Hugging Face config.
+
+    Where the layers differ (Gemma 4's head size, Gemma 3n's MLP), each value is the one that most layers have.
+    """
     config = config.get_text_config()
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    hidden, heads = int(config.hidden_size), int(_common(config, "num_attention_heads"))
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": int(_common(config, "intermediate_size") or 4 * hidden),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(_common(config, "num_key_value_heads") or heads),
+        "head_dim": int(_common(config, "head_dim") or hidden // heads),
+        "vocab_size": int(config.vocab_size),
+        "rms_norm_eps": float(getattr(config, "rms_norm_eps", None) or 1e-6),
+        "max_position_embeddings": int(getattr(config, "max_position_embeddings", None) or 2048),
+        "rope_parameters": _rope(config),
+    }
+
+
+def _common(config: Any, key: str) -> Any:
+    """The value that most layers have; None where the config has none."""
+    try:
+        value = getattr(config, key, None)
+    except RuntimeError:  # transformers refuses to give one value where the layers differ
+        value = [getattr(layer, key, None) for layer in config.per_layer_config]
+    return statistics.mode(value) if isinstance(value, list | tuple) and value else value
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """The rotary parameters of a full layer, for all of a head's dimensions."""
     rope = getattr(config, "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in rope.values()):  # one set of parameters per layer type
         rope = rope.get("full_attention") or next(iter(rope.values()))
     rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": int(getattr(config, "intermediate_size", None) or 4 * hidden),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(getattr(config, "num_key_value_heads", None) or heads),
-        "head_dim": int(getattr(config, "head_dim", None) or hidden // heads),
-        "vocab_size": int(config.vocab_size),
-        "rms_norm_eps": float(getattr(config, "rms_norm_eps", 1e-6)),
-        "max_position_embeddings": int(getattr(config, "max_position_embeddings", 2048)),
-        "rope_parameters": rope or {"rope_type": "default", "rope_theta": 10000.0},
-    }
+    return rope or {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def _source(spec: TargetSpec) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    source = embedded.model_source(spec.model)
-    if not Path(source).is_dir():
-        options["revision"] = spec.revision
-    return source, options
-
-
-def _load_model(name: str, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():  # a bar drawn into a log is noise
-        logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TargetError(
-            f"cannot load target '{name}': {_line(error)} Set target.model to a folder, a GGUF file or a Hub id of a "
-            "causal LM"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    """The first sentence of a library's message, which may run over many lines."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".") + "."
+    folder = Path(embedded.model_source(spec.model)).expanduser()
+    if folder.is_dir():
+        return str(folder), options
+    return spec.model, options | {"revision": spec.revision}
 
 
 def _layer_types(model: Any, config: Any) -> tuple[str, ...]:
@@ -268,6 +289,11 @@ def _probe(target: Target) -> None:
     ids_BT = torch.arange(4, device=target.device)[None] % target.lent.embed_VD.shape[0]
     own_BTV = target.model(input_ids=ids_BT, use_cache=False).logits.float()
     ours_BTV = target.lent.logits(target.forward(ids_BT)).float()
+    if not own_BTV.isfinite().all():
+        raise TargetError(
+            f"{type(target.model).__name__} answers with numbers that are infinite or none in {target.dtype}: its "
+            "weights are damaged, or need another dtype. Restore its files, or set target.dtype=float32"
+        )
     gap = float((own_BTV - ours_BTV).abs().max())
     if not gap <= 1e-2 * max(1.0, float(own_BTV.abs().max())):
         raise TargetError(

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
+from coral_core import embedded
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target import gguf_file
-from coral_core.target.load import PICO, load_target
+from coral_core.target.load import load_target
 from tests.tiny import SHAPE, tiny_target
 
 gguf = pytest.importorskip("gguf", reason="pip install 'coral-decoding[gguf]'")
@@ -246,7 +247,7 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
             load(tmp_path / name)
     with pytest.raises(TargetError, match=r"there is no file .*nowhere\.gguf\. Set target\.model"):
         load(tmp_path / "nowhere.gguf")
-    assert gguf_file.find(str(PICO / "target"), "main") is None
+    assert gguf_file.find(str(embedded.FOLDER / "target"), "main") is None
     assert gguf_file.find("HuggingFaceTB/SmolLM2-135M-Instruct", "main") is None
 
 

@@ -1,5 +1,6 @@
 """Which targets are taken, which are refused and how, and what is known of them."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from coral_core.drafter.config import DrafterConfig
+from coral_core.drafter.model import Drafter
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.capture import tap
@@ -68,7 +71,7 @@ def test_logits_that_are_not_head_times_feature_are_refused() -> None:
 
 
 def test_a_target_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"cannot load target '.*nowhere'.* Set target\.model"):
+    with pytest.raises(TargetError, match=r"there is no folder '.*nowhere'. Set target\.model"):
         load_target(TargetSpec(model=str(tmp_path / "nowhere")))
     (tmp_path / "config.json").write_text('{"model_type": "llama"')
     with pytest.raises(TargetError, match="cannot load target"):
@@ -109,3 +112,33 @@ def test_a_forward_with_a_cache_gives_no_warning(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         target.forward(torch.tensor([[3, 4, 5]]), cache=transformers.DynamicCache())
+
+
+def test_a_drafter_has_the_shape_of_most_layers_where_they_differ() -> None:
+    """Gemma 4's full layers have larger heads; transformers refuses to say one size for all."""
+    sizes = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    mixed = transformers.Gemma4TextConfig(**{**SHAPE, **sizes, "global_head_dim": 16, "head_dim": 8})
+    without_eps = transformers.Cohere2MoeConfig(**SHAPE)  # its rms_norm_eps is None
+    odd = transformers.SeedOssConfig(**{**SHAPE, "num_attention_heads": 6, "hidden_size": 32})  # 6 heads of 8
+    for config, heads in ((mixed, 4), (without_eps, 4), (odd, 6)):
+        shape = DrafterConfig(**drafter_shape(config))
+        assert (shape.num_attention_heads, shape.head_dim, shape.rms_norm_eps) == (heads, 8, 1e-6)
+        shape.refuse_nonsense(Path("drafter"), "")
+        Drafter(shape)
+
+
+def test_a_refused_model_stays_as_it_was() -> None:
+    """The probe's refusal comes after the layers were exchanged, so that they are given back."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE)).train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    own = model.forward
+    model.forward = lambda *args, **kwargs: dataclasses.replace(out := own(*args, **kwargs), logits=out.logits + 99)
+
+    def state() -> list[object]:
+        modules = [(type(module), module.training) for module in model.modules()]
+        return [modules, [weight.requires_grad for weight in model.parameters()], model.config._attn_implementation]
+
+    before = state()
+    with pytest.raises(TargetError, match="misses its own logits"):
+        wrap(model, None)
+    assert state() == before

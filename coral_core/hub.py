@@ -1,0 +1,36 @@
+"""Whether the Hugging Face Hub answers. Asked before its client is: without a network that one tries for minutes."""
+
+PATIENCE_S = 5.0
+"""A Hub that has not answered after so many seconds is taken for absent."""
+
+
+def answers() -> bool:
+    """Whether the Hub, its mirror (HF_ENDPOINT) or the proxy before it answers within PATIENCE_S; never in the client's
+    offline mode. An answer that is an error is the client's to tell."""
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=PATIENCE_S).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the client may know certificates that Python does not
+    except OSError:
+        return False
+    return True
+
+
+def unreachable() -> str:
+    """What a user is told where the Hub does not answer."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    return f"the Hub ({constants.ENDPOINT}) does not answer"

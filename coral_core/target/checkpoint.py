@@ -1,0 +1,207 @@
+"""A model and a tokenizer of transformers from a folder or the Hub, or one line that says what is wrong with them.
+
+transformers gives random values to the weights that a checkpoint lacks, and leaves out what the model has no place for:
+both with a warning. Here both are refused.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coral_core import hub
+from coral_core.errors import TargetError
+
+WEIGHTS = "*.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that Git leaves in place of a large one which was not downloaded."""
+
+
+def reachable(name: str, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options; where the Hub does not answer, with its client kept from trying.
+
+    `source` is a folder or a Hub id, and `name` what the recipe calls it. Raises TargetError for a folder that is not
+    there.
+    """
+    if Path(source).is_dir():
+        return options
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise TargetError(f"there is no folder '{name}'. Set target.model to a folder, a GGUF file or a Hub id")
+    return options if hub.answers() else options | {"local_files_only": True}
+
+
+def load_config(name: str, source: str, options: dict[str, Any]) -> Any:
+    """The config.json of a model. Raises TargetError when there is none, or transformers cannot read it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except Exception as error:  # transformers raises many kinds; the reason is passed on
+        raise TargetError(f"cannot load target '{name}': {_reason(source, error)}") from error
+
+
+def load_model(name: str, source: str, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """The causal LM in `source`. Raises TargetError for weights that are absent, damaged, or not as `config` says."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told in `info`, and refused below
+                **options,
+            )
+        except Exception as error:  # as above
+            raise TargetError(f"cannot load target '{name}': {_reason(source, error)}") from error
+    if fault := _fault(model, info):
+        raise TargetError(
+            f"cannot load target '{name}': {fault}. Restore its files, or set target.model to another model"
+        )
+    return model
+
+
+def load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+    """The tokenizer in `source`. Raises TargetError when there is none, or it does not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # as above
+        folder = Path(source)
+        if folder.is_dir() and not any(folder.glob("*token*")):
+            reason = f"{folder} holds none. Copy tokenizer.json and tokenizer_config.json there from the original model"
+        elif pointer := _pointer(folder):
+            reason = pointer
+        else:
+            reason = f"{first_line(error)}. Restore tokenizer.json and tokenizer_config.json"
+        raise TargetError(f"target '{name}' has no tokenizer that loads: {reason}") from error
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """Of a library's message, which may run over many lines, without its full stop."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    kind = "" if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: "
+    return (kind + text).rstrip(".: ")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of missing weights, which is told in one line; and without a bar in a log."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+# ---- what is wrong
+
+
+def _reason(source: str, error: Exception) -> str:
+    """Why a model did not load, and what mends it."""
+    folder = Path(source)
+    if folder.is_dir():
+        return _pickled(folder) or _damaged(folder) or f"{first_line(error)}. {_mend(folder)}"
+    if not hub.answers():
+        return (
+            f"{hub.unreachable()}, and its cache does not hold the model. Set target.model to a folder, "
+            "or run the command again with a network"
+        )
+    if "safetensors" in str(error):
+        return f"{first_line(error)}. {_conversion(source, source.rpartition('/')[2])}"
+    return f"{first_line(error)}. Set target.model to a folder or a Hub id of a causal LM"
+
+
+def _mend(folder: Path) -> str:
+    if (folder / "config.json").exists():
+        return "Restore its files, or set target.model to another folder or a Hub id of a causal LM"
+    return f"{folder} holds no config.json. Set target.model to a folder or a Hub id of a causal LM"
+
+
+def _pickled(folder: Path) -> str:
+    """For a folder with pickled weights alone."""
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if not pickles or any(folder.glob(WEIGHTS)):
+        return ""
+    return f"its weights are pickled ({pickles[0]}). {_conversion(str(folder), str(folder))}"
+
+
+def _conversion(source: str, folder: str) -> str:
+    """The command that turns pickled weights into safetensors."""
+    tokenizer = "" if source == folder else f"; t.AutoTokenizer.from_pretrained({source!r}).save_pretrained({folder!r})"
+    return (
+        "Coral reads safetensors only, since opening a pickle can run code. If you trust it, convert it with: "
+        f'python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained({source!r}, '
+        f'use_safetensors=False).save_pretrained({folder!r}){tokenizer}"'
+    )
+
+
+def _damaged(folder: Path) -> str:
+    """Names the first weight file that does not open."""
+    from safetensors import SafetensorError, safe_open
+
+    if pointer := _pointer(folder):
+        return pointer
+    for path in sorted(folder.glob(WEIGHTS)):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged: {first_line(error)}. Restore it"
+    return ""
+
+
+def _pointer(folder: Path) -> str:
+    """Names the first file that Git LFS has not downloaded."""
+    for path in sorted(folder.glob("*.*")) if folder.is_dir() else []:
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            return f"{path} is a pointer of Git LFS, not the file itself. Run: git -C {folder} lfs pull"
+    return ""
+
+
+def _fault(model: Any, info: dict[str, Any]) -> str:
+    """How a checkpoint differs from what its config.json describes; '' when it does not.
+
+    Keys are missing where they are in no file and tied to nothing that is. A key too many is a fault inside a part that
+    the model has: a further layer, a bias that is left out. A part of its own (a value head, a vision tower) is none.
+    """
+    if info["mismatched_keys"]:
+        key, found, expected = min(info["mismatched_keys"])
+        return f"{key} has the shape {list(found)}, and config.json says {list(expected)}"
+    if missing := info["missing_keys"]:
+        return f"its files lack {_some(missing)}, which config.json asks for"
+    if spare := [key for key in info["unexpected_keys"] if _within(model, key)]:
+        return f"its files hold {_some(spare)}, for which config.json has no place"
+    if failed := info.get("error_msgs"):
+        return str(failed[0]).splitlines()[0]
+    return ""
+
+
+def _within(model: Any, key: str) -> bool:
+    """Whether a key belongs to a part of the model below its trunk."""
+    modules = dict(model.named_modules())
+    parts = key.split(".")
+    owner = next(name for end in range(len(parts) - 1, -1, -1) if (name := ".".join(parts[:end])) in modules)
+    return owner not in ("", model.base_model_prefix)
+
+
+def _some(keys: Collection[str]) -> str:
+    """The first key, and how many more."""
+    first = min(keys, key=lambda key: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)])
+    return first if len(keys) == 1 else f"{len(keys)} weights (the first: {first})"

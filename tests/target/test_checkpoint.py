@@ -1,0 +1,186 @@
+"""What is refused of a target's files, each in one line that names the file or weight; and what is harmless."""
+
+import json
+import shlex
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from coral_core import embedded, hub
+from coral_core.errors import TargetError
+from coral_core.recipe.schema import TargetSpec
+from coral_core.target.load import Target, load_target
+from tests.tiny import SHAPE
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A random model of four layers, with pico's tokenizer."""
+    return make(tmp_path / "model")
+
+
+def make(folder: Path, **changes: object) -> Path:
+    config = transformers.LlamaConfig(**{**SHAPE, "vocab_size": 4096, "num_hidden_layers": 4, **changes})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded.FOLDER / "target" / name, folder)
+    return folder
+
+
+def load(folder: Path) -> Target:
+    return load_target(TargetSpec(model=str(folder)))
+
+
+def change(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit(folder: Path, how: Callable[[Weights], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    how(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def refused(folder: Path) -> str:
+    """The message, which is one line."""
+    with pytest.raises(TargetError) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_layers_that_the_files_lack_are_not_made_up(folder: Path) -> None:
+    change(folder, num_hidden_layers=6)
+    assert "its files lack 18 weights (the first: model.layers.4.input_layernorm.weight)" in refused(folder)
+
+
+def test_a_head_that_the_files_lack_is_not_made_up(folder: Path) -> None:
+    edit(folder, lambda weights: weights.pop("lm_head.weight"))
+    assert "its files lack lm_head.weight" in refused(folder)
+
+
+def test_layers_that_the_config_leaves_out_are_not_dropped(folder: Path) -> None:
+    change(folder, num_hidden_layers=3)
+    message = refused(folder)
+    assert "its files hold 9 weights (the first: model.layers.3.input_layernorm.weight)" in message
+    assert "config.json has no place" in message
+
+
+def test_a_bias_that_the_config_leaves_out_is_not_dropped(folder: Path) -> None:
+    edit(folder, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}))
+    assert "its files hold model.layers.0.self_attn.q_proj.bias" in refused(folder)
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes(folder: Path) -> None:
+    change(folder, intermediate_size=64)
+    message = refused(folder)
+    assert "model.layers.0.mlp.down_proj.weight has the shape [32, 48], and config.json says [32, 64]" in message
+
+
+@pytest.mark.parametrize("left", [0, 5, 3000])
+def test_a_truncated_file_is_named_with_its_size(folder: Path, left: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    assert f"{path} ({left:,} bytes) is truncated or damaged" in refused(folder)
+
+
+def test_a_shard_that_the_index_names_and_that_is_absent(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="200KB")
+    absent = sorted(folder.glob("*.safetensors"))[1]
+    absent.unlink()
+    assert absent.name in refused(folder)
+
+
+def test_a_pointer_of_git_lfs_is_told_from_weights(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "model.safetensors").write_text(pointer)
+    assert f"model.safetensors is a pointer of Git LFS, not the file itself. Run: git -C {folder}" in refused(folder)
+
+
+def test_pickled_weights_come_with_a_command_that_converts_them(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    command = refused(folder).rpartition("convert it with: ")[2]
+    python, option, code = shlex.split(command)
+    assert (python, option) == ("python", "-c")
+    exec(code)  # what a user is told to run
+    assert load(folder).max_positions == SHAPE["max_position_embeddings"]
+
+
+def test_weights_that_are_not_numbers(folder: Path) -> None:
+    edit(folder, lambda weights: weights["model.layers.0.mlp.down_proj.weight"].fill_(float("nan")))
+    assert "answers with numbers that are infinite or none in torch.float32" in refused(folder)
+
+
+def test_a_config_that_means_nothing(folder: Path) -> None:
+    change(folder, hidden_size="x")
+    assert "Validation error for field 'hidden_size': TypeError" in refused(folder)
+    change(folder, hidden_size=32, num_attention_heads=0)
+    assert "cannot load target" in refused(folder)
+    (folder / "config.json").write_text("{")
+    assert "config.json' is not a valid JSON file" in refused(folder)
+    (folder / "config.json").unlink()
+    assert "holds no config.json" in refused(folder)
+
+
+def test_a_tokenizer_that_is_absent_or_damaged(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    assert "has no tokenizer that loads: " in refused(folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert f"has no tokenizer that loads: {folder} holds none. Copy tokenizer.json" in refused(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_harmless_is_taken(tmp_path: Path, tied: bool) -> None:
+    """A head that is tied, and so in no file; parts of their own; buffers that old checkpoints hold."""
+    folder = make(tmp_path / "model", tie_word_embeddings=tied)
+    more = {
+        "value_head.weight": 4,
+        "model.vision_tower.patch.weight": 4,
+        "model.layers.0.self_attn.rotary_emb.inv_freq": 4,
+    }
+    edit(folder, lambda weights: weights.update({key: torch.ones(size) for key, size in more.items()}))
+    assert load(folder).lent.head_VD.shape == (4096, 32)
+
+
+def test_a_folder_that_is_not_there() -> None:
+    for name in ("./nosuchdir", "/no/such/dir", "~/nosuchdir", "a/b/c", "../x"):
+        with pytest.raises(TargetError, match=f"there is no folder '{name}'"):
+            load_target(TargetSpec(model=name))
+
+
+def test_the_hub_is_asked_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and never listening: a connection is refused
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        assert not hub.answers()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not hub.answers() and hub.unreachable() == "HF_HUB_OFFLINE is set"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the Hub's client tries each of several files six times, for half a minute each."""
+    asked = []
+
+    def absent() -> bool:
+        asked.append(True)
+        return False
+
+    monkeypatch.setattr(hub, "answers", absent)
+    with pytest.raises(TargetError, match=r"cannot load target 'owner/name': .*its cache does not hold the model"):
+        load_target(TargetSpec(model="owner/name"))
+    assert len(asked) <= 2
