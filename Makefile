@@ -2,6 +2,7 @@
 # make test    install likewise, then run the tests (no network, no GPU)
 # make lint    ruff and mypy
 # make wheel   dist/*.whl
+# make docs    build/site: the pages of docs/ as a site
 #
 # PYTHON  the interpreter that makes .venv (3.10 to 3.13)
 # TORCH   what pip installs as torch; the default is the release this is tested with
@@ -13,7 +14,7 @@ CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -38,6 +39,11 @@ wheel: .venv/installed
 	rm -rf build dist
 	$(PIP) wheel --no-deps --wheel-dir dist .
 	@ls -l dist
+
+docs: .venv/installed
+	$(PIP) install --no-compile --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
