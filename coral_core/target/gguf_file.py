@@ -143,7 +143,8 @@ def _check(file: Path) -> None:
         raise TargetError(f"{file} does not say of which architecture its model is. {INSTEAD}")
     if (fields.get("split.count") or 1) > 1:
         raise TargetError(
-            f"{file} is one of {fields['split.count']} parts. Join them with: llama-gguf-split --merge {file} WHOLE.gguf"
+            f"{file} is one of {fields['split.count']} parts. "
+            f"Join them with: llama-gguf-split --merge {file} WHOLE.gguf"
         )
     if "tokenizer.ggml.tokens" not in fields:
         raise TargetError(f"{file} holds no tokenizer. {INSTEAD}")

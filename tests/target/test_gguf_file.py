@@ -1,4 +1,4 @@
-"""A GGUF file is the model that it was made from, is converted once, and is refused in one line where it cannot be used."""
+"""A GGUF file is the model that it was made from, is converted once, and is refused in one line where it is no use."""
 
 import multiprocessing
 import shutil
