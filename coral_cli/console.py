@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from coral_cli.fitting import fitted
 from coral_core import progress
 
 out = Console(highlight=False)
@@ -116,7 +117,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A Markdown table on stdout: the first column to the left, the others to the right."""
     from coral_core.report.tables import table
 
-    out.print(table(header, rows), markup=False, soft_wrap=True)
+    print_markdown(table(header, rows) + "\n")
+
+
+def print_markdown(text: str) -> None:
+    """Markdown on stdout; on a terminal its tables are made to fit."""
+    shown = fitted(text, out.width) if out.is_terminal else text
+    out.print(shown, markup=False, soft_wrap=True, end="")
 
 
 def print_json(value: Any) -> None:

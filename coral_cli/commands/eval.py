@@ -46,7 +46,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     runs: RunsOption = RUNS,
 ) -> None:
     """Measure tokens per round and speed against plain decoding, and check that not a word differs."""
-    from coral_cli.console import err, out, print_json, progress_bars
+    from coral_cli.console import err, print_json, print_markdown, progress_bars
     from coral_core.bench.contenders import contenders
     from coral_core.bench.questions import Bench, check_names, load_bench
 
@@ -80,6 +80,6 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     if as_json:
         print_json(results)
     else:
-        out.print(markdown(results), markup=False, soft_wrap=True, end="")
+        print_markdown(markdown(results))
     err.print(f"written to {run.folder / 'eval'}: results.json, results.md, results.tex", markup=False, soft_wrap=True)
     err.print(f"to look at: {run.folder / 'eval' / 'report.html'}", markup=False, soft_wrap=True)
