@@ -52,6 +52,9 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
 
     recipe = read_recipe(arguments)
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
+    temperatures = list(dict.fromkeys(temperature or [recipe.decode.temperature]))
+    for value in temperatures:
+        dataclasses.replace(recipe.decode, temperature=value)  # refuses what is no temperature
     names = check_names(bench or [], questions)
     compared = contenders(recipe, runs / recipe.name, drafter or [], head or [])
     found = [load_bench(name, questions, runs / recipe.name, recipe.target.model) for name in names]
@@ -72,7 +75,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
         target=target,
         methods=methods,
         benches=[Bench(one.name, one.questions[:limit]) for one in found],
-        temperatures=list(dict.fromkeys(temperature or [recipe.decode.temperature])),
+        temperatures=temperatures,
         run_code=run_code,
     )
     with progress_bars() as progress:

@@ -32,6 +32,7 @@ def _exit(session: Session, argument: str) -> str:
 
 def _clear(session: Session, argument: str) -> str:
     session.clear()
+    session.sampler = dataclasses.replace(session.sampler, seed=session.sampler.seed + 1)  # or it would say the same
     return "the dialogue is forgotten" + ("; the system prompt stays, /system - removes it" if session.system else "")
 
 

@@ -6,6 +6,7 @@ for text in generator.stream("Hello!"): ...
 """
 
 import copy
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,12 +55,14 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> Iterator[Round]:
         """The answer as the engine yields it: new ids, how many were drafted, seconds by phase.
 
+        With a `seed`, the same call says the same again; without, a seed is drawn for each call.
         Raises DataError for a prompt that is empty, does not fit the context, or that the chat template refuses.
         """
+        seed = secrets.randbits(32) if seed is None else seed
         sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         return self.engine.decode(self._ids(prompt), sampler, max_new_tokens)
 

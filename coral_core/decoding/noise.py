@@ -6,6 +6,9 @@ no state to carry, any subset of positions or tokens at will, the same bits on e
 Axes: N row, V vocabulary, P position.
 """
 
+import hashlib
+import struct
+
 import torch
 
 MEMO_ROWS = 64
@@ -30,14 +33,25 @@ def mix_(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _words(seed: int) -> tuple[int, ...]:
+    """Four numbers of 32 bits that have nothing in common for different seeds, however close the seeds are."""
+    return struct.unpack("<4I", hashlib.sha256(str(seed).encode()).digest()[:16])
+
+
+def _key(position_N: torch.Tensor, first: int, second: int) -> torch.Tensor:
+    return mix_(mix_(position_N.int() ^ _signed(first)).add_(_signed(second)))
+
+
 def gumbel(seed: int, position_N: torch.Tensor, token_V: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise [N,V] in float32 for absolute positions [N] and token ids [V].
 
-    Two rounds of hashing with independent keys per position. -log1p(-u) keeps full precision where it decides: at
-    the large end, which small u give.
+    Each position has two independent keys of 32 bits, and the token is hashed with one after the other: with one key,
+    two rows whose keys differ in their low bits alone would be permutations of each other. The keys come from the
+    hashed seed: of `position ^ seed`, seeds 0 and 1 would share their noise at positions p and p ^ 1. -log1p(-u) keeps
+    full precision where it decides: at the large end, which small u give.
     """
-    key_N1 = mix_(mix_(position_N.int() ^ _signed(seed)).bitwise_xor_(_signed(seed >> 32)))[:, None]
-    other_N1 = mix_(key_N1 ^ _signed(0x9E3779B9))
+    first, second, third, fourth = _words(seed)
+    key_N1, other_N1 = _key(position_N, first, second)[:, None], _key(position_N, third, fourth)[:, None]
     bits_NV = mix_(mix_(token_V.int() ^ key_N1).add_(other_N1))
     uniform_NV = bits_NV.double().add_((bits_NV < 0) * 2.0**32).add_(0.5).mul_(2.0**-32)
     uniform_NV = uniform_NV.float().clamp_max_(1 - 2.0**-24)

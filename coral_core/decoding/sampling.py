@@ -8,6 +8,7 @@ Axes: N row, V vocabulary, M tree row, C candidate token, L token of a row's own
 
 import dataclasses
 import functools
+import math
 from typing import Protocol
 
 import torch
@@ -23,9 +24,14 @@ from transformers import (
 from coral_core.decoding.noise import NoiseRows, gumbel
 from coral_core.decoding.tree import Draft
 from coral_core.decoding.verify import Verdict, judge
+from coral_core.errors import DataError
 
 SURENESS = 0.5
 """Scale of the difference between the drafter's and the target's logits, where the target is not drawn from."""
+LEAST_TEMPERATURE = 1e-30
+"""Below it a temperature counts as 0. Logits divided by less overflow float32, and what is left of them are equal
+infinities, so that noise alone would pick; at this one any two float32 logits above 1e-20 that differ are a factor of
+e^1000 apart, so that the pick is the greedy one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,10 @@ class Picker(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How a token is picked. `temperature` 0 is greedy; `top_p` 1, `top_k` 0, `min_p` 0, a penalty of 1 are off."""
+    """How a token is picked. `temperature` 0 is greedy; `top_p` 1, `top_k` 0, `min_p` 0, a penalty of 1 are off.
+
+    Raises DataError for a temperature that is negative or not finite.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -68,6 +77,12 @@ class Sampler:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise DataError(f"temperature is {self.temperature:g}; it must be 0 (greedy) or a finite number above 0")
+        if self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def looks_back(self) -> bool:

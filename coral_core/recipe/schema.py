@@ -5,6 +5,7 @@ Numerical code never sees these classes: builders translate them into plain argu
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from coral_core.errors import RecipeError
@@ -213,7 +214,8 @@ class DecodeSpec:
         for key in ("draft_depth", "draft_nodes", "draft_topk", "max_new_tokens"):
             _require(getattr(self, key) >= 1, f"decode.{key}", getattr(self, key), "at least 1")
         _require(0 <= self.draft_confidence < 1, "decode.draft_confidence", self.draft_confidence, "from 0 to below 1")
-        _require(self.temperature >= 0, "decode.temperature", self.temperature, "at least 0")
+        finite = 0 <= self.temperature < math.inf
+        _require(finite, "decode.temperature", self.temperature, "a finite number, at least 0")
         _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k >= 0, "decode.top_k", self.top_k, "at least 0")
         _require(0 <= self.min_p <= 1, "decode.min_p", self.min_p, "from 0 to 1")

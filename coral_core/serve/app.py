@@ -5,6 +5,7 @@ Everything slow happens in the worker's thread; the event loop only waits and wr
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import secrets
 import time
@@ -27,6 +28,8 @@ BODY_BYTES = 1 << 20
 """A larger body is refused before it is read."""
 BODY_S = 30.0
 """Seconds that a client may take to send its body."""
+SEED_BITS = 32
+"""Of the seed that is drawn for a request without one; JavaScript's numbers hold it."""
 
 
 def make_app(service: Service, active: int, waiting: int) -> Starlette:
@@ -77,6 +80,8 @@ class Reply(Response):
     """Answers one request; whatever ends it, the client's place with the worker is free again."""
 
     def __init__(self, worker: Worker, service: Service, ask: Ask) -> None:
+        seed = ask.sampling.get("seed", secrets.randbits(SEED_BITS))
+        ask = dataclasses.replace(ask, sampling={**ask.sampling, "seed": seed})
         self.worker, self.service, self.ask = worker, service, ask
         self.form = Form(
             chat=ask.messages is not None,
@@ -84,6 +89,7 @@ class Reply(Response):
             created=int(time.time()),
             model=service.name,
             fingerprint=f"coral-{service.target.fingerprint}",
+            seed=seed,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -257,6 +257,8 @@ class Form:
     created: int
     model: str
     fingerprint: str
+    seed: int
+    """Of the draws: what the client gave, or what was drawn for it. With it, the request is answered alike again."""
 
     def whole(self, text: str, finish: str, usage: Usage) -> Fields:
         """The answer in one object."""
@@ -283,5 +285,6 @@ class Form:
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
+            "seed": self.seed,
             "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
         }

@@ -25,6 +25,9 @@ class Letters:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(chr(32 + token) for token in ids)
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(32 + token)
+
 
 TARGET = dataclasses.replace(tiny_target(), tokenizer=Letters())
 QUESTIONS = [Question(f"q{n}", ids=(5 + n, 6, 7)) for n in range(3)]

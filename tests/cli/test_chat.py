@@ -102,6 +102,8 @@ from coral_cli.talk.session import Session
 class Bytes:  # a tokenizer of one token per letter
     def decode(self, ids, **_):
         return "".join(map(chr, ids))
+    def convert_ids_to_tokens(self, token):
+        return chr(token)
 
 class Talker(Session):  # says so many words, in rounds of one word each; with no model, it is there in a second
     def clear(self):

@@ -80,6 +80,13 @@ def test_system_sets_shows_and_removes(talk: Session) -> None:
     assert run(talk, "/clear") == "the dialogue is forgotten"
 
 
+def test_a_dialogue_after_clear_draws_anew(talk: Session) -> None:
+    run(talk, "/temperature 1")
+    first = told(talk.answer("Hello!"))
+    run(talk, "/clear")
+    assert told(talk.answer("Hello!")) != first
+
+
 def test_a_template_without_system_prompts_says_so() -> None:
     talk = session(make_target(NO_SYSTEM))
     with pytest.raises(CoralError, match="shows no system prompt"):

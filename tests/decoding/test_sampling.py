@@ -5,6 +5,7 @@ import torch
 
 from coral_core.decoding.noise import MEMO_ROWS, NoiseRows, gumbel
 from coral_core.decoding.sampling import Ahead, Sampler
+from coral_core.errors import DataError
 
 DRAWS = 100_000
 LOGITS_V = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
@@ -57,10 +58,73 @@ def test_noise_depends_on_seed_position_and_token_alone() -> None:
     assert not torch.equal(gumbel(3 + (1 << 40), torch.tensor([5]), token_V), whole[:1])
 
 
+def grid(seeds: list[int], positions: int, tokens: int) -> torch.Tensor:
+    """Noise [seed, position, token]."""
+    position_P, token_V = torch.arange(positions), torch.arange(tokens)
+    return torch.stack([gumbel(seed, position_P, token_V) for seed in seeds])
+
+
+NEAR_SEEDS = [*range(128), *(2**40 + low for low in range(8)), *range(-8, 0), 2**63 - 1, 2**63 - 2]
+"""Seeds that differ in a few bits, low or high."""
+
+
+def test_no_two_seeds_and_positions_share_their_noise() -> None:
+    """A seed that was combined with the position before it was mixed gave seed 1 the noise of seed 0 at p ^ 1."""
+    noise_RV = grid(NEAR_SEEDS, 64, 6).flatten(0, 1)
+    assert noise_RV.unique(dim=0).shape == noise_RV.shape
+    drawn_RV = (grid([2**40, 2**40 + 3], 64, 6) + LOGITS_V).argmax(-1)
+    assert not torch.equal(drawn_RV[0], drawn_RV[1])
+
+
+def test_no_two_rows_are_permutations_of_each_other() -> None:
+    """Without the second key, two rows whose keys differ in their low bits hash the same numbers in another order."""
+    noise_NV = gumbel(0, torch.arange(30_000), torch.arange(256)).sort(-1).values
+    assert noise_NV[:, :8].unique(dim=0).shape[0] == 30_000
+
+
+def test_seeds_and_positions_are_independent_together() -> None:
+    """Over a grid of 128 seeds and 128 positions: no neighbour of a draw says anything about it, and every number of
+    draws of a token, by seed and by position, is as far from its mean as chance would have it."""
+    uniform_SPV = torch.exp(-torch.exp(-grid(list(range(128)), 128, 5).double()))
+    centred_SPV = (uniform_SPV - 0.5) * 12**0.5
+    index_S = torch.arange(128)
+    for seeds in (0, 1, 2, 3, 5, 32):
+        for places in (0, 1, 2, 3, 5, 32):
+            for tokens in (0, 1):
+                if seeds == places == tokens == 0:
+                    continue
+                for other in ("xor", "shift"):
+                    step = (lambda i, by: i ^ by) if other == "xor" else (lambda i, by: (i + by) % 128)
+                    moved_SPV = centred_SPV[step(index_S, seeds)][:, step(index_S, places)].roll(tokens, -1)
+                    correlation = float((centred_SPV * moved_SPV).mean())
+                    bound = 4 * (2 / centred_SPV.numel()) ** 0.5  # a xor meets each pair twice
+                    assert abs(correlation) < bound, (seeds, places, tokens, other)
+    drawn_SP = (LOGITS_V[:5] + grid(list(range(128)), 128, 5)).argmax(-1)
+    p = float(LOGITS_V[:5].softmax(0)[0])
+    for dim in (0, 1):
+        count_N = (drawn_SP == 0).sum(dim).double()
+        spread = float(((count_N - 128 * p) ** 2).mean() / (128 * p * (1 - p)))
+        assert abs(spread - 1) < 4 * (2 / 128) ** 0.5, "seeds must not be one multiset of draws"
+
+
 def test_noise_is_finite_for_a_real_vocabulary() -> None:
     noise = gumbel(0, torch.arange(50), torch.arange(151_936))
     assert noise.isfinite().all()
     assert abs(float(noise.mean()) - 0.57722) < 0.002  # Euler's constant: the mean of a Gumbel
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-31, 1e-20, 1e-8])
+def test_a_temperature_at_the_edge_of_float32_is_greedy(temperature: float) -> None:
+    """Logits over 1e-38 are infinite, all of them that are above 0, and noise decided among them."""
+    logits_NV = torch.tensor([[3.0, 5.0, 4.0], [-3.0, -5.0, -4.0]])
+    for seed in range(4):
+        assert Sampler(temperature=temperature, seed=seed).pick(logits_NV, 7).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [float("inf"), float("nan"), -1.0, -1e-40])
+def test_what_is_no_temperature_is_refused(temperature: float) -> None:
+    with pytest.raises(DataError, match=r"temperature is .*; it must be 0 .greedy. or a finite number"):
+        Sampler(temperature=temperature)
 
 
 def test_greedy_takes_the_first_of_equals() -> None:

@@ -76,6 +76,21 @@ def test_a_chat_is_what_plain_decoding_says(
         assert usage.tokens_per_round >= 1.0
 
 
+def test_without_a_seed_every_answer_is_another_and_its_seed_brings_it_back(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "messages": HELLO, "temperature": 1.0, "max_tokens": 12}
+    drawn = [client.chat.completions.create(**asked) for _ in range(4)]
+    assert len({answer.choices[0].message.content for answer in drawn}) == len({answer.seed for answer in drawn}) == 4
+    for answer in drawn[:2]:
+        again = client.chat.completions.create(**asked, seed=answer.seed)
+        assert (again.choices[0].message.content, again.seed) == (answer.choices[0].message.content, answer.seed)
+    asked["stream"] = True
+    chunks = list(client.chat.completions.create(**asked))
+    (seed,) = {chunk.seed for chunk in chunks}
+    again = list(client.chat.completions.create(**asked, seed=seed))
+    texts = ["".join(chunk.choices[0].delta.content or "" for chunk in answer) for answer in (chunks, again)]
+    assert texts[0] == texts[1]
+
+
 def test_a_completion_takes_text_or_its_ids(client: openai.OpenAI, service: Service) -> None:
     ids = service.target.tokenizer("Once upon")["input_ids"]
     expected = plain_text(service, ids, Sampler(), 24)
