@@ -1,8 +1,11 @@
 """Folders on disk: never half there, taken up again after an interruption, and honest about where they came from."""
 
+import contextlib
 import errno
+import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -210,3 +213,28 @@ def test_a_fingerprint_is_of_the_value_not_of_its_order():
     assert fingerprint({"a": 1, "b": [2.5]}) == fingerprint(json.loads('{"b": [2.5], "a": 1}'))
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert len(fingerprint(None)) == 16
+
+
+def test_the_old_folder_is_there_until_the_new_one_stands(tmp_path, monkeypatch):
+    """Killed at any rename or removal while a folder is replaced: the old or the new content is somewhere, whole."""
+    remove, replace = shutil.rmtree, os.replace
+    for last in range(5):
+        folder = tmp_path / str(last)
+        with stage(folder / "drafter", "old") as work:
+            (work / "weights").write_text("old", encoding="utf-8")
+        calls = []
+
+        def killed(act, *given, calls=calls, last=last, **options):
+            calls.append(act)
+            if len(calls) > last:
+                raise KeyboardInterrupt
+            act(*given, **options)
+
+        monkeypatch.setattr(os, "replace", functools.partial(killed, replace))
+        monkeypatch.setattr(shutil, "rmtree", functools.partial(killed, remove))
+        with contextlib.suppress(KeyboardInterrupt), stage(folder / "drafter", "new") as work:
+            (work / "weights").write_text("new", encoding="utf-8")
+        monkeypatch.undo()
+        whole = [path.read_text(encoding="utf-8") for path in folder.glob("*/weights")]
+        whole += [path.read_text(encoding="utf-8") for path in folder.glob(".*/weights")]
+        assert "old" in whole or (folder / "drafter" / "weights").read_text(encoding="utf-8") == "new"

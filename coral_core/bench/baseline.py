@@ -1,36 +1,26 @@
-"""The fastest plain decoding at hand, so that a speedup is never over a straw man.
+"""Every plain decoding at hand, so that a speedup is never over a straw man.
 
-Tried on a few prompts: our own loop and `model.generate`, in the target's dtype and, on a CPU, in the other of float32
-and bfloat16 too, since which of them is faster depends on the processor.
+Our own loop and `model.generate`, in the target's dtype and, on a CPU, in the other of float32 and bfloat16 too, since
+which of them is faster depends on the processor. All of them race on every question, and the fastest over all of them
+is the baseline (metrics.py): on a few questions beforehand, another one was the fastest half of the time. None is
+compiled; `benchmarks.decode --compiled` races one that is.
 """
 
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from coral_core.bench.race import Decode, Lane, run_lane
+from coral_core.bench.race import PLAIN, Decode, Lane, run_lane
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target
 
 COPY_LIMIT_BYTES = 2 << 30
 """A target larger than this is not copied into another dtype just to look for a faster baseline."""
-OWN_LOOP = "plain"
-
-
-@dataclasses.dataclass(frozen=True)
-class Baseline:
-    """A plain decoder and how fast it was."""
-
-    name: str
-    """`plain` or `generate`, with the dtype."""
-    decode: Decode
-    tokens_per_s: float
 
 
 class _FirstToken(BaseStreamer):
@@ -70,9 +60,9 @@ def generate_lane(target: Target, prompt: list[int], sampler: Sampler, max_new_t
     return Lane(ids, streamer.at_s - begun, ended - streamer.at_s, [], [], {"generate": ended - streamer.at_s})
 
 
-def fastest_plain(target: Target, prompts: list[list[int]], sampler: Sampler, max_new_tokens: int) -> list[Baseline]:
-    """Every plain decoder, fastest first: tokens after the first over seconds after the prefill."""
-    found = []
+def plain_lanes(target: Target, sampler: Sampler, max_new_tokens: int) -> dict[str, Decode]:
+    """Every plain decoder besides our own loop in the target's dtype, which is the reference."""
+    found: dict[str, Decode] = {}
     for form in [target, *_other_dtypes(target)]:
         dtype = str(form.dtype).removeprefix("torch.")
 
@@ -82,15 +72,10 @@ def fastest_plain(target: Target, prompts: list[list[int]], sampler: Sampler, ma
         def generate(prompt: list[int], form: Target = form) -> Lane:
             return generate_lane(form, prompt, sampler, max_new_tokens)
 
-        for name, decode in ((OWN_LOOP, own), ("generate", generate)):
-            found.append(Baseline(f"{name} {dtype}", decode, _rate(decode, prompts)))
-    return sorted(found, key=lambda baseline: -baseline.tokens_per_s)
-
-
-def _rate(decode: Callable[[list[int]], Lane], prompts: list[list[int]]) -> float:
-    decode(prompts[0])
-    lanes = [decode(prompt) for prompt in prompts]
-    return sum(len(lane.ids) - 1 for lane in lanes) / sum(lane.decode_s for lane in lanes)
+        if form is not target:
+            found[f"{PLAIN} {dtype}"] = own
+        found[f"generate {dtype}"] = generate
+    return found
 
 
 def _other_dtypes(target: Target) -> list[Target]:

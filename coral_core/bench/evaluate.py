@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from coral_core.artifacts import Manifest, fingerprint, stage, versions, write_text
-from coral_core.bench.baseline import OWN_LOOP, Baseline, fastest_plain
+from coral_core.bench.baseline import plain_lanes
 from coral_core.bench.distribution import check_distribution
 from coral_core.bench.grade import grade
 from coral_core.bench.methods import Method, rows_read
-from coral_core.bench.metrics import question_speedups, summarise
+from coral_core.bench.metrics import plain_speeds, question_speedups, summarise
 from coral_core.bench.questions import Bench
-from coral_core.bench.race import Lane, Racers, Turn, fitting, race
+from coral_core.bench.race import PLAIN, Lane, Racers, Turn, fitting, race
 from coral_core.bench.samples import samples
 from coral_core.decoding.measure import device_name
 from coral_core.errors import ArtifactError
@@ -34,7 +34,7 @@ from coral_core.target.load import Target
 
 SCHEMA = 1
 PROBES = 3
-"""Questions on which the plain decoders are compared before the race."""
+"""Questions on which what stands beside the race is measured."""
 SETTINGS = "settings.json"
 """What an evaluation is of; beside the rows, so that --resume can say what differs."""
 
@@ -122,8 +122,6 @@ class _Raced:
     temperature: float
     probes: list[list[int]]
     """Prompts that fit the context, for what is measured beside the race."""
-    baselines: list[Baseline]
-    """Fastest first."""
     questions: list[list[Turn]]
 
 
@@ -132,10 +130,8 @@ def _race_bench(plan: Plan, bench: Bench, temperature: float, work: Path, progre
     probes = fitting(plan.target, bench.questions)[:PROBES]
     rows = work / f"{bench.name}-t{temperature:g}.jsonl"
     done = [[_turn(turn) for turn in json.loads(line)] for line in _whole_lines(rows)]
-    found = _baselines(plan, rows.with_suffix(".baseline"), probes, temperature)
-    own = found[0].name == f"{OWN_LOOP} {_dtype(plan.target)}"
     engines = {method.name: method.engine for method in plan.methods}
-    racers = Racers(plan.target, engines, pick, limit, None if own else found[0].decode)
+    racers = Racers(plan.target, engines, pick, limit, plain_lanes(plan.target, pick, limit))
     stage_name, total = f"{bench.name} T={temperature:g}", len(bench.questions)
     progress(stage_name, len(done), total, {})
     with rows.open("a", encoding="utf-8") as file:
@@ -146,18 +142,7 @@ def _race_bench(plan: Plan, bench: Bench, temperature: float, work: Path, progre
             so_far = summarise(done, plan.methods[0].name, draws=0)
             numbers = {"tau": so_far["tokens_per_round_micro"], "speedup": so_far["speedup"]}
             progress(stage_name, len(done), total, {key: value for key, value in numbers.items() if value is not None})
-    return _Raced(bench, temperature, probes, found, done)
-
-
-def _baselines(plan: Plan, mark: Path, probes: list[list[int]], temperature: float) -> list[Baseline]:
-    """The plain decoders, fastest first; after an interruption the one that raced before it stays the first."""
-    pick, limit = sampler(plan.at(temperature)), plan.recipe.decode.max_new_tokens
-    found = fastest_plain(plan.target, probes, pick, limit)
-    if mark.exists():
-        before = mark.read_text(encoding="utf-8")
-        found.sort(key=lambda baseline: baseline.name != before)
-    write_text(mark, found[0].name)
-    return found
+    return _Raced(bench, temperature, probes, done)
 
 
 def _numbers(plan: Plan, raced: _Raced) -> dict[str, dict[str, Any]]:
@@ -166,6 +151,8 @@ def _numbers(plan: Plan, raced: _Raced) -> dict[str, dict[str, Any]]:
     asked = sum(len(question.turns or ("",)) for question in bench.questions)
     graded = grade(bench.questions, raced.questions, _text(target), run_code=plan.run_code)
     pick = sampler(plan.at(raced.temperature))
+    own = f"{PLAIN} {_dtype(target)}"
+    speeds = {own if name == PLAIN else name: speed for name, speed in plain_speeds(raced.questions).items()}
     found = {}
     for method in plan.methods:
         summary = summarise(raced.questions, method.name)
@@ -173,8 +160,8 @@ def _numbers(plan: Plan, raced: _Raced) -> dict[str, dict[str, Any]]:
             "bench": bench.name,
             "temperature": raced.temperature,
             "seed": plan.recipe.seed,
-            "baseline": raced.baselines[0].name,
-            "plain_decoders": {baseline.name: baseline.tokens_per_s for baseline in raced.baselines},
+            "baseline": next(iter(speeds), own),
+            "plain_decoders": speeds,
             **summary,
             "turns_too_long": asked - summary["turns"],
             "rows_read": rows_read(method.engine, raced.probes[0]),
@@ -225,8 +212,6 @@ def _publish(
     write_text(work / "results.md", markdown(results))
     write_text(work / "results.tex", latex(results))
     write_text(work / "report.html", page(plan.recipe.name, results, charts, run / "log.jsonl"))
-    for mark in work.glob("*.baseline"):
-        mark.unlink()
     Manifest(
         kind="eval",
         fingerprint=fingerprint(settings),

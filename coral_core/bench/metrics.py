@@ -25,7 +25,8 @@ def summarise(questions: Sequence[Sequence[Turn]], method: str, draws: int = DRA
     """
     questions = [turns for turns in questions if turns]
     turns = [turn for question in questions for turn in question]
-    drafted, baselines = [turn.lanes[method] for turn in turns], [turn.baseline for turn in turns]
+    plain = fastest_plain(questions)
+    drafted, baselines = [turn.lanes[method] for turn in turns], [turn.lanes[plain] for turn in turns]
     emitted = [n for lane in drafted for n in lane.emitted]
     speeds = _speed(drafted), _speed(baselines)
     ratios = list(question_speedups(questions, method).values())
@@ -42,7 +43,9 @@ def summarise(questions: Sequence[Sequence[Turn]], method: str, draws: int = DRA
         "baseline_tokens_per_s": speeds[1],
         "plain_tokens_per_s": _speed([turn.lanes[PLAIN] for turn in turns]),
         "speedup": speeds[0] / speeds[1] if speeds[0] and speeds[1] else None,
-        "speedup_ci95": _interval([_totals(question, method) for question in questions], _ratio_of_totals, draws),
+        "speedup_ci95": _interval(
+            [_totals(question, method, plain) for question in questions], _ratio_of_totals, draws
+        ),
         "speedup_mean": statistics.fmean(ratios) if ratios else None,
         "speedup_mean_ci95": _interval(ratios, statistics.fmean, draws),
         "lossless": _lossless(turns, method),
@@ -52,11 +55,25 @@ def summarise(questions: Sequence[Sequence[Turn]], method: str, draws: int = DRA
     }
 
 
+def plain_speeds(questions: Sequence[Sequence[Turn]]) -> dict[str, float]:
+    """Tokens/s of every plain lane over all questions, fastest first; without those whose answers have no tokens."""
+    turns = [turn for question in questions for turn in question]
+    names = turns[0].plain_lanes if turns else []
+    speeds = {name: _speed([turn.lanes[name] for turn in turns]) for name in names}
+    found = {name: speed for name, speed in speeds.items() if speed is not None}
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def fastest_plain(questions: Sequence[Sequence[Turn]]) -> str:
+    """The lane over which speedups are: of the plain ones, the fastest over all questions."""
+    return next(iter(plain_speeds(questions)), PLAIN)
+
+
 def question_speedups(questions: Sequence[Sequence[Turn]], method: str) -> dict[str, float]:
     """Each question's own ratio of tokens/s; questions whose answers have one token only are left out."""
-    found = {}
+    found, name = {}, fastest_plain(questions)
     for question in filter(None, questions):
-        fast, plain = _speed([turn.lanes[method] for turn in question]), _speed([turn.baseline for turn in question])
+        fast, plain = (_speed([turn.lanes[lane] for turn in question]) for lane in (method, name))
         if fast and plain:
             found[question[0].question] = fast / plain
     return found
@@ -81,14 +98,14 @@ def _macro(questions: Sequence[Sequence[Turn]], method: str) -> float | None:
     return statistics.fmean(means) if means else None
 
 
-def _totals(question: Sequence[Turn], method: str) -> tuple[float, ...]:
+def _totals(question: Sequence[Turn], method: str, plain: str) -> tuple[float, ...]:
     """Tokens and seconds drafted, tokens and seconds plain."""
 
     def both(lanes: list[Lane]) -> Iterator[float]:
         yield sum(len(lane.ids) - 1 for lane in lanes)
         yield sum(lane.decode_s for lane in lanes)
 
-    return (*both([turn.lanes[method] for turn in question]), *both([turn.baseline for turn in question]))
+    return (*both([turn.lanes[method] for turn in question]), *both([turn.lanes[plain] for turn in question]))
 
 
 def _ratio_of_totals(totals: Sequence[tuple[float, ...]]) -> float | None:

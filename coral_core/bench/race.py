@@ -20,9 +20,7 @@ from coral_core.target.load import Target
 from coral_core.target.template import prompt_ids
 
 PLAIN = "plain"
-"""The lane of our own plain loop."""
-BASELINE = "baseline"
-"""The lane of a plain decoder that is faster than our own loop, where there is one."""
+"""The lane of our own plain loop, in the target's dtype: the reference."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,7 @@ Decode = Callable[[list[int]], Lane]
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One turn of one question, decoded by every lane: PLAIN, one per method, and perhaps BASELINE."""
+    """One turn of one question, decoded by every lane: PLAIN, one per method, and the other plain decoders."""
 
     question: str
     turn: int
@@ -59,9 +57,9 @@ class Turn:
     """Per method, where its ids leave the plain ones (`diverges`)."""
 
     @property
-    def baseline(self) -> Lane:
-        """The fastest plain decoding."""
-        return self.lanes.get(BASELINE, self.lanes[PLAIN])
+    def plain_lanes(self) -> list[str]:
+        """Names of the lanes that draft nothing."""
+        return [name for name in self.lanes if name not in self.divergence]
 
 
 def run_lane(rounds: Iterable[Round]) -> Lane:
@@ -94,8 +92,8 @@ class Racers:
     """Per method."""
     sampler: Sampler
     max_new_tokens: int
-    baseline: Decode | None = None
-    """A faster plain decoder than our own loop, if one was found."""
+    others: dict[str, Decode] = dataclasses.field(default_factory=dict)
+    """Plain decoders besides our own loop (baseline.py)."""
 
     def lanes(self) -> dict[str, Decode]:
         """Every decoder by its lane's name."""
@@ -104,7 +102,7 @@ class Racers:
             found[name] = lambda prompt, engine=engine: run_lane(  # type: ignore[misc]
                 engine.decode(prompt, self.sampler, self.max_new_tokens)
             )
-        return found if self.baseline is None else {**found, BASELINE: self.baseline}
+        return found | self.others
 
     def _plain(self, prompt: list[int]) -> Lane:
         return run_lane(plain(self.target, prompt, self.sampler, self.max_new_tokens))

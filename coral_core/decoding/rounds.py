@@ -88,8 +88,10 @@ def room(target: Target, prompt: int, max_new_tokens: int) -> int:
     if prompt == 0:
         raise DataError("the prompt has no tokens; give at least one")
     if prompt >= target.max_positions:
+        where = ", as far as its rotary factors stay the same" if target.bounded else ""
         raise DataError(
-            f"the prompt has {prompt} tokens and the target's context holds {target.max_positions}; shorten the prompt"
+            f"the prompt has {prompt} tokens and the target's context holds {target.max_positions}{where}; "
+            "shorten the prompt"
         )
     return min(max_new_tokens, target.max_positions - prompt)
 

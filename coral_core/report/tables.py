@@ -6,8 +6,9 @@ from typing import Any
 DEFINITIONS = (
     "tau: tokens per round, bonus token included; micro = all tokens / all rounds, macro = mean over questions.",
     "tokens/s: tokens after the first / seconds after the prefill; the prefill is reported apart.",
-    "plain: the fastest plain decoding found on this machine, run in the same process and taking turns with the "
-    "drafted one on every question, after an uncounted answer of each.",
+    "plain: of the plain decoders (coral's own loop and `model.generate`, in float32 and bfloat16 where there is room "
+    "for both), the one that was fastest over all questions; none is compiled. All run in the same process and take "
+    "turns with the drafted ones on every question, after an uncounted answer of each.",
     "speedup: tokens/s over plain tokens/s, both over the whole bench (ratio of totals); per question: the mean of "
     "each question's own ratio. In brackets: bootstrap 95 % intervals over questions.",
     "lossless: answers whose drafted ids equal plain decoding's with the same seed, token for token.",
@@ -118,7 +119,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     for bench, method, numbers in rows(results):
         if method == results["method"]:
             tried = ", ".join(f"{name} {speed:.1f}" for name, speed in numbers["plain_decoders"].items())
-            found.append(f"{bench}: plain decoders tried on a few questions, tokens/s: {tried}.")
+            found.append(f"{bench}: plain decoders on every question, tokens/s: {tried}.")
             if numbers["turns_too_long"]:
                 found.append(f"{bench}: {numbers['turns_too_long']} turns do not fit the target's context; left out.")
         if plain := numbers.get("plain_rounds"):

@@ -41,6 +41,8 @@ class Target:
     """The distinct kinds of attention layer, sorted."""
     window: int
     """Positions that a sliding layer sees, itself included; 0 when no layer slides."""
+    bounded: bool = False
+    """Whether `max_positions` is less than the model's own: further ones would change the rows before them."""
     graphs: bool = False
     """Whether decoding records its forwards (decoding/graphs.py)."""
     idle: list[Any] = dataclasses.field(default_factory=list, repr=False, compare=False)
@@ -141,7 +143,8 @@ def wrap(model: Any, tokenizer: Any) -> Target:
 
 
 def _wrap(model: Any, tokenizer: Any) -> Target:
-    from coral_core.kernels import attention  # it imports transformers, which whoever has a model has loaded
+    from coral_core.kernels import attention  # these import transformers, which whoever has a model has loaded
+    from coral_core.target.probe import probed
 
     config = model.config.get_text_config()
     types = _layer_types(model, config)
@@ -159,8 +162,7 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
         layer_types=types,
         window=int(config.sliding_window) if "sliding_attention" in types else 0,
     )
-    _probe(target)
-    return target
+    return probed(target)
 
 
 @contextlib.contextmanager
@@ -281,22 +283,3 @@ def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     if stop is None:
         stop = getattr(tokenizer, "eos_token_id", None)
     return frozenset([] if stop is None else [stop] if isinstance(stop, int) else stop)
-
-
-@torch.no_grad()
-def _probe(target: Target) -> None:
-    """Prove on four tokens that head(feature) is what the model itself answers. Raises TargetError when it is not."""
-    ids_BT = torch.arange(4, device=target.device)[None] % target.lent.embed_VD.shape[0]
-    own_BTV = target.model(input_ids=ids_BT, use_cache=False).logits.float()
-    ours_BTV = target.lent.logits(target.forward(ids_BT)).float()
-    if not own_BTV.isfinite().all():
-        raise TargetError(
-            f"{type(target.model).__name__} answers with numbers that are infinite or none in {target.dtype}: its "
-            "weights are damaged, or need another dtype. Restore its files, or set target.dtype=float32"
-        )
-    gap = float((own_BTV - ours_BTV).abs().max())
-    if not gap <= 1e-2 * max(1.0, float(own_BTV.abs().max())):
-        raise TargetError(
-            f"{type(target.model).__name__}: its LM head on its last hidden state misses its own logits by {gap:.3g}; "
-            "it transforms them in a way coral does not know. Choose another target.model"
-        )

@@ -13,7 +13,26 @@ from coral_core.api.stream import TextStream
 from tests.data.helpers import make_tokenizer
 
 CODE = "def f(x):\n    if x:\n        return  x\n\n    # naïve ☕ 你好 \U0001f600\n    return 'don't' , x !\n"
-WORDS = ["▁def", "▁return", "▁", "▁▁", "▁▁▁▁", "def", "return", "x", "(", "):", "'", "'t", "n", "▁n", ".", "▁.", "é", "\n"]
+WORDS = [
+    "▁def",
+    "▁return",
+    "▁",
+    "▁▁",
+    "▁▁▁▁",
+    "def",
+    "return",
+    "x",
+    "(",
+    "):",
+    "'",
+    "'t",
+    "n",
+    "▁n",
+    ".",
+    "▁.",
+    "é",
+    "\n",
+]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 

@@ -48,6 +48,18 @@ def test_with_every_group_active_the_grouped_head_is_the_full_one(scalars: dict[
     torch.testing.assert_close(logit_NR.sort().values, lent.logits(hidden_ND).sort().values, rtol=0, atol=1e-5)
 
 
+def test_groups_are_chosen_by_probability_and_not_by_logits() -> None:
+    """Two rows: one is sure of group 0, the other torn between 1 and 2. By the sum of logits 2 would come first."""
+    lent = Lent(torch.randn(V, 3), torch.randn(V, 3), None)
+    router = Router(3, 3)
+    router.w2.weight.data = torch.eye(3)
+    router.w2.bias.data.zero_()
+    head = GroupedHead(lent, by_id(V, 3), router, 2)
+    token_C = head.candidates(torch.tensor([[20.0, 0.0, 15.0], [0.0, 8.0, 7.9]])).token_C
+    groups = head.token_V.tensor_split(head.start_G[1:-1])
+    assert token_C.sort().values.equal(torch.cat([groups[0], groups[1]]).sort().values)
+
+
 @pytest.mark.parametrize("active", [1, 2, 4])
 def test_active_groups_are_the_full_head_restricted_to_their_rows(active: int) -> None:
     lent = a_lent()

@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 
+from coral_core.decoding.plain import plain
+from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.capture import tap
-from coral_core.target.load import drafter_shape, load_target, pick_device, wrap
+from coral_core.target.load import Target, drafter_shape, load_target, pick_device, wrap
 from tests.tiny import FAMILIES, SHAPE, tiny_target
 
 
@@ -103,6 +105,27 @@ def test_the_fingerprint_tells_a_fine_tuned_copy_and_not_a_dtype() -> None:
     with torch.no_grad():
         again.model.model.layers[1].mlp.down_proj.weight[0, 3] += 0.5
     assert wrap(again.model, None).fingerprint != target.fingerprint
+
+
+def test_every_end_token_ends_an_answer() -> None:
+    """Llama 3 has three, and its chat ends with the last of them."""
+    target = dataclasses.replace(tiny_target("llama"), stop_ids=frozenset())
+    model, prompt = target.model, [5, 6, 7]
+    said = ids_of(target, prompt)
+    last = next(token for place, token in enumerate(said) if place >= 3 and token not in said[:place])
+    absent = [token for token in range(3, 96) if token not in said][:2]
+    own, model.generation_config.eos_token_id = model.generation_config.eos_token_id, [*absent, last]
+    try:
+        stopping = wrap(model, None)
+        expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 3).long(), max_new_tokens=30)
+    finally:
+        model.generation_config.eos_token_id = own
+    assert stopping.stop_ids == {*absent, last}
+    assert ids_of(stopping, prompt) == expected[0, 3:].tolist() == said[: said.index(last) + 1]
+
+
+def ids_of(target: Target, prompt: list[int]) -> list[int]:
+    return [token for event in plain(target, prompt, Sampler(), 30) for token in event.new_ids]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,6 +19,7 @@ from coral_core.store.store import Store
 from coral_core.training.checkpoint import Checkpoint, Checkpoints, first_difference
 from coral_core.training.loop import Reports, train
 from coral_core.training.trainer import learning_rate
+from coral_core.training.unroll import feature_noise
 from tests.training.helpers import tiny_spec, tiny_store
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,40 @@ def test_ten_steps_equal_five_steps_a_kill_and_five_steps_bit_for_bit(tmp_path, 
     assert steps == [5, 6, 7, 8, 9, 10]
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
+
+
+def test_a_resumed_training_goes_on_behind_every_micro_batch_of_its_steps(tmp_path, one_thread):
+    """With two micro-batches a step, five steps have consumed ten of them, and not five."""
+    store = tiny_store(tmp_path / "data")
+    whole, _ = run_train(store, tmp_path / "whole", accumulate=2, steps=8, checkpoint_every=5)
+    interrupted = Reports(lambda _: None, lambda stage, step, *_: stop_at(step, 6))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_spec(accumulate=2, steps=8, checkpoint_every=5), store, seed=5, work=tmp_path, reports=interrupted)
+    found, _ = run_train(store, tmp_path, accumulate=2, steps=8, checkpoint_every=5)
+    assert Checkpoints(tmp_path / "checkpoints", {})._state()["step"] == 5
+    for name, weight in whole.items():
+        assert torch.equal(found[name], weight), name
+
+
+def stop_at(step, last):
+    if step == last:
+        raise KeyboardInterrupt
+
+
+def test_every_micro_batch_has_noise_of_its_own(tmp_path, monkeypatch):
+    """The same in every run, and another one in every micro-batch of every step."""
+    store, seen = tiny_store(tmp_path / "data"), []
+
+    def noise(batch, scale, generator):
+        drawn = feature_noise(batch, scale, generator)
+        seen.append(float(drawn.flatten()[0]))
+        return drawn
+
+    monkeypatch.setattr("coral_core.training.trainer.feature_noise", noise)
+    for run in ("a", "b"):
+        run_train(store, tmp_path / run, accumulate=2, steps=3, feature_noise=0.1)
+    assert len(set(seen)) == 6
+    assert seen[:6] == seen[6:]
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
@@ -205,6 +240,32 @@ def test_a_checkpoint_cut_short_is_never_the_latest(tmp_path, monkeypatch):
     monkeypatch.undo()
     checkpoints.save(a_checkpoint(10))
     assert checkpoints.load().step == 10
+
+
+def test_latest_never_names_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
+    """Killed at any of the renames of a save: what latest names is whole."""
+    checkpoints = Checkpoints(tmp_path, {"seed": 1})
+    checkpoints.save(a_checkpoint(5))
+    replace = os.replace
+    for rename in range(4):
+        calls = []
+
+        def killed(old, new, calls=calls, rename=rename):
+            calls.append(new)
+            if len(calls) > rename:
+                raise KeyboardInterrupt
+            replace(old, new)
+
+        monkeypatch.setattr(os, "replace", killed)
+        try:
+            checkpoints.save(a_checkpoint(10 + rename))
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+            found = checkpoints.load()
+            assert found is not None
+            assert found.weights["fc.weight"][0] == found.step
+    monkeypatch.undo()
+    assert checkpoints.load().step == 13
 
 
 @pytest.mark.parametrize("file", ["state.json", "weights.safetensors", "optimizer.safetensors"])

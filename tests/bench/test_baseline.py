@@ -1,0 +1,79 @@
+"""Plain decoders: which race, and that a rate begins behind the prefill."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from coral_core.bench import baseline, race
+from coral_core.bench.baseline import generate_lane, plain_lanes
+from coral_core.bench.metrics import summarise
+from coral_core.bench.race import Lane, Turn, run_lane
+from coral_core.decoding.rounds import Round
+from coral_core.decoding.sampling import Sampler
+from tests.tiny import tiny_target
+
+
+class Clock:
+    """A clock that stands until it is told."""
+
+    now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (baseline, race):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def check(lane: Lane) -> None:
+    """Five tokens, of which the prefill brought one in 100 s, and the others took 2 s each."""
+    assert (lane.prefill_s, lane.decode_s) == (100.0, 8.0)
+    turn = Turn("q", 0, 3, {"plain": lane, "m": lane}, {"m": None})
+    assert summarise([[turn]], "m")["baseline_tokens_per_s"] == 0.5
+
+
+def test_a_rate_begins_behind_the_prefill(clock: Clock) -> None:
+    def rounds() -> Iterator[Round]:
+        for number in range(5):
+            clock.now_s += 2.0 if number else 100.0
+            yield Round([7], "plain" if number else "prefill")
+
+    check(run_lane(rounds()))
+
+
+def test_so_does_the_rate_of_generate(clock: Clock) -> None:
+    """transformers hands the prompt to the streamer before it reads it, and then each token."""
+    target = tiny_target()
+
+    class Model:
+        def generate(self, ids_BT: torch.Tensor, streamer: Any, **options: Any) -> torch.Tensor:
+            streamer.put(ids_BT)
+            for number in range(5):
+                clock.now_s += 2.0 if number else 100.0
+                streamer.put(torch.tensor([7]))
+            streamer.end()
+            return torch.cat((ids_BT, torch.full((1, 5), 7)), dim=1)
+
+    check(generate_lane(race.dataclasses.replace(target, model=Model()), [3, 4, 5], Sampler(), 5))
+
+
+def test_the_streamer_is_called_so() -> None:
+    lane = generate_lane(tiny_target(), [3, 4, 5], Sampler(), 6)
+    assert lane.prefill_s > 0 and lane.decode_s > 0
+    assert time.perf_counter() > lane.prefill_s
+
+
+def test_every_plain_decoder_says_what_ours_says() -> None:
+    lanes = plain_lanes(tiny_target(), Sampler(), 5)
+    assert list(lanes) == ["generate float32", "plain bfloat16", "generate bfloat16"]
+    own = generate_lane(tiny_target(), [3, 4, 5], Sampler(), 5).ids
+    assert lanes["generate float32"]([3, 4, 5]).ids == own
+    assert len(lanes["plain bfloat16"]([3, 4, 5]).ids) >= 1
