@@ -6,7 +6,8 @@
 
 race: on the same prompts in turns, in float32 and bfloat16: `model.generate` (of the model with coral's products and
 attention, and of an untouched one), our plain loop, transformers' prompt lookup and assisted generation, ours with each
---drafter NAME=RUN (a run's folder, with drafter/ and perhaps head/) with the full and with the grouped head. cost: the
+--drafter NAME=RUN (a run's folder, with drafter/ and perhaps head/) with the full and with the grouped head; none of
+these is compiled, and --compiled adds a plain lane that is (a static cache and inductor, minutes to compile). cost: the
 target over N tree nodes, and a draft level, in plain steps and over this machine's own floor. oracle: acceptance
 forced, the engine's own overhead apart from a drafter's quality. Those three replace their own rows of
 results/decode.json; gpu writes results/decode-gpu.json, and skips aloud without CUDA, where `--part gpu --shape tiny`
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import decode_cost, decode_gpu, decode_oracle, decode_race
+from benchmarks import decode_compiled, decode_cost, decode_gpu, decode_oracle, decode_race
 from benchmarks.decode_steps import Parts
 from benchmarks.record import RESULTS, record
 from coral_cli.options import read_recipe
@@ -82,6 +83,10 @@ def race(found: list[Form], options: argparse.Namespace) -> Iterator[Row]:
     racers = []
     for form in found:
         racers += list(decode_race.entries(form.target, form.methods, options.tokens, options.assistant_layers))
+        if options.compiled and (missing := decode_compiled.compiler_missing()):
+            print(f"compiled: skipped, inductor has no compiler here: {missing}", file=sys.stderr)
+        elif options.compiled:
+            racers.append(decode_race.compiled_entry(form.target, options.tokens, max(map(len, form.prompts))))
 
     def told(done: int) -> None:
         print(f"race: {done} of {len(found[0].prompts)} prompts", file=sys.stderr, flush=True)
@@ -139,6 +144,7 @@ def figures(rows: list[Row]) -> dict[str, Any]:
             "best": {kind: row["lane"] for kind, row in best.items() if row},
             "plain_over_generate": _over(raced, "plain", "generate"),
             "plain_over_untouched_generate": _over(raced, "plain", "generate, untouched model"),
+            **({"compiled_over_plain": _over(raced, "compiled", "plain")} if _best(raced, "compiled") else {}),
             "other_share": best["coral"]["other_share"],
             "float32_answers_equal": all(row["equal"] == row["answers"] for row in raced if row["dtype"] == "float32"),
         }
@@ -181,6 +187,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts; a quarter of them for the oracle")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer, at most")
     parser.add_argument("--assistant-layers", type=int, default=4, help="of the target, as a draft model; 0: none")
+    parser.add_argument(
+        "--compiled", action="store_true", help="race a compiled plain lane too; compiling takes minutes"
+    )
     parser.add_argument("--repeats", type=int, default=21, help="of each timed call in cost and gpu")
     parser.add_argument("--shape", choices=list(decode_gpu.SHAPES), default="llama-3-8b", help="of gpu's target")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks.decode_compiled import Compiled
 from benchmarks.paired import ratio_ci95
 from coral_core.bench.methods import Method
 from coral_core.bench.race import Decode, Lane, run_lane
@@ -32,7 +33,7 @@ class Entry:
 
     name: str
     kind: str
-    """plain, transformers (its speculative ways), or coral."""
+    """plain, compiled (plain too), transformers (its speculative ways), or coral."""
     dtype: str
     decode: Decode
     facts: dict[str, Any]
@@ -114,6 +115,14 @@ def entries(target: Target, methods: dict[str, Method], tokens: int, assistant_l
             return run_lane(engine.decode(prompt, Sampler(), tokens))
 
         yield lane(name, "coral", decode, **{key: value for key, value in method.facts.items() if key != "method"})
+
+
+def compiled_entry(target: Target, tokens: int, longest: int, backend: str = "inductor") -> Entry:
+    """A plain lane of an untouched model, compiled, for prompts of at most `longest` tokens."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    lane = Compiled(target, untouched(target.model), longest + tokens, backend)
+    facts = {"method": "compiled", "compiler": backend, "cache": "static"}
+    return Entry(f"compiled {dtype}", "compiled", dtype, lambda prompt: lane.decode(prompt, tokens), facts)
 
 
 def race(racers: Sequence[Entry], prompts: Sequence[list[int]], told: Callable[[int], None]) -> list[dict[str, Any]]:

@@ -55,6 +55,17 @@ def test_every_lane_says_what_plain_says() -> None:
     assert found["other_share"] == by_kind["coral full"]["other_share"]
 
 
+def test_the_compiled_lane_says_what_plain_says_and_is_no_baseline() -> None:
+    """Captured, and run by Python: whether inductor is right is not tested here."""
+    target = unstopped()
+    racers = list(decode_race.entries(target, {}, 12, 0))
+    racers.append(decode_race.compiled_entry(target, 12, 8, backend="eager"))
+    rows = decode_race.race(racers, prompts(2), lambda done: None)
+    assert [(row["answers"], row["equal"]) for row in rows] == [(2, 2)] * 5
+    assert rows[-1]["kind"] == "compiled" and rows[-1]["best_plain"] != "compiled float32"
+    assert rows[-1]["tau"] == 1.0
+
+
 def test_an_untouched_model_is_transformers_own_and_leaves_the_target_as_it_is() -> None:
     model = tiny_target("llama").model
     kinds, ids_BT = {type(module) for module in model.modules()}, torch.tensor([[5, 6, 7]])
