@@ -63,8 +63,8 @@ def _compare_logits(target: Target, name: str) -> None:
     ours_BTV = target.lent.logits(target.forward(ids_BT)).float()
     if not own_BTV.isfinite().all():
         raise TargetError(
-            f"{name} answers with numbers that are infinite or none in {target.dtype}: its weights are damaged, or need "
-            "another dtype. Restore its files, or set target.dtype=float32"
+            f"{name} answers with numbers that are infinite or none in {target.dtype}: its weights are damaged, or "
+            "need another dtype. Restore its files, or set target.dtype=float32"
         )
     gap = float((own_BTV - ours_BTV).abs().max())
     if not gap <= 1e-2 * max(1.0, float(own_BTV.abs().max())):

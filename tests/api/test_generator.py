@@ -80,7 +80,7 @@ def test_the_users_drafter_keeps_its_own_dtype():
 def test_the_tree_is_what_pays_here_unless_one_is_given(monkeypatch):
     target = tiny_target("llama")
     drafter, costs = random_drafter(target), object()
-    monkeypatch.setattr("coral_core.api.generator.measure_costs", lambda engine: costs)
+    monkeypatch.setattr("coral_core.run.measure_costs", lambda engine: costs)
     assert Generator(target, drafter).engine.costs is costs
     given = Generator(target, drafter, TreeShape(depth=2, nodes=3, topk=1)).engine
     assert given.costs is None and given.shape.nodes == 3
