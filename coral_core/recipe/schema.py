@@ -107,6 +107,8 @@ class TrainSpec:
     """Width of the uniform noise on the input features, scaled by 512 / T as EAGLE does; 0 turns it off."""
     unroll_steps: int = 3
     """Training passes n: pass F sees what the F-th drafted token sees when decoding."""
+    unroll_growth: float = 0.75
+    """Share of the steps over which the passes grow from 1 to `unroll_steps`, in equal parts; 0: all from the first."""
     regression_weight: float = 1.0
     """Weight of the smooth-L1 distance between drafted and true features."""
     distill_weight: float = 0.1
@@ -148,6 +150,7 @@ class TrainSpec:
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "csra_negatives", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        _require(0 <= self.unroll_growth < 1, "train.unroll_growth", self.unroll_growth, "from 0 to below 1")
         for key in ("learning_rate", "clip_norm", "csra_temperature"):
             _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
         for key in ("warmup_steps", "feature_noise", "eval_every", "candidates"):
@@ -241,10 +244,11 @@ class Recipe:
         _require(bool(self.name) and plain, "name", self.name, "letters, digits, '-', '_' and '.' (it names a folder)")
 
 
+_WHOLE = {"candidates": 0, "unroll_growth": 0.0}
 PRESETS: dict[str, dict[str, int | float]] = {
-    "quick": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, "candidates": 6144},
-    "coral": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, "candidates": 0},
-    "hass": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.0, "candidates": 0},
-    "eagle2": {"unroll_steps": 1, "topk_weight": 0.0, "csra_weight": 0.0, "candidates": 0},
+    "quick": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75},
+    "coral": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, **_WHOLE},
+    "hass": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.0, **_WHOLE},
+    "eagle2": {"unroll_steps": 1, "topk_weight": 0.0, "csra_weight": 0.0, **_WHOLE},
 }
 """The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""

@@ -16,8 +16,11 @@ class Meter:
         self.accelerator = accelerator
         self.begun_s = self.marked_s = time.perf_counter()
         self.sums: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, int] = {}
+        """Rows that each sum is over: a pass that begins between two lines has fewer than the first."""
+        self.step_names: set[str] = set()
         self.step_loss = torch.zeros((), device=accelerator.device)
-        self.rows = self.tokens = 0
+        self.tokens = 0
         self.loss = self.grad_norm = 0.0
         self.shown: dict[str, float] = {}
         """For the progress bar: the last step's loss, and the last line's other numbers."""
@@ -27,6 +30,7 @@ class Meter:
         self.step_loss = self.step_loss + loss
         for name, value in {"loss": loss, **parts}.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.step_names.add(name)
         self.tokens += tokens
 
     def close_step(self, rows: int, grad_norm: torch.Tensor) -> None:
@@ -34,7 +38,9 @@ class Meter:
         self.loss = float(self.accelerator.reduce(self.step_loss, "sum")) / rows
         self.grad_norm = float(grad_norm)
         self.step_loss = torch.zeros_like(self.step_loss)
-        self.rows += rows
+        for name in self.step_names:
+            self.rows[name] = self.rows.get(name, 0) + rows
+        self.step_names.clear()
         self.shown["loss"] = self.loss
 
     @contextlib.contextmanager
@@ -48,9 +54,9 @@ class Meter:
         """The means for the log's next line, over all processes; starts the next ones."""
         tokens = torch.tensor(float(self.tokens), device=self.accelerator.device)
         *sums, tokens = self.accelerator.reduce(torch.stack([*self.sums.values(), tokens]), "sum").tolist()
-        means = {name: value / max(1, self.rows) for name, value in zip(self.sums, sums, strict=True)}
+        means = {name: value / max(1, self.rows[name]) for name, value in zip(self.sums, sums, strict=True)}
         now_s = time.perf_counter()
         speed = {"tokens_per_s": tokens / (now_s - self.marked_s)}
         self.shown |= speed | {name: value for name, value in means.items() if name.startswith("accuracy_")}
-        self.sums, self.rows, self.tokens, self.marked_s = {}, 0, 0, now_s
+        self.sums, self.rows, self.tokens, self.marked_s = {}, {}, 0, now_s
         return {**means, "grad_norm": self.grad_norm, **speed, "elapsed_s": now_s - self.begun_s}

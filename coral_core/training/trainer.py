@@ -71,7 +71,7 @@ class Trainer:
         """Sums over the rows of a micro-batch. Draws are keyed by the seed and the micro-batch's number."""
         generator = torch.Generator(self.accelerator.device).manual_seed(draw_seed(self.seed, micro.number))
         noise_BRD = feature_noise(micro.batch, self.spec.feature_noise, generator) if self.spec.feature_noise else None
-        hiddens = self.model(self.lent, micro.batch, noise_BRD)
+        hiddens = self.model(self.lent, micro.batch, noise_BRD, unroll_steps(self.spec, self.step))
         return self.objective(hiddens, micro.batch, self.lent, generator)
 
     def update(self) -> None:
@@ -181,6 +181,14 @@ def make_objective(spec: TrainSpec, candidates: Candidates | None = None) -> Obj
         alignment=alignment,
         candidates=candidates,
     )
+
+
+def unroll_steps(spec: TrainSpec, step: int) -> int:
+    """Passes in optimizer step `step` (the first is 0): one more after each equal part of the growth, then all."""
+    growing = spec.unroll_growth * spec.steps
+    if step >= growing:
+        return spec.unroll_steps
+    return 1 + int((spec.unroll_steps - 1) * step / growing)
 
 
 def learning_rate(spec: TrainSpec, step: int) -> float:

@@ -141,6 +141,8 @@ class Unroll(nn.Module):
         self.drafter = drafter
         self.steps = steps
 
-    def forward(self, lent: Lent, batch: Batch, noise_BRD: torch.Tensor | None = None) -> list[torch.Tensor]:
-        wanted_BR = loss_rows(batch)
-        return unroll(self.drafter, lent, batch, self.steps, noise_BRD=noise_BRD, wanted_BR=wanted_BR)
+    def forward(
+        self, lent: Lent, batch: Batch, noise_BRD: torch.Tensor | None = None, steps: int | None = None
+    ) -> list[torch.Tensor]:
+        """Outputs of the first `steps` steps, all of them by default."""
+        return unroll(self.drafter, lent, batch, steps or self.steps, noise_BRD=noise_BRD, wanted_BR=loss_rows(batch))

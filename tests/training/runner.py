@@ -18,7 +18,7 @@ from coral_core.training.loop import Reports, train
 from tests.training.helpers import tiny_spec
 
 
-def main(work: Path, kill_after: int, **changes: int) -> None:
+def main(work: Path, kill_after: int, **changes: float) -> None:
     torch.set_num_threads(1)
     lines = []
 
@@ -34,6 +34,5 @@ def main(work: Path, kill_after: int, **changes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        Path(sys.argv[1]), int(sys.argv[2]), **{key: int(value) for key, value in (a.split("=") for a in sys.argv[3:])}
-    )
+    pairs = (argument.split("=") for argument in sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), **{key: json.loads(value) for key, value in pairs})

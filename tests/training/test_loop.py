@@ -18,7 +18,7 @@ from coral_core.errors import ArtifactError, CoralError
 from coral_core.store.store import Store
 from coral_core.training.checkpoint import Checkpoint, Checkpoints, first_difference
 from coral_core.training.loop import Reports, train
-from coral_core.training.trainer import learning_rate
+from coral_core.training.trainer import learning_rate, unroll_steps
 from coral_core.training.unroll import feature_noise
 from tests.training.helpers import tiny_spec, tiny_store
 
@@ -55,13 +55,15 @@ def one_thread():
 
 def test_ten_steps_equal_five_steps_a_kill_and_five_steps_bit_for_bit(tmp_path, one_thread):
     store = tiny_store(tmp_path / "data")
-    killed = start(tmp_path, kill_after=5, changes=["candidates=16"])
-    expected, _ = run_train(store, tmp_path / "whole", candidates=16)
+    killed = start(tmp_path, kill_after=5, changes=["candidates=16", "unroll_growth=0.7"])
+    expected, _ = run_train(store, tmp_path / "whole", candidates=16, unroll_growth=0.7)
     assert killed.wait(300) == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
     steps = []
     reports = Reports(lambda _: None, lambda *seen: steps.append(seen[1]))
-    found = train(tiny_spec(candidates=16), store, seed=5, work=tmp_path, reports=reports).state_dict()
+    found = train(
+        tiny_spec(candidates=16, unroll_growth=0.7), store, seed=5, work=tmp_path, reports=reports
+    ).state_dict()
     assert steps == [5, 6, 7, 8, 9, 10]
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
@@ -189,6 +191,23 @@ def test_schedule_drawn():
     spec = tiny_spec(steps=8, warmup_steps=3, learning_rate=1.0)
     rates = [learning_rate(spec, step) for step in range(8)]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.8682, 0.55, 0.2318, 0.1], abs=1e-4)
+
+
+def test_the_passes_grow_in_equal_parts():
+    """Three passes, growing over 6 of 8 steps: three steps with one, three with two, and two with all."""
+    spec = tiny_spec(steps=8, unroll_steps=3, unroll_growth=0.75)
+    assert [unroll_steps(spec, step) for step in range(8)] == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert [unroll_steps(tiny_spec(steps=3, unroll_steps=2), step) for step in range(3)] == [2, 2, 2]
+
+
+def test_a_pass_that_begins_between_two_lines_is_a_mean_over_its_own_steps(tmp_path):
+    """A rate of almost nothing, and one batch for all: pass 2 says the same, from step 6 on or from the first."""
+    store = tiny_store(tmp_path / "data", samples=4)
+    keys = {"steps": 10, "batch_size": 4, "learning_rate": 1e-12, "feature_noise": 0.0, "unroll_steps": 2}
+    _, (grown,) = run_train(store, tmp_path / "a", unroll_growth=0.5, **keys)
+    _, (whole,) = run_train(store, tmp_path / "b", **keys)
+    assert grown["accuracy_2"] == pytest.approx(whole["accuracy_2"])
+    assert grown["cosine"] == pytest.approx(whole["cosine"] / 2, rel=1e-4)
 
 
 def test_a_changed_recipe_is_refused_naming_the_key(tmp_path):
