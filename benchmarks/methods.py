@@ -1,16 +1,19 @@
-"""EAGLE-2, HASS and CORAL from the same data, weights and steps, early, and in equal time; what each choice is worth.
+"""EAGLE-2, HASS and CORAL from the same data and initial weights: in equal steps, in equal time, and choice by choice.
 
-    coral prepare-data name=methods data.holdout=200
-    python -m benchmarks.methods name=methods      # [RECIPE.YAML] [section.key=value ...], as every command takes them
+    coral prepare-data name=methods seed=7 data.holdout=200
+    python -m benchmarks.methods name=methods seed=7 train.preset=quick  # [RECIPE.YAML] [section.key=value ...]
 
 Each row is one training and the tokens per round of its drafter (full head, greedy, EAGLE-2's tree) on held-out
-prompts: of the three methods after --steps, in the time that CORAL takes for them, and after --early-steps; then of
-CORAL after --early-steps with one choice changed. A row is appended to runs/NAME/methods.jsonl when it is done, and
-never computed twice: an interrupted benchmark goes on with the rows it was at. Rows come in the order of importance,
-and results/methods.json is written anew after each. `--workers` rows are measured at a time, each on its share of the
-cores: two trainings of pico on one core each are faster than one after the other on two. Rounds are found by replay
-(benchmarks/replay.py), which gives real decoding's number at a fraction of its cost; the rows of seed 0 check that on
-the first prompts by real decoding.
+prompts. Equal steps: the three methods after --steps and after --early-steps, all of their passes from the first step
+on. Equal time: for each of --timed-steps, CORAL for so many steps in its quickest form (the recipe's
+train.unroll_growth), HASS likewise, and EAGLE-2, each for as many steps as the time allows. What a step costs is
+measured once, in turns in one process, and kept in runs/NAME/methods/. All read the recipe's train.candidates.
+Then CORAL after --early-steps with one choice changed.
+
+A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted benchmark goes
+on with the rows it was at. results/NAME.json (--record) is written anew after each. `--workers` rows are measured at a
+time, each on its share of the cores. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's
+number at a fraction of its cost; the rows of seed 0 check that on the first prompts by real decoding.
 """
 
 import argparse
@@ -38,17 +41,16 @@ from coral_core.decoding.engine import Engine
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.head.full import FullHead
-from coral_core.recipe.schema import PRESETS, Recipe
+from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
 from coral_core.run import sampler, tree_shape
 from coral_core.store.store import Store
 from coral_core.target.capture import tap
 from coral_core.target.load import Target, load_target
-from coral_core.training.loop import Reports, train
+from coral_core.training.loop import Reports, make_accelerator, train
 from coral_core.training.stage import open_data
+from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps
 
 METHODS = ("eagle2", "hass", "coral")
-COMPARISONS = ("methods", "equal time", "early")
-"""Parts that measure all three; the others change one choice of CORAL."""
 PAPERS_TREE: dict[str, Any] = {
     "tree": "fixed",
     "draft_depth": 6,
@@ -58,6 +60,8 @@ PAPERS_TREE: dict[str, Any] = {
 }
 """EAGLE-2's, on which HASS and CORAL are compared too. A CPU's small trees, cut at a confidence, rarely reach the
 depths that the unroll trains: on pico's own (10 nodes, 0.05), seed 0, HASS was 1.006 times EAGLE-2."""
+TURNS = 5
+"""Times that each kind of step is timed."""
 CHECKED = 10
 """Prompts on which a replay is compared with real decoding, in the rows that are compared."""
 
@@ -76,30 +80,26 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As the table calls it."""
+        """As the table calls it: a comparison's rows by their method alone."""
+        if is_comparison(self.part):
+            return self.preset
         return " ".join([self.preset, *(f"{key}={value}" for key, value in self.changes)])
 
 
-def ablations() -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is varied around CORAL. CSRA's other choices were searched at the temperature that was the default then."""
-    yield "target feature", {"csra_include_target": True}
+def is_comparison(part: str) -> bool:
+    """Whether a part measures all three methods; the others change one choice of CORAL."""
+    return part in ("methods", "early") or part.startswith("equal time")
+
+
+def ablations(spec: TrainSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is varied around CORAL."""
+    yield "candidates", {"candidates": 0 if spec.candidates else PRESETS["quick"]["candidates"]}
+    yield from (("growth", {"unroll_growth": share}) for share in (0.5, 0.75))
     yield from (("top-K", {"topk_weight": weight}) for weight in (0.0, 1.0))
+    yield "distillation alone", {"regression_weight": 0.0, "distill_weight": 1.0, "topk_weight": 0.0}
     yield from (("unroll", {"unroll_steps": steps}) for steps in (1, 2, 4, 5))
+    yield from (("weight", {"csra_weight": weight}) for weight in (0.03, 0.3))
     yield "temperature", {"csra_temperature": 0.5}
-    yield from (
-        ("weight", {"csra_weight": weight, "csra_temperature": temperature})
-        for weight in (0.03, 0.3)
-        for temperature in (0.2, 0.5)
-    )
-    searched: list[tuple[str, dict[str, Any]]] = [
-        ("temperature", {}),
-        ("weight", {"csra_weight": 0.03}),
-        ("weight", {"csra_weight": 0.3}),
-        ("target feature", {"csra_include_target": True}),
-        ("gradient side", {"csra_gradient": "query"}),
-        ("false negatives", {"csra_mask_same_token": True}),
-    ]
-    yield from ((part, {**changes, "csra_temperature": 0.07}) for part, changes in searched)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +113,11 @@ class Bench:
     prompts: list[list[int]]
     repeating: list[Target]
 
-    def spec(self, variant: Variant) -> Any:
+    def spec(self, variant: Variant) -> TrainSpec:
         """The recipe's training with a preset's keys, then the variant's."""
         steps = variant.steps
         fixed = {"preset": variant.preset, "steps": steps, "eval_every": 0, "checkpoint_every": steps + 1}
+        fixed["candidates"] = self.recipe.train.candidates
         return dataclasses.replace(self.recipe.train, **{**PRESETS[variant.preset], **fixed, **dict(variant.changes)})
 
     def key(self, variant: Variant) -> str:
@@ -149,7 +150,7 @@ class Bench:
             "tokens": [sum(rounds) for rounds in emitted],
             "rounds": [len(rounds) for rounds in emitted],
         }
-        if variant.part == "methods" and variant.seed == 0:
+        if is_comparison(variant.part) and variant.seed == 0:
             decoded = self.decode(self.target, drafter, self.prompts[:CHECKED])
             row["decoded_alike"] = [sum(a == b for a, b in zip(decoded, emitted, strict=False)), len(decoded)]
         return row
@@ -233,28 +234,80 @@ def _measure(variant: Variant) -> Row:
     return _workers_own[0].measure(variant)
 
 
-def run_rows(
-    bench: Bench, rows: Rows, seeds: tuple[int, int], early_steps: int, pool: ProcessPoolExecutor
-) -> Iterator[list[Row]]:
-    """All rows done so far, after each one; `seeds` are how many of the comparisons and of the ablations."""
+def step_costs(bench: Bench) -> dict[str, float]:
+    """Seconds of a step of each method with each number of passes, by "METHOD PASSES", measured once.
+
+    All take the same batch in turns, and the least of TURNS counts: a neighbour on the machine only ever adds time.
+    """
+    specs = {
+        f"{method} {passes}": bench.spec(Variant("cost", method, 0, 1, (("unroll_steps", passes),)))
+        for method in METHODS
+        for passes in range(1, int(PRESETS[method]["unroll_steps"]) + 1)
+    }
+    what = [bench.store.manifest.fingerprint, torch.get_num_threads(), [dataclasses.asdict(s) for s in specs.values()]]
+    path = bench.run / "methods" / f"costs-{fingerprint(what)}.json"
+    if not path.exists():
+        accelerator = make_accelerator(bench.recipe.train, bench.run / "methods")
+        trainers = {name: Trainer(spec, bench.store, 0, accelerator) for name, spec in specs.items()}
+        micro = next(trainers[f"{METHODS[0]} 1"].micro_batches())
+        times: dict[str, list[float]] = {name: [] for name in trainers}
+        for _ in range(TURNS):
+            for name, trainer in trainers.items():
+                times[name].append(_step_seconds(trainer, micro))
+        write_text(path, json.dumps({name: min(seconds) for name, seconds in times.items()}, indent=1) + "\n")
+    costs: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return costs
+
+
+def _step_seconds(trainer: Trainer, micro: MicroBatch) -> float:
+    begun_s = time.perf_counter()
+    loss, _ = trainer.loss(micro)
+    trainer.accelerator.backward(loss / micro.rows)
+    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.spec.clip_norm)
+    trainer.update()
+    float(norm)  # waits for the device
+    return time.perf_counter() - begun_s
+
+
+def training_seconds(spec: TrainSpec, costs: dict[str, float]) -> float:
+    """What all steps of a training cost."""
+    return sum(costs[f"{spec.preset} {unroll_steps(spec, step)}"] for step in range(spec.steps))
+
+
+def timed(bench: Bench, costs: dict[str, float], steps: int, seed: int) -> list[Variant]:
+    """The three methods in the time that CORAL takes for `steps`, passes growing as the recipe says."""
+    growth = (("unroll_growth", bench.recipe.train.unroll_growth),)
+    changes = {"eagle2": (), "hass": growth, "coral": growth}
+    part = f"equal time, {steps} steps of coral"
+
+    def lasting(method: str) -> Variant:
+        trial = Variant(part, method, seed, 1000, changes[method])
+        share = training_seconds(bench.spec(coral), costs) / training_seconds(bench.spec(trial), costs)
+        return dataclasses.replace(trial, steps=round(1000 * share))
+
+    coral = Variant(part, "coral", seed, steps, growth)
+    return [lasting("eagle2"), lasting("hass"), coral]
+
+
+def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: ProcessPoolExecutor) -> Iterator[list[Row]]:
+    """All rows done so far, after each one, in the order of importance."""
     found: list[Row] = []
-    main_seeds, ablation_seeds = map(range, seeds)
-    steps = bench.recipe.train.steps
+    costs = step_costs(bench)
+    main_seeds, ablation_seeds = range(wanted.seeds), range(wanted.ablation_seeds)
 
     def each(variants: list[Variant]) -> Iterator[list[Row]]:
         for row in rows.measured(bench, variants, pool):
             found.append(row)
             yield found
 
-    yield from each([Variant("methods", method, seed, steps) for seed in main_seeds for method in METHODS])
-    # The fastest of the seeds: a neighbour on the machine only ever adds time.
-    fastest_s = {m: min(row["train_s"] for row in found if row["name"] == m) for m in METHODS}
-    afforded = {m: round(steps * round(fastest_s["coral"] / fastest_s[m], 2)) for m in METHODS}
-    yield from each([Variant("equal time", m, seed, afforded[m]) for seed in main_seeds for m in METHODS])
-    yield from each([Variant("early", method, seed, early_steps) for seed in main_seeds for method in METHODS])
-    varied = [(part, tuple(changes.items())) for part, changes in ablations()]
+    for steps in wanted.timed_steps:
+        yield from each([variant for seed in main_seeds for variant in timed(bench, costs, steps, seed)])
+    for part, steps in (("methods", wanted.steps), ("early", wanted.early_steps)):
+        if steps:
+            yield from each([Variant(part, method, seed, steps) for seed in main_seeds for method in METHODS])
+    varied = [(part, tuple(changes.items())) for part, changes in ablations(bench.recipe.train)]
     yield from each(
-        [Variant(part, "coral", seed, early_steps, changes) for part, changes in varied for seed in ablation_seeds]
+        [Variant(part, "coral", seed, wanted.early_steps, change) for part, change in varied for seed in ablation_seeds]
     )
 
 
@@ -280,6 +333,8 @@ def compare(found: list[Row], part: str) -> dict[str, Any]:
     return {
         "tau": {method: tau(counts(found, part, method, seeds)) for method in METHODS},
         "tau_ci95": {method: tau_ci95(counts(found, part, method, seeds)) for method in METHODS},
+        "coral_over_eagle2": ratio(coral, eagle2),
+        "coral_over_eagle2_ci95": ratio_ci95(coral, eagle2),
         "hass_over_eagle2": ratio(hass, eagle2),
         "hass_over_eagle2_ci95": ratio_ci95(hass, eagle2),
         "coral_over_hass": ratio(coral, hass),
@@ -289,6 +344,16 @@ def compare(found: list[Row], part: str) -> dict[str, Any]:
     }
 
 
+def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
+    """Equal steps; `early`; `equal_time` of the longest budget that is complete, and all budgets; what a step costs."""
+    parts = [part for part in dict.fromkeys(row["part"] for row in found) if part.startswith("equal time")]
+    budgets = {part.removeprefix("equal time, "): compared for part in parts if (compared := compare(found, part))}
+    longest = list(budgets.values())[-1:] or [{}]
+    equal_time = {"equal_time": longest[0], "equal_time_budgets": budgets}
+    early = {"early": compare(found, "early")}
+    return compare(found, "methods") | early | equal_time | {"step_s": step_costs(bench)}
+
+
 def shown(found: list[Row]) -> list[Row]:
     """Rows for the results: counts summed over prompts, and an ablation's ratio to CORAL's early row of its seed."""
     table = []
@@ -296,7 +361,7 @@ def shown(found: list[Row]) -> list[Row]:
         own = counts([row], row["part"], row["name"], [row["seed"]])
         line = {key: value for key, value in row.items() if key not in ("tokens", "rounds")}
         line |= {"tokens": sum(row["tokens"]), "rounds": sum(row["rounds"]), "tau": tau(own), "tau_ci95": tau_ci95(own)}
-        if row["part"] not in COMPARISONS:
+        if not is_comparison(row["part"]):
             coral = counts(found, "early", "coral", [row["seed"]])
             line |= {"over_coral": ratio(own, coral), "over_coral_ci95": ratio_ci95(own, coral)}
         table.append(line)
@@ -308,9 +373,11 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", metavar="RECIPE.YAML SECTION.KEY=VALUE")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ablation-seeds", type=int, default=1, help="at most --seeds; 0 leaves the ablations out")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the comparison")
-    parser.add_argument("--early-steps", type=int, default=400, help="of an early one, and of the ablations")
+    parser.add_argument("--ablation-seeds", type=int, default=0, help="of each choice of CORAL; at most --seeds")
+    parser.add_argument("--timed-steps", type=int, nargs="*", default=[400, 1600], help="of CORAL, in equal time")
+    parser.add_argument("--steps", type=int, default=1000, help="of the comparison in equal steps; 0 leaves it out")
+    parser.add_argument("--early-steps", type=int, default=400, help="of an early one and of the choices; 0 likewise")
+    parser.add_argument("--record", default="methods", metavar="NAME", help="the figures go to results/NAME.json")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
     workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -319,13 +386,8 @@ def main() -> None:
     if options.ablation_seeds > options.seeds:
         parser.error("--ablation-seeds compares with CORAL's row of the same seed: at most --seeds")
     recipe = read_recipe(options.arguments)
-    recipe = dataclasses.replace(
-        recipe,
-        train=dataclasses.replace(recipe.train, steps=options.steps),
-        decode=dataclasses.replace(
-            recipe.decode, **PAPERS_TREE, temperature=0.0, max_new_tokens=options.max_new_tokens
-        ),
-    )
+    tree = dataclasses.replace(recipe.decode, **PAPERS_TREE, temperature=0.0, max_new_tokens=options.max_new_tokens)
+    recipe = dataclasses.replace(recipe, decode=tree)
     run = options.runs / recipe.name
     threads = max(1, torch.get_num_threads() // options.workers)
     pool = ProcessPoolExecutor(
@@ -336,18 +398,15 @@ def main() -> None:
     )
     try:
         bench = open_bench(recipe, run, options.prompts)
-        seeds = (options.seeds, options.ablation_seeds)
-        for found in run_rows(bench, Rows(run / "methods.jsonl"), seeds, options.early_steps, pool):
+        for found in run_rows(bench, Rows(run / "methods.jsonl"), options, pool):
             newest = shown(found)[-1]
             print(f"{newest['part']} | {newest['name']} | seed {newest['seed']} | {newest['tau']:.3f}", flush=True)
-            figures = compare(found, "methods")
-            figures |= {part.replace(" ", "_"): compare(found, part) for part in COMPARISONS[1:]}
-            path = record("methods", figures, shown(found))
+            path = record(options.record, figures(bench, found), shown(found))
     except CoralError as error:
         sys.exit(f"error: {error}")
     finally:
         pool.shutdown(cancel_futures=True)
-    print(json.dumps(figures, indent=1), path, sep="\n")
+    print(json.dumps(figures(bench, found), indent=1), path, sep="\n")
 
 
 if __name__ == "__main__":

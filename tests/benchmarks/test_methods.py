@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import methods
-from benchmarks.methods import Rows, Variant
+from benchmarks.methods import Bench, Rows, Variant, timed, training_seconds
+from coral_core.recipe.schema import Recipe
 
 
 class FakeBench:
@@ -60,3 +61,19 @@ def test_a_row_that_was_measured_is_kept_when_a_later_one_fails(
     with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
         list(Rows(path).measured(FakeBench(), wanted, pool))  # type: ignore[arg-type]
     assert len(Rows(path).done) == 1
+
+
+COSTS = {"eagle2 1": 1.0, "hass 1": 1.0, "hass 2": 2.0, "hass 3": 3.0, "coral 1": 1.0, "coral 2": 2.0, "coral 3": 4.0}
+
+
+def test_equal_time_by_hand() -> None:
+    """Of 100 steps of CORAL, growing over 75, 38 take a second, 37 two and 25 four: 212 seconds. HASS takes 1.875 on
+    the mean; the last one differs by what a step of EAGLE-2 costs, or half a step of HASS."""
+    bench = Bench(Recipe(), Path(), None, None, [], [])  # type: ignore[arg-type]
+    eagle2, hass, coral = timed(bench, COSTS, 100, seed=3)
+    assert (eagle2.steps, hass.steps, coral.steps) == (212, 113, 100)
+    assert {variant.name for variant in (eagle2, hass, coral)} == {"eagle2", "hass", "coral"}
+    assert {variant.part for variant in (eagle2, hass, coral)} == {"equal time, 100 steps of coral"}
+    assert [bench.spec(variant).unroll_growth for variant in (eagle2, hass, coral)] == [0.0, 0.75, 0.75]
+    assert {bench.spec(variant).candidates for variant in (eagle2, hass, coral)} == {Recipe().train.candidates}
+    assert training_seconds(bench.spec(hass), COSTS) == pytest.approx(212, abs=1.5)
