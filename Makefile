@@ -2,7 +2,7 @@
 # make test    install likewise, then run the tests (no network, no GPU)
 # make lint    ruff and mypy
 # make wheel   dist/*.whl
-# make docs    build/site: the pages of docs/ as a site
+# make docs    build/site: the pages of docs/ as a site, links and anchors checked
 #
 # PYTHON  the interpreter that makes .venv (3.10 to 3.13)
 # TORCH   what pip installs as torch; the default is the release this is tested with

@@ -1,0 +1,122 @@
+"""docs/results.md, and the README's table, from the files of benchmarks/results: no figure is typed by hand.
+
+    python -m benchmarks.page
+
+A test compares both with what this prints, so that a file that is measured anew is shown, or the test fails.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+from coral_core.artifacts import write_text
+from coral_core.report.tables import table
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- begin: python -m benchmarks.page -->", "<!-- end -->"
+"""Between these two lines of the README stands its table."""
+ABOUT = {
+    "real": "Real chat models: EAGLE-2, HASS and CORAL, with the full and the grouped head, against the fastest plain lane.",
+    "exact": "Whether a speculative answer has the bits of the plain one, and what that costs.",
+    "pico": "pico, the embedded model of 22 million parameters, with the drafter and the head that ship with coral.",
+    "decode": "A race of every decoder on the same held-out prompts of pico, in turns, and what a round's parts cost.",
+    "serve": "`coral serve` with several clients at once.",
+    "methods": "EAGLE-2, HASS and CORAL on pico, from the same data and initial weights.",
+    "eagle3": "The EAGLE-3 shape against today's, step by step.",
+    "head": "The grouped head: what it keeps of tau, and what it gains.",
+    "train": "Training: tokens per second and memory against the eager reference.",
+    "data": "Data: tapping, writing, bytes per token, fp8 against bfloat16.",
+    "sampling": "Drafts that know the sampling noise, against drafts that do not.",
+    "batch": "Several prompts at once.",
+    "long_context": "Long contexts: memory per token, and a round's time.",
+    "demo": "`make demo`.",
+}
+"""What each file holds, in the order of the page."""
+
+
+def load(name: str) -> dict[str, Any]:
+    """One file of results."""
+    value: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return value
+
+
+def results_page() -> str:
+    """docs/results.md."""
+    parts = [
+        "# Results\n\nThis page is made by `python -m benchmarks.page` from the files in `benchmarks/results/`. Each "
+        "section names the machine, the versions, the command and the date. Figures of different machines do not "
+        "compare.\n"
+    ]
+    for name, about in ABOUT.items():
+        if (RESULTS / f"{name}.json").exists():
+            parts.append(section(name, about))
+    return "\n".join(parts)
+
+
+def section(name: str, about: str) -> str:
+    """One file: what it is, where it was measured, its figures."""
+    found = load(name)
+    machine, versions = found["machine"], found["versions"]
+    where = (
+        f"{machine['device']}, {machine['threads']} threads; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; commit {versions['git_commit'][:7]}; {found['date']}"
+    )
+    shown = pico_table(found["rows"]) if name == "pico" else table(("figure", "value"), flat(found["figures"]))
+    return f"## {name}\n\n{about}\n\n`{found['command']}`\n\n{where}\n\n{shown}\n"
+
+
+def flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested figures as (dotted name, value); lists of two are intervals."""
+    rows: list[tuple[str, str]] = []
+    for key, value in figures.items():
+        name = f"{prefix}{key}"
+        rows += flat(value, f"{name}.") if isinstance(value, dict) else [(name, text(value))]
+    return rows
+
+
+def text(value: Any) -> str:
+    """Four significant digits; an interval in brackets."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(text, value))}]"
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def pico_table(rows: list[dict[str, Any]]) -> str:
+    """pico's benches as the README shows them."""
+    header = ("bench", "T", "tau", "tokens/s", "fastest plain, tokens/s", "speedup", "answers equal to plain")
+    return table(header, [pico_row(row) for row in rows])
+
+
+def pico_row(row: dict[str, Any]) -> tuple[str, ...]:
+    low, high = row["speedup_ci95"]
+    equal = row["lossless"]
+    return (
+        row["bench"],
+        f"{row['temperature']:g}",
+        f"{row['tokens_per_round_micro']:.2f}",
+        f"{row['tokens_per_s']:.0f}",
+        f"{row['baseline_tokens_per_s']:.0f} ({row['baseline']})",
+        f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}]",
+        f"{equal['equal']} of {equal['checked']}",
+    )
+
+
+def readme(text: str) -> str:
+    """The README with its table as the files have it now."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{pico_table(load('pico')['rows'])}\n{END}{after}"
+
+
+def main() -> None:
+    write_text(ROOT / "docs" / "results.md", results_page())
+    path = ROOT / "README.md"
+    write_text(path, readme(path.read_text(encoding="utf-8")))
+    print("docs/results.md, README.md")
+
+
+if __name__ == "__main__":
+    main()
