@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: python -m benchmarks.page -->", "<!-- end -->"
 """Between these two lines of the README stands its table."""
 ABOUT = {
-    "real": "Real chat models: EAGLE-2, HASS and CORAL, with the full and the grouped head, against the fastest plain lane.",
+    "real": "Real chat models: EAGLE-2, HASS and CORAL, full and grouped head, against the fastest plain decoding.",
     "exact": "Whether a speculative answer has the bits of the plain one, and what that costs.",
     "pico": "pico, the embedded model of 22 million parameters, with the drafter and the head that ship with coral.",
     "decode": "A race of every decoder on the same held-out prompts of pico, in turns, and what a round's parts cost.",
