@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from coral_core.drafter.model import Drafter
+from coral_core.artifacts import Manifest
+from coral_core.drafter.model import FILES, Drafter
 from coral_core.embedded import FOLDER as PICO
 
 
@@ -19,6 +20,7 @@ def main() -> None:
         shutil.rmtree(PICO / stage, ignore_errors=True)
         shutil.copytree(run / stage, PICO / stage)
     Drafter.load(run / "drafter").to(torch.bfloat16).save(PICO / "drafter")
+    Manifest.read(PICO / "drafter", "drafter", "").sealed(PICO / "drafter", *FILES).write(PICO / "drafter")
     shutil.copy(run / "data" / "holdout.json", PICO / "holdout.json")
 
 

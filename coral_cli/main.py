@@ -4,7 +4,10 @@
 Nothing heavy is imported here: `coral --help` must answer at once.
 """
 
+import atexit
 import os
+import sys
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -32,7 +35,10 @@ class Boundary(typer.core.TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # typer's own base class is private
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+            if group := _group():
+                group.part()
+            return done
         except KeyboardInterrupt:
             typer.echo("interrupted; run the same command again to go on", err=True)
             raise typer.Exit(130) from None
@@ -87,8 +93,25 @@ app.command("recipe")(recipe)
 app.command("env")(env)
 
 
+def _group() -> ModuleType | None:
+    """The module of the processes that run this command together, where the command asked for it."""
+    return sys.modules.get("coral_core.processes")
+
+
+def _leave_at_once() -> None:
+    """End a process that failed while others of its group wait for it: its end lets the launcher end them.
+
+    Python's own farewell would free the group, and may wait forever (coral_core/processes.py).
+    """
+    if (group := _group()) and group.in_group():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
 def main() -> None:
     """Entry point of the console script."""
+    atexit.register(_leave_at_once)
     app()
 
 

@@ -5,7 +5,12 @@ The recipe room is imported when a command runs, not before: PyYAML alone is a s
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +20,10 @@ from coral_cli import hints
 from coral_core.errors import CoralError
 
 if TYPE_CHECKING:
+    from coral_core.decoding.engine import Engine
     from coral_core.recipe.schema import Recipe
     from coral_core.run import Run
+    from coral_core.target.load import Target
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
@@ -37,6 +44,7 @@ Arguments = Annotated[
         show_default=False,
     ),
 ]
+RECIPE = "recipe.yaml"
 RUNS = Path("runs")
 """The default of --runs, in the current folder."""
 
@@ -63,17 +71,64 @@ def read_recipe(arguments: list[str] | None) -> Recipe:
     return load_recipe(Path(files[0]) if files else None, overrides)
 
 
-def open_run(arguments: list[str] | None, runs: Path) -> Run:
-    """Load the recipe, make RUNS/NAME, and keep the resolved recipe there as recipe.yaml."""
+@contextlib.contextmanager
+def open_run(arguments: list[str] | None, runs: Path, *, main: bool | None = None) -> Iterator[Run]:
+    """The run that a command works in: the folder RUNS/NAME, made where it is missing, and locked meanwhile.
+
+    The resolved recipe is kept there as recipe.yaml when the command succeeds or is interrupted, not when it fails; a
+    folder in which nothing was made is removed. `main` says, of a command that several processes may run together,
+    whether this is the main one: the others only look. Raises CoralError for a folder that cannot be written or is in
+    use, and for a command that works in one process and was started in several.
+    """
+    if main is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CoralError("this command works in one process. Start it without accelerate launch or torchrun")
+    if main is False:
+        yield look_at_run(arguments, runs)
+        return
     from coral_core.artifacts import write_text
+    from coral_core.lock import locked
     from coral_core.recipe.loader import dump_yaml
     from coral_core.run import Run
 
     recipe = read_recipe(arguments)
-    folder = runs / recipe.name
+    run = Run(recipe, runs / recipe.name)
+    with contextlib.ExitStack() as held:
+        with _written(run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            held.callback(_remove_if_empty, run.folder)
+            held.enter_context(locked(run.folder, shlex.join(sys.argv[1:])))
+        try:
+            yield run
+        except KeyboardInterrupt:
+            write_text(run.folder / RECIPE, dump_yaml(recipe))
+            raise
+        with _written(run.folder):
+            write_text(run.folder / RECIPE, dump_yaml(recipe))
+
+
+def look_at_run(arguments: list[str] | None, runs: Path) -> Run:
+    """The run that a command only reads, or whose writing process is another one."""
+    from coral_core.run import Run
+
+    recipe = read_recipe(arguments)
+    return Run(recipe, runs / recipe.name)
+
+
+def engine_of(run: Run, target: Target) -> Engine:
+    """The run's engine; its folder is made where it is missing, to keep what the engine measured on this device."""
+    with contextlib.suppress(OSError):
+        run.folder.mkdir(parents=True, exist_ok=True)
+    return run.engine(target)
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", dump_yaml(recipe))
+        yield
     except OSError as error:
         raise CoralError(f"cannot write {folder}: {error.strerror}. Choose another folder with --runs") from error
-    return Run(recipe, folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -32,9 +32,9 @@ class Tapped:
     @functools.cached_property
     def target(self) -> Target:
         """The target. Raises ArtifactError when it is another than the data's."""
-        import accelerate
+        from coral_core.processes import processes
 
-        accelerate.PartialState()  # under several processes, `cuda` is then each one's own GPU
+        processes()  # under several processes, `cuda` is then each one's own GPU
         target = self.run.target()
         remedy = f"Run: coral prepare-data{self.otherwise}"
         self.store.manifest.refuse_stranger(self.store.folder, remedy, target=target.fingerprint)

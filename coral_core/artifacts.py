@@ -3,7 +3,8 @@
     runs/NAME/recipe.yaml  data/  drafter/  head/  eval/      each stage with its manifest.json
 
 A stage works in `runs/NAME/.STAGE.partial` and is published by one rename. What it finished before an interruption
-stays in that folder, under the stage's fingerprint, so that the next run goes on from there.
+stays in that folder, under the stage's fingerprint, so that the next run goes on from there. A manifest holds the
+checksum of every file of its stage, and its own.
 """
 
 import contextlib
@@ -16,14 +17,19 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coral_core import __version__
+from coral_core import __version__, embedded
 from coral_core.errors import ArtifactError, CoralError
+from coral_core.lock import published
 
 MANIFEST = "manifest.json"
+OWN_SUM = "sha256"
+"""The key of a manifest that holds the checksum of all others."""
+MARK = "fingerprint"
+"""The file in a stage's working folder that says whose it is."""
 
 
 def fingerprint(value: Any) -> str:
@@ -66,10 +72,30 @@ class Manifest:
     """Counts, shapes, dtypes, measured numbers."""
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
     git_commit: str = dataclasses.field(default_factory=git_commit)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 of each file, by its path in the folder. Empty in manifests of earlier versions, and in those of data,
+    whose facts hold them."""
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json."""
-        write_text(folder / MANIFEST, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write manifest.json, with a checksum of its own."""
+        values = dataclasses.asdict(self)
+        write_text(folder / MANIFEST, json.dumps({**values, OWN_SUM: _sum(values)}, indent=2) + "\n")
+
+    def sealed(self, folder: Path, *names: str) -> "Manifest":
+        """The manifest with the checksums of these files; of all in the folder, where none is named."""
+        names = names or tuple(sorted(_files(folder)))
+        return dataclasses.replace(self, files={name: file_sha256(folder / name) for name in names})
+
+    def damaged(self, folder: Path, *names: str) -> list[str]:
+        """Which of its files, or of those named, are missing or have other bytes than were written; reads them all."""
+        sums = self.sums()
+        return [name for name in names or sums if name in sums and not _is(folder / name, sums[name])]
+
+    def sums(self) -> dict[str, str]:
+        """The checksum of each file."""
+        if self.kind != "data":
+            return self.files
+        return {shard["file"]: shard["sha256"] for shard in self.facts["shards"]} | self.facts["files"]
 
     @classmethod
     def read(cls, folder: Path, kind: str, command: str) -> "Manifest":
@@ -79,13 +105,17 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            manifest = cls(**json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            own_sum = values.pop(OWN_SUM, None)
+            manifest = cls(**values)
         except FileNotFoundError as error:
-            raise ArtifactError(f"no {kind} in {folder}. Run: {command}") from error
-        except (OSError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}. Remove {folder} and run: {command}") from error
+            raise ArtifactError(f"no {kind or 'manifest.json'} in {folder}. {remedy(folder, command)}") from error
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}. {remedy(folder, command)}") from error
+        if own_sum is not None and own_sum != _sum(values):
+            raise ArtifactError(f"{path} is damaged: its checksum is another. {remedy(folder, command)}")
         if kind and manifest.kind != kind:
-            raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}. Run: {command}")
+            raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}. {remedy(folder, command)}")
         return manifest
 
     def refuse_stranger(self, folder: Path, remedy: str, **wanted: str) -> None:
@@ -100,6 +130,104 @@ class Manifest:
                 )
 
 
+def remedy(folder: Path, command: str) -> str:
+    """What makes a damaged or missing folder anew, as the end of a message."""
+    if embedded.FOLDER in (folder, *folder.parents):
+        return "Install coral anew: pip install --force-reinstall coral-decoding"
+    return f"Run: {command}"
+
+
+def check_files(folder: Path, names: Sequence[str], command: str) -> None:
+    """Compare files with the checksums in the manifest beside them, where there are any.
+
+    Raises ArtifactError, naming the first that differs and the `command`; likewise for a damaged manifest.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    if damaged := Manifest.read(folder, "", command).damaged(folder, *names):
+        path = folder / damaged[0]
+        state = "is damaged: its checksum is not the manifest's" if path.exists() else "is missing"
+        raise ArtifactError(f"{path} {state}. {remedy(folder, command)}")
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _is(path: Path, sha256: str) -> bool:
+    try:
+        return file_sha256(path) == sha256
+    except OSError:
+        return False
+
+
+def _files(folder: Path) -> list[str]:
+    """Every file below, by its path from there; what only an unfinished stage needs is none of them."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [path.as_posix() for path in paths if str(path) not in (MANIFEST, MARK) and path.name[0] != "."]
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What stands in a stage's folder before the stage begins."""
+
+    manifest: Manifest | None
+    """What stands is whole, and is what the stage would make: nothing is to be done."""
+    why: str = ""
+    """Otherwise how it differs, or which file is damaged; '' where nothing stands."""
+
+
+def standing(
+    final: Path, kind: str, fingerprint: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Standing:
+    """Compare what stands in `final` with what a stage of these recipe sections and inputs would make.
+
+    Reads every file of it, and changes nothing.
+    """
+    if not final.exists():
+        return Standing(None)
+    try:
+        manifest = Manifest.read(final, kind, "")
+    except ArtifactError:
+        return Standing(None, f"its {MANIFEST} is {'damaged' if (final / MANIFEST).exists() else 'missing'}")
+    if manifest.fingerprint != fingerprint:
+        return Standing(None, _changes(manifest, recipe, inputs))
+    if damaged := manifest.damaged(final):
+        return Standing(None, f"{', '.join(damaged)} {'are' if damaged[1:] else 'is'} damaged")
+    return Standing(manifest)
+
+
+def _changes(manifest: Manifest, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """How a recipe and inputs differ from a manifest's: "train.topk was 10, is 5; the data changed"."""
+    if "imported_from" in manifest.facts:
+        return f"it was imported from {manifest.facts['imported_from']}"
+    # Through JSON, which knows no tuples: as the manifest's own values went.
+    found = first_difference({**recipe, **manifest.recipe}, json.loads(json.dumps(recipe)))
+    keys = [f"{found[0]} was {found[1]}, is {found[2]}"] if found else []
+    named = [name for name in {**manifest.inputs, **inputs} if manifest.inputs.get(name) != inputs.get(name)]
+    return "; ".join(keys + [f"the {name} changed" for name in named]) or "it was made by an earlier version"
+
+
+def first_difference(was: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted key, old, new) of the first value in which two nested mappings differ; `absent` where one has none."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return None if was == now else (path, was, now)
+    for key in [*was, *(key for key in now if key not in was)]:
+        where = f"{path}.{key}" if path else str(key)
+        if difference := first_difference(was.get(key, "absent"), now.get(key, "absent"), where):
+            return difference
+    return None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -108,22 +236,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def stage(final: Path, stage_fingerprint: str) -> Iterator[Path]:
+def stage(final: Path, stage_fingerprint: str, *, leftovers: Sequence[str] = ()) -> Iterator[Path]:
     """Yield the folder to work in; on success it is renamed to `final`, on any exception it stays for the next run.
 
     A partial folder left by an interrupted run is handed back when its fingerprint is the same, and cleared when not.
-    An older `final` is replaced only at the end. Raises ArtifactError when the disk is full.
+    An older `final` is replaced only at the end; `leftovers`, folders that only an unfinished stage needs, are removed
+    after that, so that a kill at any moment costs nothing. Raises ArtifactError when the disk is full.
     """
     work = partial(final)
-    mark = work / "fingerprint"
+    mark = work / MARK
     if work.exists() and (not mark.exists() or mark.read_text(encoding="utf-8") != stage_fingerprint):
         shutil.rmtree(work)
     try:
+        if _aside(final).exists() and not final.exists():  # killed between two renames: the older folder serves again
+            os.replace(_aside(final), final)
         work.mkdir(parents=True, exist_ok=True)
         write_text(mark, stage_fingerprint)
         yield work
         replace_folder(work, final)
-        (final / mark.name).unlink()  # last: killed before this line, the next run still knows whose the folder is
+        for name in leftovers:
+            shutil.rmtree(final / name, ignore_errors=True)
+        (final / MARK).unlink()  # last: killed before this line, the next run still knows whose the folder is
     except Exception as error:
         if _disk_full(error):
             raise ArtifactError(
@@ -132,6 +265,24 @@ def stage(final: Path, stage_fingerprint: str) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise CoralError(f"cannot write {final}: {error.strerror}. Choose another folder with --runs") from error
         raise
+
+
+def refuse_unfinished(final: Path, stage_fingerprint: str, command: str) -> None:
+    """Raises ArtifactError when `stage` would clear what an interrupted run of another recipe has finished."""
+    work = partial(final)
+    made = {path.name for path in work.iterdir()} - {MARK} if work.is_dir() else set()
+    if made and not (work / MARK).exists():
+        return
+    if made and (work / MARK).read_text(encoding="utf-8") != stage_fingerprint:
+        raise ArtifactError(
+            f"{work} holds unfinished work of another recipe, or from other inputs. Give the keys their old values to "
+            f"go on with it, or drop it. Run: {command} --restart"
+        )
+
+
+def drop_unfinished(final: Path) -> None:
+    """Remove what an interrupted run has finished."""
+    shutil.rmtree(partial(final), ignore_errors=True)
 
 
 def partial(final: Path) -> Path:
@@ -149,11 +300,24 @@ def _disk_full(error: Exception) -> bool:
 
 def replace_folder(work: Path, final: Path) -> None:
     """Rename `work` to `final`, moving an older `final` aside first, so that no moment shows half a folder."""
+    old = _aside(final)
     if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-        os.replace(work, final)
-        shutil.rmtree(old)
+        _remove(old)
+        with published(final.parent, exclusive=True):
+            os.replace(final, old)
+            os.replace(work, final)
     else:
         os.replace(work, final)
+    _remove(old)
+
+
+def _aside(final: Path) -> Path:
+    """Where an older folder is for the moment in which the new one takes its name."""
+    return final.with_name(f".{final.name}.old")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or the link to one: another run may share what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -10,35 +10,51 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from coral_core.artifacts import MANIFEST, Manifest
+from coral_core.artifacts import MANIFEST, Manifest, partial
 from coral_core.errors import ArtifactError
 from coral_core.progress import Progress, silent
 from coral_core.store.shard import Shard
 from coral_core.store.store import Store
 
 STAGES = ("data", "drafter", "head", "eval", "export")
+EXPORT = "export"
+"""Not a stage itself: it holds one folder for each format."""
 RECIPE = "recipe.yaml"
 
 
 def inspect(path: Path, progress: Progress = silent) -> dict[str, Any]:
     """A JSON-able description of a store, drafter, head, or a whole run; `damaged` names the files that are not whole.
 
-    A store's bytes are compared with their checksums, other weights are opened. Raises ArtifactError for anything else.
+    The bytes of every file are compared with its checksum; weights of earlier versions, which have none, are opened.
+    Raises ArtifactError for anything else.
     """
     if (path / MANIFEST).exists():
         manifest = Manifest.read(path, "", "the command that made it")
-        found = _store(path, manifest, progress) if manifest.kind == "data" else _weights(path)
+        found = _store(path, manifest, progress) if manifest.kind == "data" else _weights(path, manifest)
         return {"path": str(path), "kind": manifest.kind} | _provenance(manifest) | found
+    if found := _run(path, progress):
+        return found
     if (path / RECIPE).exists():
-        return _run(path, progress)
+        raise ArtifactError(f"{path} holds a recipe, and nothing that was made of it yet. Run: coral prepare-data")
     state = "holds nothing that coral made" if path.is_dir() else "is no folder"
     raise ArtifactError(f"{path} {state}. Give a run (runs/NAME), or the data, drafter or head in one")
 
 
 def _run(path: Path, progress: Progress) -> dict[str, Any]:
-    stages = {name: inspect(path / name, progress) for name in STAGES if (path / name / MANIFEST).exists()}
-    unfinished = [name for name in STAGES if (path / f".{name}.partial").exists()]
-    damaged = [f"{name}/{file}" for name, stage in stages.items() for file in stage["damaged"]]
+    """The stages that stand in a folder, and those that were begun; {} where there is neither."""
+    known = (path / RECIPE).exists() or any((path / name / MANIFEST).exists() for name in STAGES)
+    folders = [name for name in STAGES if known and (path / name).is_dir()]
+    formats = [f"{name}/{made.name}" for name in folders if name == EXPORT for made in sorted((path / name).iterdir())]
+    stages, damaged = {}, []
+    for name in [*(name for name in folders if name != EXPORT), *formats]:
+        try:
+            stages[name] = inspect(path / name, progress)
+            damaged += [f"{name}/{file}" for file in stages[name]["damaged"]]
+        except ArtifactError:
+            damaged.append(f"{name}/{MANIFEST}")
+    unfinished = [name for name in STAGES if partial(path / name).exists()]
+    if not (stages or damaged or unfinished):
+        return {}
     return {"path": str(path), "kind": "run", "stages": stages, "unfinished": unfinished, "damaged": damaged}
 
 
@@ -69,16 +85,23 @@ def histogram(lengths: Iterable[int]) -> list[dict[str, int]]:
     return [{"from": 1 << bits - 1, "to": (1 << bits) - 1, "samples": counts[bits]} for bits in steps]
 
 
-def _weights(path: Path) -> dict[str, Any]:
+def _weights(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """What the folder's weights are, and which files are damaged; a published drafter has a head, with its manifest."""
     weights: dict[str, Any] = {}
-    damaged = []
+    damaged = manifest.damaged(path)
+    for inner in sorted(path.glob(f"*/{MANIFEST}")):
+        try:
+            found = Manifest.read(inner.parent, "", "").damaged(inner.parent)
+            damaged += [f"{inner.parent.name}/{name}" for name in found]
+        except ArtifactError:
+            damaged.append(str(inner.relative_to(path)))
     for file in sorted(path.rglob("*.safetensors")):
         name = str(file.relative_to(path))
         try:
             weights[name] = _tensors(file)
         except (SafetensorError, OSError):
             damaged.append(name)
-    return {"weights": weights, "damaged": damaged}
+    return {"weights": weights, "damaged": sorted(set(damaged))}
 
 
 def _tensors(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
+from coral_core.lock import published
 from coral_core.recipe.schema import DecodeSpec, Recipe
 from coral_core.target.load import Target, load_target
 
@@ -64,7 +65,8 @@ class Run:
     def engine(self, target: Target) -> Engine:
         """Drafter and head on the target. With `decode.tree: auto`, what a round costs on this device is read from
         the run, or measured now, in seconds."""
-        engine = Engine(target, self.drafter(target), self.head(target), tree_shape(self.recipe.decode))
+        with published(self.made):  # no drafter of before with a head of after, while another command replaces them
+            engine = Engine(target, self.drafter(target), self.head(target), tree_shape(self.recipe.decode))
         if self.recipe.decode.tree != "auto":
             return engine
         of = {"target": target.fingerprint, "drafter": self.manifest(target).fingerprint, "head": self._head_of()}

@@ -11,8 +11,17 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from coral_core import __version__, artifacts
-from coral_core.artifacts import Manifest, fingerprint, stage, write_text
+from coral_core import __version__, artifacts, embedded
+from coral_core.artifacts import (
+    Manifest,
+    check_files,
+    drop_unfinished,
+    fingerprint,
+    refuse_unfinished,
+    stage,
+    standing,
+    write_text,
+)
 from coral_core.errors import ArtifactError, CoralError
 
 
@@ -146,6 +155,7 @@ def test_a_killed_publication_loses_nothing(tmp_path, monkeypatch):
     assert len(calls) == 1
     with stage(final, "f2") as work:
         assert (work / "new").exists()
+        assert names(final) == ["old"], "the older folder serves again until the new one is in its place"
     assert names(final) == ["new"]
 
 
@@ -198,7 +208,7 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path, manifest):
 )
 def test_a_damaged_manifest_is_one_line(tmp_path, damage):
     (tmp_path / "manifest.json").write_text(damage, encoding="utf-8")
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: .* and run: coral prepare-data") as caught:
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: .*\. Run: coral prepare-data") as caught:
         Manifest.read(tmp_path, "data", "coral prepare-data")
     assert "\n" not in str(caught.value)
 
@@ -238,3 +248,123 @@ def test_the_old_folder_is_there_until_the_new_one_stands(tmp_path, monkeypatch)
         whole = [path.read_text(encoding="utf-8") for path in folder.glob("*/weights")]
         whole += [path.read_text(encoding="utf-8") for path in folder.glob(".*/weights")]
         assert "old" in whole or (folder / "drafter" / "weights").read_text(encoding="utf-8") == "new"
+
+
+# ---- checksums
+
+
+@pytest.fixture
+def drafter(tmp_path) -> Path:
+    folder = tmp_path / "drafter"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(b"{ } " + name.encode())
+    values = {"seed": 0, "train": {"topk": 10}}
+    made = Manifest(kind="drafter", fingerprint="f", inputs={"data": "d"}, recipe=values, facts={})
+    made.sealed(folder).write(folder)
+    return folder
+
+
+DAMAGES = {
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_found_and_named(drafter, name, damage):
+    check_files(drafter, ["config.json", "model.safetensors"], "coral train")
+    damage(drafter / name)
+    assert Manifest.read(drafter, "drafter", "").damaged(drafter) == [name]
+    with pytest.raises(ArtifactError, match=rf"{name} is (damaged|missing).* Run: coral train"):
+        check_files(drafter, ["config.json", "model.safetensors"], "coral train")
+
+
+def test_a_manifest_in_which_one_digit_changed_is_damaged(drafter):
+    path = drafter / "manifest.json"
+    path.write_text(path.read_text().replace('"topk": 10', '"topk": 11'))
+    with pytest.raises(ArtifactError, match=r"manifest.json is damaged: its checksum is another. Run: coral train"):
+        Manifest.read(drafter, "drafter", "coral train")
+
+
+def test_what_was_made_before_there_were_checksums_still_loads(drafter):
+    path = drafter / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in ("files", "sha256")}))
+    (drafter / "config.json").write_text("changed")
+    check_files(drafter, ["config.json"], "coral train")
+    assert Manifest.read(drafter, "drafter", "").damaged(drafter) == []
+
+
+def test_what_coral_ships_is_mended_by_installing_it():
+    with pytest.raises(ArtifactError, match=r"Install coral anew: pip install --force-reinstall"):
+        Manifest.read(embedded.FOLDER / "nothing", "drafter", "coral train")
+
+
+def test_what_stands_is_compared_by_its_recipe_its_inputs_and_its_bytes(drafter):
+    recipe, inputs = {"seed": 0, "train": {"topk": 10}}, {"data": "d"}
+    assert standing(drafter.with_name("none"), "drafter", "f", recipe, inputs) == artifacts.Standing(None)
+    assert standing(drafter, "drafter", "f", recipe, inputs).manifest
+    changed = {"seed": 0, "train": {"topk": 5}}
+    assert standing(drafter, "drafter", "g", changed, inputs).why == "train.topk was 10, is 5"
+    assert standing(drafter, "drafter", "g", recipe, {"data": "e"}).why == "the data changed"
+    DAMAGES["flipped"](drafter / "config.json")
+    assert standing(drafter, "drafter", "f", recipe, inputs).why == "config.json is damaged"
+    DAMAGES["flipped"](drafter / "manifest.json")
+    assert standing(drafter, "drafter", "f", recipe, inputs).why == "its manifest.json is damaged"
+    DAMAGES["missing"](drafter / "manifest.json")
+    assert standing(drafter, "drafter", "f", recipe, inputs).why == "its manifest.json is missing"
+
+
+def test_what_an_unfinished_stage_needs_goes_only_after_the_rename(tmp_path, monkeypatch):
+    """Killed between the two, a training that was finished was begun anew: its checkpoints were gone already."""
+    final = tmp_path / "drafter"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "replace_folder", killed)
+        begun = stage(final, "f", leftovers=["checkpoints"])
+        with pytest.raises(KeyboardInterrupt), begun as work:
+            (work / "checkpoints").mkdir()
+    with stage(final, "f", leftovers=["checkpoints"]) as work:
+        assert (work / "checkpoints").exists()
+    assert names(final) == []
+
+
+def test_an_older_folder_that_a_kill_left_aside_is_cleared(tmp_path):
+    (tmp_path / ".data.old").mkdir()
+    with stage(tmp_path / "data", "f"):
+        pass
+    assert names(tmp_path) == ["data"]
+
+
+def test_a_link_to_another_runs_data_is_replaced_and_the_data_stay(tmp_path):
+    shared = tmp_path / "other" / "data"
+    shared.mkdir(parents=True)
+    (shared / "shard-0").write_text("x", encoding="utf-8")
+    final = tmp_path / "run" / "data"
+    final.parent.mkdir()
+    final.symlink_to(shared)
+    for mark in ("f", "g"):
+        with stage(final, mark) as work:
+            (work / mark).write_text("x", encoding="utf-8")
+    assert names(final.parent) == ["data"]
+    assert names(final) == ["g"]
+    assert names(shared) == ["shard-0"]
+
+
+def test_unfinished_work_of_another_recipe_is_not_cleared_unasked(tmp_path):
+    final = tmp_path / "data"
+    refuse_unfinished(final, "f2", "coral prepare-data")
+    interrupted(final, "f1", "shard-0")
+    refuse_unfinished(final, "f1", "coral prepare-data")
+    message = r"\.data\.partial holds unfinished work of another recipe.* Run: coral prepare-data --restart"
+    with pytest.raises(ArtifactError, match=message):
+        refuse_unfinished(final, "f2", "coral prepare-data")
+    drop_unfinished(final)
+    refuse_unfinished(final, "f2", "coral prepare-data")

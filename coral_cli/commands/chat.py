@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, RunsOption, engine_of, look_at_run
 from coral_core.errors import CoralError, DataError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def chat(
     from coral_cli.console import err, out
     from coral_cli.talk import keyboard, views
 
-    session = _session(open_run(arguments, runs), speculative)
+    session = _session(look_at_run(arguments, runs), speculative)
     keyboard.prepare()
     err.print(HELP, style="dim", markup=False, soft_wrap=True)
     if show_drafts:
@@ -68,7 +68,7 @@ def _session(run: Run, speculative: bool) -> Session:
     target = run.target()
 
     def engine() -> Engine:
-        found = run.engine(target)
+        found = engine_of(run, target)
         err.print(f"drafter and head from {run.made}", style="dim", markup=False, soft_wrap=True)
         return found
 

@@ -65,24 +65,26 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     from coral_core.report.tables import markdown
     from coral_core.target.load import load_target
 
-    run = open_run(arguments, runs)
-    target = load_target(recipe.target)
-    methods = [load_method(contender, target) for contender in compared]
-    for folder in dict.fromkeys(method.folder for method in methods):
-        err.print(f"drafter and head from {folder}", markup=False, soft_wrap=True)
-    plan = Plan(
-        recipe=recipe,
-        target=target,
-        methods=methods,
-        benches=[Bench(one.name, one.questions[:limit]) for one in found],
-        temperatures=temperatures,
-        run_code=run_code,
-    )
-    with progress_bars() as progress:
-        results = run_evaluation(plan, run.folder, progress, resume=resume)
-    if as_json:
-        print_json(results)
-    else:
-        print_markdown(markdown(results))
-    err.print(f"written to {run.folder / 'eval'}: results.json, results.md, results.tex", markup=False, soft_wrap=True)
-    err.print(f"to look at: {run.folder / 'eval' / 'report.html'}", markup=False, soft_wrap=True)
+    with open_run(arguments, runs) as run:
+        target = load_target(recipe.target)
+        methods = [load_method(contender, target) for contender in compared]
+        for folder in dict.fromkeys(method.folder for method in methods):
+            err.print(f"drafter and head from {folder}", markup=False, soft_wrap=True)
+        plan = Plan(
+            recipe=recipe,
+            target=target,
+            methods=methods,
+            benches=[Bench(one.name, one.questions[:limit]) for one in found],
+            temperatures=temperatures,
+            run_code=run_code,
+        )
+        with progress_bars() as progress:
+            results = run_evaluation(plan, run.folder, progress, resume=resume)
+        if as_json:
+            print_json(results)
+        else:
+            print_markdown(markdown(results))
+        err.print(
+            f"written to {run.folder / 'eval'}: results.json, results.md, results.tex", markup=False, soft_wrap=True
+        )
+        err.print(f"to look at: {run.folder / 'eval' / 'report.html'}", markup=False, soft_wrap=True)

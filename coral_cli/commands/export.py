@@ -42,19 +42,19 @@ def export(
         raise typer.BadParameter(f"--to is '{to}'; it must be one of {', '.join(FORMATS)}")
     if map_size and to != "sglang":
         raise CoralError(f"--map-size {map_size}: only SGLang reads a token map. Leave it out, or export --to sglang")
-    run = open_run(arguments, runs)
-    target = run.target()
-    source = open_source(run.recipe, run.folder, target.fingerprint)
-    if to == HF:
-        folder = export_hf(source, run.folder)
-        next_step = hints.pasteable("coral publish --repo ORG/NAME")
-        err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
-        return
-    token_map = _token_map(run, source, target, map_size) if to == "sglang" else None
-    folder = export_engine(to, source, target, run.folder, token_map)
-    err.print(f"written to {folder}, and read back. Serve it with:", markup=False, soft_wrap=True)
-    model = embedded.model_source(run.recipe.target.model)
-    typer.echo(serve_command(to, run.recipe, model, str(folder), with_map=token_map is not None))
+    with open_run(arguments, runs) as run:
+        target = run.target()
+        source = open_source(run.recipe, run.folder, target.fingerprint)
+        if to == HF:
+            folder = export_hf(source, run.folder)
+            next_step = hints.pasteable("coral publish --repo ORG/NAME")
+            err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
+            return
+        token_map = _token_map(run, source, target, map_size) if to == "sglang" else None
+        folder = export_engine(to, source, target, run.folder, token_map)
+        err.print(f"written to {folder}, and read back. Serve it with:", markup=False, soft_wrap=True)
+        model = embedded.model_source(run.recipe.target.model)
+        typer.echo(serve_command(to, run.recipe, model, str(folder), with_map=token_map is not None))
 
 
 def _token_map(run: Run, source: Source, target: Target, size: int | None) -> torch.Tensor | None:

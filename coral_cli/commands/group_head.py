@@ -18,20 +18,20 @@ def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     """Group the LM head's rows and train the router."""
     from coral_cli.console import err, progress_bars
     from coral_core.grouping.stage import group_head as build_head
-    from coral_core.grouping.stage import is_finished
+    from coral_core.grouping.stage import head_standing
 
-    run = open_run(arguments, runs)
-    spec = run.recipe.head
-    tapped = Tapped(run, "; or set head.groups and head.active")
-    with progress_bars() as progress:
-        is_open = not (spec.groups and spec.active) and not is_finished(run.recipe, run.folder)
-        probe = _probe(tapped, progress) if is_open else None
-        manifest, built = build_head(run.recipe, run.folder, progress, probe, tapped.tap)
-    folder = run.folder / "head"
-    if not built:
-        err.print(f"{folder} is finished already, with this recipe and drafter", markup=False, soft_wrap=True)
-    _print_summary(manifest)
-    err.print(f"written to {folder}. Next: {hints.pasteable('coral eval')}", markup=False, soft_wrap=True)
+    with open_run(arguments, runs) as run:
+        spec, folder = run.recipe.head, run.folder / "head"
+        found = head_standing(run.recipe, run.folder)
+        if text := hints.standing(folder, found, "recipe and drafter"):
+            err.print(text, markup=False, soft_wrap=True)
+        tapped = Tapped(run, "; or set head.groups and head.active")
+        with progress_bars() as progress:
+            is_open = not (spec.groups and spec.active) and not found.manifest
+            probe = _probe(tapped, progress) if is_open else None
+            manifest, _ = build_head(run.recipe, run.folder, progress, probe, tapped.tap)
+        _print_summary(manifest)
+        err.print(f"written to {folder}. Next: {hints.pasteable('coral eval')}", markup=False, soft_wrap=True)
 
 
 def _probe(tapped: Tapped, progress: Progress) -> Probe:

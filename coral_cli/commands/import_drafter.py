@@ -22,12 +22,15 @@ def import_drafter(
     from coral_core.target.load import load_target
 
     fetch(path)  # a slip in the path is answered before the target loads
-    run = open_run(arguments, runs)
-    manifest, with_head = bring_in(path, run.folder, load_target(run.recipe.target))
-    next_step = "coral eval" if with_head else "coral eval head.kind=full, or coral prepare-data and coral group-head"
-    facts = manifest.facts
-    err.print(
-        f"{facts['parameters']:,} parameters written to {run.folder / 'drafter'}. Next: {hints.pasteable(next_step)}",
-        markup=False,
-        soft_wrap=True,
-    )
+    with open_run(arguments, runs) as run:
+        manifest, with_head = bring_in(path, run.folder, load_target(run.recipe.target))
+        next_step = (
+            "coral eval" if with_head else "coral eval head.kind=full, or coral prepare-data and coral group-head"
+        )
+        facts = manifest.facts
+        err.print(
+            f"{facts['parameters']:,} parameters written to {run.folder / 'drafter'}. "
+            f"Next: {hints.pasteable(next_step)}",
+            markup=False,
+            soft_wrap=True,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 
 from coral_core.errors import ArtifactError
 
+MADE_BY = {"data": "prepare-data", "drafter": "train", "head": "group-head", "eval": "eval", "export": "export"}
+"""The command that makes each kind of folder, in the order in which they are to be run."""
 BAR = 40
 """Width of the histogram's longest bar."""
 
@@ -31,7 +34,21 @@ def inspect(
         for name in found.get("unfinished", []):
             _say(f"{name} is unfinished: the command that makes it goes on where it stopped")
     if found["damaged"]:
-        raise ArtifactError(f"damaged: {', '.join(found['damaged'])}. Run the command that made it again")
+        raise ArtifactError(f"damaged: {', '.join(found['damaged'])}. {_remedy(path, found)}")
+
+
+def _remedy(path: Path, found: dict[str, Any]) -> str:
+    """The commands that make the damaged stages anew, with the run's own recipe."""
+    from coral_core.artifacts import remedy
+
+    whole = found["kind"] == "run"
+    kinds = {name.split("/")[0] for name in found["damaged"]} if whole else {found["kind"]}
+    run = path if whole else path.parent
+    recipe = run / "recipe.yaml"
+    words = f" {shlex.quote(str(recipe))} --runs {shlex.quote(str(run.parent))}" if recipe.exists() else ""
+    commands = [f"coral {verb}{words}" for kind, verb in MADE_BY.items() if kind in kinds]
+    imported = "; a drafter that was imported: coral import" if "drafter" in kinds else ""
+    return remedy(path.resolve(), ", then ".join(commands) + imported)
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from coral_cli.options import RUNS, Arguments, RunsOption, open_run, read_recipe
 
 if TYPE_CHECKING:
     from coral_core.data.job import Job, Standing
-    from coral_core.run import Run
     from coral_core.store.store import Store
 
 
@@ -24,39 +23,45 @@ def prepare_data(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the tokens, bytes and time to expect; make nothing.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop unfinished data, of other settings too, and begin anew.")
+    ] = False,
     runs: RunsOption = RUNS,
 ) -> None:
     """Let the target answer the prompts, and tap its features."""
     from coral_cli.console import progress_bars
+    from coral_core.artifacts import drop_unfinished
     from coral_core.data.estimate import estimate
-    from coral_core.data.job import Job, check_recipe
-    from coral_core.data.stage import agreed_standing, prepare, processes
+    from coral_core.data.job import Job, check_recipe, standing
+    from coral_core.data.stage import prepare
+    from coral_core.processes import agreed, processes
     from coral_core.target.load import load_target
 
-    recipe = read_recipe(arguments)
-    check_recipe(recipe)
+    check_recipe(read_recipe(arguments))
     main = processes().is_main_process
-    run = open_run(arguments, runs) if main and not dry_run else Run(recipe, runs / recipe.name)
-    key = os.environ.get("CORAL_ENDPOINT_KEY", "")
-    job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data", key)
-    found = agreed_standing(job)
-    if not main:
-        if not dry_run and found.store is None:
-            prepare(job)
-        return
-    _say(_standing_text(job, found))
-    if dry_run:
-        with progress_bars() as progress:
-            _print_estimate(job, estimate(job, progress))
-        return
-    store = found.store
-    if store is None:
-        with progress_bars() as progress:
-            store = prepare(job, progress)
-    _print_summary(store)
-    for index in store.train_indices[:show]:
-        _print_sample(store, index, job.target.tokenizer)
-    _say(hints.pasteable(f"in {job.folder}. Next: coral train"))
+    with open_run(arguments, runs, main=main and not dry_run) as run:
+        key = os.environ.get("CORAL_ENDPOINT_KEY", "")
+        job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data", key)
+        if restart and main and not dry_run:
+            drop_unfinished(job.folder)
+        found = agreed(lambda: standing(job))
+        if not main:
+            if not dry_run and found.store is None:
+                prepare(job)
+            return
+        _say(_standing_text(job, found))
+        if dry_run:
+            with progress_bars() as progress:
+                _print_estimate(job, estimate(job, progress))
+            return
+        store = found.store
+        if store is None:
+            with progress_bars() as progress:
+                store = prepare(job, progress)
+        _print_summary(store)
+        for index in store.train_indices[:show]:
+            _print_sample(store, index, job.target.tokenizer)
+        _say(hints.pasteable(f"in {job.folder}. Next: coral train"))
 
 
 def _say(text: str) -> None:

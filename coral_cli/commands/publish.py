@@ -30,17 +30,19 @@ def publish(
         raise typer.BadParameter(f"--repo is '{repo}'; write it as org/name")
     if push and not licence:
         raise CoralError("a published model needs a licence; give --licence, such as --licence apache-2.0")
-    run = open_run(arguments, runs)
-    publication = prepare(run.recipe, run.folder, repo, licence)
-    typer.echo(publication.card)
-    for name, size_bytes in publication.files:
-        err.print(f"{name}  {size_text(size_bytes)}", markup=False, soft_wrap=True)
-    for warning in publication.warnings:
-        err.print(f"note: {warning}", markup=False, soft_wrap=True)
-    if push:
-        address = upload(publication.folder, repo, message=f"{run.recipe.name}, by coral")
-        err.print(f"published: {address}", markup=False, soft_wrap=True)
-    else:
-        err.print(
-            f"nothing was uploaded; it lies in {publication.folder}. To publish: --push", markup=False, soft_wrap=True
-        )
+    with open_run(arguments, runs) as run:
+        publication = prepare(run.recipe, run.folder, repo, licence)
+        typer.echo(publication.card)
+        for name, size_bytes in publication.files:
+            err.print(f"{name}  {size_text(size_bytes)}", markup=False, soft_wrap=True)
+        for warning in publication.warnings:
+            err.print(f"note: {warning}", markup=False, soft_wrap=True)
+        if push:
+            address = upload(publication.folder, repo, message=f"{run.recipe.name}, by coral")
+            err.print(f"published: {address}", markup=False, soft_wrap=True)
+        else:
+            err.print(
+                f"nothing was uploaded; it lies in {publication.folder}. To publish: --push",
+                markup=False,
+                soft_wrap=True,
+            )

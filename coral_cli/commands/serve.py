@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, RunsOption, engine_of, look_at_run
 from coral_core.errors import CoralError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def serve(
     """Answer OpenAI's chat and completions API with speculative decoding; Ctrl-C stops."""
     _refuse_without_extra()
     listening = _listen(host, port)  # before the model is loaded: a port in use is answered at once
-    run = open_run(arguments, runs)
+    run = look_at_run(arguments, runs)
 
     import uvicorn
 
@@ -86,7 +86,7 @@ def _service(run: Run) -> Service:
     from coral_core.serve.answer import Service
 
     target = run.target()
-    engine = run.engine(target)
+    engine = engine_of(run, target)
     return Service(run.recipe.name, target, engine.decode, run.sampler, run.recipe.decode.max_new_tokens)
 
 

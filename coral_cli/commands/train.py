@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, RunsOption, open_run
@@ -14,21 +16,34 @@ if TYPE_CHECKING:
     from coral_core.training.loop import Measure
 
 
-def train(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
+def train(
+    arguments: Arguments = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Drop an unfinished training, of other settings too, and begin anew.")
+    ] = False,
+    runs: RunsOption = RUNS,
+) -> None:
     """Train the drafter on the tapped features."""
     from coral_cli.console import err, progress_bars
-    from coral_core.training.stage import train_drafter
+    from coral_core.artifacts import drop_unfinished
+    from coral_core.processes import processes
+    from coral_core.training.stage import drafter_standing, train_drafter
 
-    run = open_run(arguments, runs)
-    tapped = Tapped(run, ", or set train.eval_every=0" if run.recipe.data.features == "stored" else "")
-    with progress_bars() as progress:
-        measure = _acceptance(tapped, progress) if run.recipe.train.eval_every else None
-        manifest, trained = train_drafter(run.recipe, run.folder, progress, measure, tapped.tap)
-    folder = run.folder / "drafter"
-    if not trained:
-        err.print(f"{folder} is finished already, with this recipe and data", markup=False, soft_wrap=True)
-    _print_summary(manifest)
-    err.print(f"written to {folder}. Next: {hints.pasteable('coral group-head')}", markup=False, soft_wrap=True)
+    main = processes().is_main_process
+    with open_run(arguments, runs, main=main) as run:
+        if restart and main:
+            drop_unfinished(run.folder / "drafter")
+        folder, found = run.folder / "drafter", drafter_standing(run.recipe, run.folder)
+        if main and (text := hints.standing(folder, found, "recipe and data")):
+            err.print(text, markup=False, soft_wrap=True)
+        tapped = Tapped(run, ", or set train.eval_every=0" if run.recipe.data.features == "stored" else "")
+        with progress_bars() as progress:
+            measure = _acceptance(tapped, progress) if run.recipe.train.eval_every else None
+            manifest, _ = train_drafter(run.recipe, run.folder, progress, measure, tapped.tap)
+        if main:
+            _print_summary(manifest)
+            next_step = hints.pasteable("coral group-head")
+            err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
 
 
 def _acceptance(tapped: Tapped, progress: Progress) -> Measure:

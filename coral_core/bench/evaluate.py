@@ -218,7 +218,7 @@ def _publish(
         inputs={"target": plan.target.fingerprint, "drafter": plan.methods[0].facts["drafter"]["fingerprint"]},
         recipe=to_mapping(plan.recipe),
         facts={"benches": [bench.name for bench in plan.benches], "methods": [method.name for method in plan.methods]},
-    ).write(work)
+    ).sealed(work).write(work)
 
 
 def _dtype(target: Target) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coral_core import embedded
+from coral_core.artifacts import check_files
 from coral_core.bench.catalogue import PUBLISHED, SPEED_BENCH_MASK
 from coral_core.errors import ArtifactError, DataError
 
@@ -174,6 +175,7 @@ def held_out(run: Path, model: str) -> list[Question]:
     Raises ArtifactError when the run has none.
     """
     path = run / "data" / "holdout.json"
+    check_files(path.parent, [path.name], "coral prepare-data, or name a --bench")
     if embedded.made_in(run, model, "data/holdout.json") != run:
         path = embedded.FOLDER / "holdout.json"
     try:

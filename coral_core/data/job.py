@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from coral_core import embedded
-from coral_core.artifacts import MANIFEST, Manifest, fingerprint
+from coral_core.artifacts import MANIFEST, Manifest, file_sha256, fingerprint
 from coral_core.data.sources import SELF, find_file, shares
 from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
-from coral_core.store.shard import FP8, file_sha256
+from coral_core.store.shard import FP8
 from coral_core.store.store import Store
 from coral_core.target.load import Target
 

@@ -19,7 +19,7 @@ from coral_core.data.mix import Mix, Stream
 from coral_core.data.prompts import Dialogue, Skipped, UnusableError
 from coral_core.data.sources import SELF, open_source, shares
 from coral_core.data.written import Scribe, written_prompts
-from coral_core.errors import DataError
+from coral_core.errors import ArtifactError, DataError
 from coral_core.progress import Progress
 from coral_core.recipe.schema import DataSpec
 from coral_core.target.load import Target
@@ -64,13 +64,24 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> "Plan | None":
-        """What `save` wrote, or None when an interruption came before it was done."""
+        """What `save` wrote, or None when an interruption came before it was done.
+
+        Raises ArtifactError when it is damaged.
+        """
         if not (folder / PLAN).exists():
             return None
-        rest = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        skipped = {reason: (count, first) for reason, (count, first) in rest["skipped"].items()}
-        ranges = [range(*shard) for shard in rest["shards"]]
-        return cls(Kept.load(folder / PROMPTS), array("q", rest["bounds"]), ranges, skipped, rest["sources"])
+        try:
+            rest = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+            skipped = {reason: (count, first) for reason, (count, first) in rest["skipped"].items()}
+            ranges = [range(*shard) for shard in rest["shards"]]
+            kept = Kept.load(folder / PROMPTS)
+            if len(kept) != len(rest["bounds"]):
+                raise ValueError(f"{PROMPTS} has {len(kept)} of {len(rest['bounds'])} dialogues")
+            return cls(kept, array("q", rest["bounds"]), ranges, skipped, rest["sources"])
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ArtifactError(
+                f"the unfinished data in {folder} are damaged: {error}. Run: coral prepare-data --restart"
+            ) from error
 
 
 class Fit:

@@ -6,29 +6,25 @@ interrupted and goes on publishes the same shards as one that was not.
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
-import accelerate
-import torch
-
-from coral_core.artifacts import Manifest, partial, stage, write_text
+from coral_core.artifacts import Manifest, file_sha256, partial, refuse_unfinished, stage, write_text
 from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
 from coral_core.data.endpoint import Endpoint
-from coral_core.data.job import COMMAND, Job, Standing, check_recipe, dtype_name, standing
+from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
 from coral_core.data.shards import answer, tap_all, words_only
 from coral_core.data.sources import SELF
 from coral_core.errors import ArtifactError, DataError
+from coral_core.processes import processes
 from coral_core.progress import Progress, silent
-from coral_core.store.shard import ShardFacts, file_sha256, row_bytes, shard_name, write_shard
+from coral_core.store.shard import ShardFacts, row_bytes, shard_name, write_shard
 from coral_core.store.store import Store, seal
 from coral_core.target.load import drafter_shape
 from coral_core.target.template import Encoded, prompt_ids
@@ -44,6 +40,8 @@ def prepare(job: Job, progress: Progress = silent) -> Store:
     state = processes()
     inputs = job.inputs
     name = job.fingerprint(inputs)
+    if state.is_main_process:
+        refuse_unfinished(job.folder, name, COMMAND)
     with stage(job.folder, name) if state.is_main_process else contextlib.nullcontext(partial(job.folder)) as work:
         if state.is_main_process:
             _plan(job, name, work, progress)
@@ -59,22 +57,6 @@ def prepare(job: Job, progress: Progress = silent) -> Store:
             _seal(job, plan, shards, work, manifest)
     state.wait_for_everyone()
     return Store.open(job.folder, COMMAND)
-
-
-def processes() -> accelerate.PartialState:
-    """What accelerate knows of the processes of this run; made before the target is loaded, it gives each its GPU.
-
-    They wait for each other twice, for as long as the slowest takes: accelerate's own limit is half an hour.
-    """
-    cpu = not torch.accelerator.is_available()  # said, since accelerate takes its absence for a single process
-    return accelerate.PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))
-
-
-def agreed_standing(job: Job) -> Standing:
-    """What stands in the folder already: the main process looks, and tells the others."""
-    found: list[Any] = [standing(job) if processes().is_main_process else None]
-    accelerate.utils.broadcast_object_list(found)
-    return cast(Standing, found[0])
 
 
 def _plan(job: Job, name: str, work: Path, progress: Progress) -> None:
@@ -182,7 +164,7 @@ def _finished(folder: Path, number: int) -> bool:
     """Whether a shard is as `_finish` said."""
     try:
         return file_sha256(folder / shard_name(number)) == _noted(folder, number).sha256
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):  # missing or damaged, the shard or what was noted of it
         return False
 
 

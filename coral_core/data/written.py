@@ -4,6 +4,7 @@ Rounds are kept in the work folder as they are finished, so that an interruption
 Magpie: https://arxiv.org/abs/2406.08464
 """
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def written_prompts(
 
 def _round(scribe: Scribe, size: int, seed: int, path: Path, meter: Meter) -> list[str]:
     """One round's prompts: those an interrupted run had saved, or new ones."""
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError):  # missing, or damaged: the same words are written again
         saved: list[str] = json.loads(path.read_text(encoding="utf-8"))
         return saved
     texts = scribe.write(size, seed, meter)

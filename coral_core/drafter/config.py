@@ -7,7 +7,8 @@ from typing import Any
 
 from coral_core.errors import ArtifactError
 
-TRAIN = "Run: coral train"
+COMMAND = "coral train (or coral import, if it was imported)"
+"""What makes a drafter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,16 +33,19 @@ class DrafterConfig:
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> "DrafterConfig":
-        """Read config.json. Raises ArtifactError when a key is missing or senseless, or the file is not a drafter's."""
-        values = read_values(folder, TRAIN)
+    def load(cls, folder: Path, mend: str) -> "DrafterConfig":
+        """Read config.json.
+
+        Raises ArtifactError, which ends in `mend`, when a key is missing or senseless, or the file is not a drafter's.
+        """
+        values = read_values(folder, mend)
         fields = dataclasses.fields(cls)
         missing = [field.name for field in fields if field.name not in values and field.default is dataclasses.MISSING]
         if missing:
             path = folder / "config.json"
-            raise ArtifactError(f"{path} is not a drafter's config: key '{missing[0]}' is missing. {TRAIN}")
+            raise ArtifactError(f"{path} is not a drafter's config: key '{missing[0]}' is missing. {mend}")
         config = cls(**{field.name: values[field.name] for field in fields if field.name in values})
-        config.refuse_nonsense(folder, TRAIN)
+        config.refuse_nonsense(folder, mend)
         return config
 
     def refuse_nonsense(self, folder: Path, remedy: str) -> None:

@@ -14,14 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from coral_core.artifacts import MANIFEST, Manifest
+from coral_core.artifacts import MANIFEST, Manifest, check_files, remedy
 from coral_core.drafter.blocks import Attend, DraftLayer, Rope, Turn
-from coral_core.drafter.config import DrafterConfig
+from coral_core.drafter.config import COMMAND, DrafterConfig
 from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
 from coral_core.kernels.linear import PackedLinear
 from coral_core.tensors import write_tensors
 
+WEIGHTS = "model.safetensors"
+FILES = ("config.json", WEIGHTS)
+"""What a drafter is on disk, besides its manifest."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of weights that can be computed with as they are; quantized ones mean something else by their numbers."""
 
@@ -66,22 +69,23 @@ class Drafter(nn.Module):
         """Write config.json and model.safetensors; the embedding is the target's and is not repeated."""
         self.config.save(folder)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
+        write_tensors(weights, folder / WEIGHTS, {"format": "pt"})
 
     @classmethod
-    def load(cls, folder: Path) -> "Drafter":
+    def load(cls, folder: Path, command: str = COMMAND) -> "Drafter":
         """Read what `save` wrote, on the CPU and in the dtype on disk.
 
-        Raises ArtifactError when a file is missing or damaged, or a tensor is absent, unknown or of another shape:
-        never a partly random drafter.
+        Raises ArtifactError, naming the `command` that makes it anew, when a file is missing or damaged, or a tensor is
+        absent, unknown or of another shape: never a partly random drafter.
         """
-        path = folder / "model.safetensors"
-        config = DrafterConfig.load(folder)
+        path, mend = folder / WEIGHTS, remedy(folder, command)
+        check_files(folder, FILES, command)
+        config = DrafterConfig.load(folder, mend)
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"cannot read the drafter {path}: {error}. Run: coral train") from error
-        return cls.build(config, weights, source=str(path), remedy="Run: coral train")
+            raise ArtifactError(f"cannot read the drafter {path}: {error}. {mend}") from error
+        return cls.build(config, weights, source=str(path), remedy=mend)
 
     @classmethod
     def build(
@@ -120,7 +124,7 @@ class Drafter(nn.Module):
         drafter = cls.load(folder)
         drafter.folder = folder
         if (folder / MANIFEST).exists():
-            drafter.manifest = Manifest.read(folder, "drafter", "coral train")
+            drafter.manifest = Manifest.read(folder, "drafter", COMMAND)
         return drafter
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
@@ -132,7 +136,7 @@ class Drafter(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.save(folder)
         if self.manifest is not None:
-            self.manifest.write(folder)
+            self.manifest.sealed(folder, *FILES).write(folder)
         if push_to_hub:
             upload(folder, repo_id or folder.name)
 

@@ -12,7 +12,7 @@ import torch
 from coral_core.artifacts import MANIFEST, Manifest, stage
 from coral_core.drafter.checkpoint import is_coral, read_checkpoint, weights_fingerprint
 from coral_core.drafter.hub import fetch
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.model import FILES, Drafter
 from coral_core.errors import ArtifactError
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import HeadSpec
@@ -32,7 +32,7 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
     """
     folder = fetch(name)
     if is_coral(folder):
-        drafter, embed_VD, path = Drafter.load(folder), None, folder / "model.safetensors"
+        drafter, embed_VD, path = Drafter.load(folder, AGAIN), None, folder / "model.safetensors"
     else:
         checkpoint = read_checkpoint(folder)
         drafter, embed_VD, path = checkpoint.drafter, checkpoint.embed_VD, checkpoint.path
@@ -46,6 +46,7 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
     _refuse_replacing(run / "drafter", manifest)
     with stage(run / "drafter", manifest.fingerprint) as work:
         drafter.save(work)
+        manifest = manifest.sealed(work, *FILES)
         manifest.write(work)
     if head_manifest is not None:
         with stage(run / "head", head_manifest.fingerprint) as work:
@@ -111,8 +112,9 @@ def refuse_wrong_target(folder: Path, drafter: Drafter, embed_VD: torch.Tensor |
 
 
 def _refuse_replacing(final: Path, manifest: Manifest) -> None:
-    if not (final / MANIFEST).exists():
+    try:
+        there = Manifest.read(final, "drafter", "").fingerprint
+    except ArtifactError:  # none, or a damaged one: this import mends it
         return
-    there = Manifest.read(final, "drafter", "coral train").fingerprint
     if there != manifest.fingerprint:
         raise ArtifactError(f"{final} holds another drafter ({there}). Import into a run of its own: name=…")

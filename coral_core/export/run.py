@@ -8,7 +8,7 @@ import torch
 
 from coral_core import embedded
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint, stage
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.model import FILES, Drafter
 from coral_core.errors import CoralError
 from coral_core.export.folder import write_folder
 from coral_core.export.layouts import LAYOUTS
@@ -73,7 +73,7 @@ def export_engine(to: str, source: Source, target: Target, run: Path, token_map:
             # SGLang reads nothing else: a pickled list of plain integers, loaded there with weights_only.
             torch.save(ids, work / TOKEN_MAP)
         facts = {"format": to, "token_map": len(ids) if ids else None}
-        Manifest(kind="export", fingerprint=name, inputs=inputs, recipe={}, facts=facts).write(work)
+        Manifest(kind="export", fingerprint=name, inputs=inputs, recipe={}, facts=facts).sealed(work).write(work)
     return final
 
 
@@ -105,7 +105,7 @@ def export_hf(source: Source, run: Path) -> Path:
     head = Manifest.read(source.head, "head", "coral group-head").fingerprint if source.head else None
     with stage(final, fingerprint({"format": HF, "drafter": source.manifest.fingerprint, "head": head})) as work:
         source.drafter.save(work)
-        source.manifest.write(work)
+        source.manifest.sealed(work, *FILES).write(work)
         if source.head is not None:
             shutil.rmtree(work / "head", ignore_errors=True)
             shutil.copytree(source.head, work / "head")

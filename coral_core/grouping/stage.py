@@ -8,10 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
 
-import accelerate
 import torch
 
-from coral_core.artifacts import MANIFEST, Manifest, stage
+from coral_core.artifacts import Manifest, Standing, stage, standing
 from coral_core.drafter.model import Drafter
 from coral_core.grouping.clustering import (
     by_cooccurrence,
@@ -35,9 +34,10 @@ from coral_core.grouping.router import (
 from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups, check_groups
-from coral_core.head.load import COMMAND, save_head
+from coral_core.head.load import FILE, save_head
 from coral_core.head.router import Router
 from coral_core.lent import Lent
+from coral_core.processes import processes
 from coral_core.progress import Progress, silent
 from coral_core.recipe.loader import section_fingerprint, to_mapping
 from coral_core.recipe.schema import HeadSpec, Recipe
@@ -82,7 +82,7 @@ def group_head(
     """
     store, final = open_data(recipe, run, tap), run / "head"
     fingerprint, inputs = _identity(recipe, run, store)
-    if (finished := _finished(final, fingerprint)) is not None:
+    if finished := head_standing(recipe, run).manifest:
         return finished, False
     drafter = Drafter.load(run / "drafter").float()
     with stage(final, fingerprint) as work:
@@ -92,6 +92,7 @@ def group_head(
         facts = _facts(recipe, trial, settings, best)
         sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
         manifest = Manifest(kind="head", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
+        manifest = manifest.sealed(work, FILE)
         manifest.write(work)
     return manifest, True
 
@@ -104,10 +105,11 @@ def _refuse_stranger(trained: Manifest, store: Store, folder: Path) -> None:
         trained.refuse_stranger(folder, "Run: coral train", data=store.manifest.fingerprint)
 
 
-def is_finished(recipe: Recipe, run: Path) -> bool:
-    """Whether the head that stands is this very job's. Raises as `group_head` does."""
-    fingerprint, _ = _identity(recipe, run, open_data(recipe, run))
-    return _finished(run / "head", fingerprint) is not None
+def head_standing(recipe: Recipe, run: Path) -> Standing:
+    """What stands in runs/NAME/head already. Raises as `group_head` does."""
+    fingerprint, inputs = _identity(recipe, run, open_data(recipe, run))
+    sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
+    return standing(run / "head", "head", fingerprint, sections, inputs)
 
 
 def _identity(recipe: Recipe, run: Path, store: Store) -> tuple[str, dict[str, str]]:
@@ -116,13 +118,6 @@ def _identity(recipe: Recipe, run: Path, store: Store) -> tuple[str, dict[str, s
     _refuse_stranger(trained, store, run / "drafter")
     inputs = {"target": trained.inputs["target"], "data": store.manifest.fingerprint, "drafter": trained.fingerprint}
     return section_fingerprint(recipe, *SECTIONS, **inputs), inputs
-
-
-def _finished(final: Path, fingerprint: str) -> Manifest | None:
-    if not (final / MANIFEST).exists():
-        return None
-    manifest = Manifest.read(final, "head", COMMAND)
-    return manifest if manifest.fingerprint == fingerprint else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +137,7 @@ class Trial:
     @classmethod
     def of(cls, recipe: Recipe, store: Store, drafter: Drafter, progress: Progress) -> "Trial":
         """Run the drafter over the store once."""
-        device = accelerate.PartialState().device
+        device = processes().device
         lent = store.lent().to(device, torch.float32)
         vocabulary = lent.head_VD.shape[0]
         check_groups(recipe.head.groups, vocabulary)

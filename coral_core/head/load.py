@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from coral_core.artifacts import Manifest
+from coral_core.artifacts import Manifest, check_files
 from coral_core.errors import ArtifactError
 from coral_core.head.candidates import Head
 from coral_core.head.full import FullHead
@@ -42,6 +42,7 @@ def load_head(folder: Path, spec: HeadSpec, lent: Lent, *, target_fingerprint: s
         return FullHead(lent)
     manifest = Manifest.read(folder, "head", COMMAND)
     manifest.refuse_stranger(folder, f"Run: {COMMAND}", target=target_fingerprint, drafter=drafter_fingerprint)
+    check_files(folder, [FILE], COMMAND)
     tensors = _read(folder / FILE)
     vocabulary, hidden = lent.head_VD.shape
     total = spec.groups or int(manifest.facts["groups"])

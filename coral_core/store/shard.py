@@ -13,7 +13,6 @@ Axes: N row of the shard, T position in the sample, D hidden.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from coral_core.artifacts import file_sha256
 from coral_core.errors import ArtifactError, DataError
 from coral_core.tensors import write_tensors
 
@@ -145,12 +145,3 @@ class Shard:
     def lengths(self) -> list[int]:
         """Tokens of each sample."""
         return [end - start for start, end in itertools.pairwise(self._offsets)]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

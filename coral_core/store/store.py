@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from coral_core.artifacts import Manifest, write_text
+from coral_core.artifacts import Manifest, file_sha256, write_text
 from coral_core.errors import ArtifactError
 from coral_core.lent import Lent
 from coral_core.progress import Progress, silent
-from coral_core.store.shard import Sample, Shard, ShardFacts, file_sha256
+from coral_core.store.shard import Sample, Shard, ShardFacts
 
 HOLDOUT = "holdout.json"
 LENT = "lent.safetensors"

@@ -13,17 +13,21 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from coral_core.artifacts import replace_folder, versions, write_text
+from coral_core.artifacts import file_sha256, first_difference, replace_folder, versions, write_text
 from coral_core.errors import ArtifactError
 
+STATE = "state.json"
+WEIGHTS = "weights.safetensors"
+FILES = (WEIGHTS, "optimizer.safetensors")
+T = TypeVar("T")
 KEEP = 2
 """Checkpoints kept, the newest included."""
 
@@ -52,10 +56,11 @@ class Checkpoints:
         """Write a checkpoint whole, call it latest, and drop the oldest."""
         name = f"step-{checkpoint.step:08d}"
         temporary = self._begin(f".{name}.tmp")
-        save_file(checkpoint.weights, temporary / "weights.safetensors")
-        save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
+        for file, tensors in zip(FILES, (checkpoint.weights, checkpoint.optimizer), strict=True):
+            save_file(tensors, temporary / file)
         state = {"step": checkpoint.step, **checkpoint.numbers, "identity": self.identity, "versions": versions()}
-        write_text(temporary / "state.json", json.dumps(state, indent=2) + "\n")
+        state["files"] = {file: file_sha256(temporary / file) for file in FILES}
+        write_text(temporary / STATE, json.dumps(state, indent=2) + "\n")
         final = self.folder / name
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -68,9 +73,10 @@ class Checkpoints:
         if best is not None and best[1] >= score:
             return
         temporary = self._begin(".best.tmp")
-        save_file(weights, temporary / "weights.safetensors")
-        state = {"step": step, "score": score, "identity": self.identity}
-        write_text(temporary / "state.json", json.dumps(state, indent=2) + "\n")
+        save_file(weights, temporary / WEIGHTS)
+        sums = {WEIGHTS: file_sha256(temporary / WEIGHTS)}
+        state = {"step": step, "score": score, "identity": self.identity, "files": sums}
+        write_text(temporary / STATE, json.dumps(state, indent=2) + "\n")
         replace_folder(temporary, self.folder / "best")
 
     def best(self) -> tuple[int, float, dict[str, torch.Tensor]] | None:
@@ -79,9 +85,9 @@ class Checkpoints:
         if not folder.exists():
             return None
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return state["step"], state["score"], load_file(folder / "weights.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
+            state = _whole_state(folder)
+            return state["step"], state["score"], load_file(folder / WEIGHTS)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise self._damaged(folder, error) from error
 
     def _begin(self, name: str) -> Path:
@@ -95,21 +101,12 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def load(self) -> Checkpoint | None:
-        """The latest checkpoint, or None when there is none.
+        """The latest checkpoint, or the one before it where that is damaged; None when there is none.
 
-        Raises ArtifactError when it is damaged, or was made under another identity (naming the key that differs).
+        Raises ArtifactError when all are damaged, or were made under another identity (naming the key that differs).
         """
-        state = self._state()
-        if state is None:
-            return None
         self.refuse_stranger()
-        folder = self.folder / f"step-{state['step']:08d}"
-        try:
-            weights, optimizer = (load_file(folder / f"{part}.safetensors") for part in ("weights", "optimizer"))
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(folder, error) from error
-        numbers = {key: value for key, value in state.items() if key not in ("step", "identity", "versions")}
-        return Checkpoint(state["step"], weights, optimizer, numbers)
+        return self._first_whole(self._read)
 
     def refuse_stranger(self) -> None:
         """Raises ArtifactError when the latest checkpoint was made by another recipe or from other data."""
@@ -120,31 +117,40 @@ class Checkpoints:
             key, was, now = difference
             raise ArtifactError(
                 f"the unfinished training in {self.folder} has {key} {was}; this run has {now}. "
-                f"Give {key} its old value to go on, or remove {self.folder} to begin anew"
+                f"Give {key} its old value to go on, or drop that training. Run: coral train --restart"
             )
 
     def _state(self) -> dict[str, Any] | None:
+        return self._first_whole(lambda folder: json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+    def _first_whole(self, read: Callable[[Path], T]) -> T | None:
+        """What `read` finds in the latest checkpoint, else in the newest other that it can read."""
         latest = self.folder / "latest"
-        try:
-            name = latest.read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
+        if not latest.exists():
             return None
-        try:
-            state: dict[str, Any] = json.loads((self.folder / name / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise self._damaged(self.folder / name, error) from error
-        return state
+        others = sorted(self.folder.glob("step-*"), reverse=True)
+        error: Exception | None = None
+        for folder in sorted(others, key=lambda other: other.name != latest.read_text(errors="replace").strip()):
+            try:
+                return read(folder)
+            except (OSError, ValueError, KeyError, SafetensorError) as damage:
+                error = error or self._damaged(folder, damage)
+        raise error or self._damaged(self.folder, ValueError("no checkpoint is there"))
+
+    def _read(self, folder: Path) -> Checkpoint:
+        state = _whole_state(folder)
+        weights, optimizer = (load_file(folder / name) for name in FILES)
+        numbers = {key: value for key, value in state.items() if key not in ("step", "identity", "versions")}
+        return Checkpoint(state["step"], weights, optimizer, numbers)
 
     def _damaged(self, folder: Path, error: Exception) -> ArtifactError:
-        return ArtifactError(f"the checkpoint {folder} is damaged: {error}. Remove {self.folder} and run: coral train")
+        return ArtifactError(f"the checkpoint {folder} is damaged: {error}. Run: coral train --restart")
 
 
-def first_difference(was: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted key, old, new) of the first value in which two nested mappings differ; `absent` where one has none."""
-    if not (isinstance(was, dict) and isinstance(now, dict)):
-        return None if was == now else (path, was, now)
-    for key in [*was, *(key for key in now if key not in was)]:
-        where = f"{path}.{key}" if path else str(key)
-        if difference := first_difference(was.get(key, "absent"), now.get(key, "absent"), where):
-            return difference
-    return None
+def _whole_state(folder: Path) -> dict[str, Any]:
+    """state.json without its checksums. Raises ValueError for a file beside it that has another."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    for name, sha256 in state.pop("files", {}).items():  # none in those of earlier versions
+        if file_sha256(folder / name) != sha256:
+            raise ValueError(f"{name} has another checksum than was written")
+    return state

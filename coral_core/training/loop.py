@@ -89,9 +89,12 @@ def train(
             checkpoint = trainer.checkpoint()
             if accelerator.is_main_process:
                 checkpoints.save(checkpoint)
-    accelerator.end_training()
     best = checkpoints.best() if reports.measure else None
-    return trainer.drafter(best[2] if best else None)
+    drafter = trainer.drafter(best[2] if best else None)
+    for tracker in accelerator.trackers:  # not `end_training`: it ends the group of processes, which are not done
+        tracker.finish()
+    accelerator.free_memory()
+    return drafter
 
 
 def keep_best(trainer: Trainer, checkpoints: Checkpoints, reports: Reports) -> None:

@@ -3,16 +3,14 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
-
-from coral_core.artifacts import MANIFEST, Manifest, stage
-from coral_core.drafter.model import Drafter
+from coral_core.artifacts import Manifest, Standing, partial, stage, standing
+from coral_core.drafter.model import FILES, Drafter
 from coral_core.errors import ArtifactError
+from coral_core.processes import agreed, processes
 from coral_core.progress import Progress, silent
 from coral_core.recipe.loader import section_fingerprint, to_mapping
 from coral_core.recipe.schema import Recipe
@@ -21,6 +19,7 @@ from coral_core.training.checkpoint import Checkpoints
 from coral_core.training.loop import Measure, Reports, identity, train
 
 COMMAND = "coral prepare-data"
+CHECKPOINTS = "checkpoints"
 SECTIONS = ("seed", "train")
 """What of a recipe decides the drafter, besides the data."""
 INDIFFERENT = {
@@ -49,33 +48,47 @@ def train_drafter(
     """
     store = open_data(recipe, run, tap)
     final = run / "drafter"
-    inputs = {"target": store.manifest.inputs["target"], "data": store.manifest.fingerprint}
-    if start := recipe.train.init_from:
-        inputs["init_from"] = Manifest.read(Path(start), "drafter", "coral train, or set train.init_from").fingerprint
+    inputs = _inputs(recipe, store)
     fingerprint = section_fingerprint(recipe, *SECTIONS, **inputs)
-    if (finished := _finished(final, fingerprint)) is not None:
+    if finished := drafter_standing(recipe, run).manifest:
         return finished, False
-    processes = accelerate.PartialState()
-    work = final.with_name(f".{final.name}.partial")  # as artifacts.stage names it
-    who = identity(recipe.train, store, recipe.seed, processes.num_processes)
-    checkpoints = Checkpoints(work / "checkpoints", who)
+    state, work = processes(), partial(final)
+    who = identity(recipe.train, store, recipe.seed, state.num_processes)
+    checkpoints = Checkpoints(work / CHECKPOINTS, who)
     checkpoints.refuse_stranger()
     lines: list[dict[str, Any]] = []
-    with stage(final, fingerprint) if processes.is_main_process else contextlib.nullcontext(work):
-        processes.wait_for_everyone()
+    publication = stage(final, fingerprint, leftovers=[CHECKPOINTS])
+    with publication if state.is_main_process else contextlib.nullcontext(work):
+        state.wait_for_everyone()
         with _log_file(run / "log.jsonl", lines) as log:
             reports = Reports(log, progress, measure)
             drafter = train(recipe.train, store, seed=recipe.seed, work=work, reports=reports)
         facts = _facts(store, drafter, lines, checkpoints.best() if measure else None)
         sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
         manifest = Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
-        processes.wait_for_everyone()  # all have read the best checkpoint
-        if processes.is_main_process:
+        state.wait_for_everyone()  # all have read the best checkpoint
+        if state.is_main_process:
             drafter.save(work)
+            manifest = manifest.sealed(work, *FILES)
             manifest.write(work)
-            shutil.rmtree(work / "checkpoints", ignore_errors=True)
-    processes.wait_for_everyone()
+    state.wait_for_everyone()
     return manifest, True
+
+
+def drafter_standing(recipe: Recipe, run: Path) -> Standing:
+    """What stands in runs/NAME/drafter already, told by the main process to all. Raises as `train_drafter` does."""
+    inputs = _inputs(recipe, open_data(recipe, run))
+    sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
+    name = section_fingerprint(recipe, *SECTIONS, **inputs)
+    return agreed(lambda: standing(run / "drafter", "drafter", name, sections, inputs))
+
+
+def _inputs(recipe: Recipe, store: Store) -> dict[str, str]:
+    """Fingerprints of what a training reads."""
+    inputs = {"target": store.manifest.inputs["target"], "data": store.manifest.fingerprint}
+    if start := recipe.train.init_from:
+        inputs["init_from"] = Manifest.read(Path(start), "drafter", "coral train, or set train.init_from").fingerprint
+    return inputs
 
 
 def open_data(recipe: Recipe, run: Path, tap: Tap | None = None) -> Store:
@@ -102,13 +115,6 @@ def _other_key(made: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str =
         else:
             return key, was, now
     return None
-
-
-def _finished(final: Path, fingerprint: str) -> Manifest | None:
-    if not (final / MANIFEST).exists():
-        return None
-    manifest = Manifest.read(final, "drafter", "coral train")
-    return manifest if manifest.fingerprint == fingerprint else None
 
 
 @contextlib.contextmanager

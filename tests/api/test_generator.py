@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coral_core import Drafter, Generator, Target
+from coral_core.artifacts import Manifest
 from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.plain import plain
 from coral_core.decoding.sampling import Sampler
@@ -61,8 +62,9 @@ def test_the_head_comes_along_with_the_folder_that_has_one(tmp_path):
     in_run = Generator(target, Drafter.from_pretrained(tmp_path / "drafter"))
     for made in (whole, in_run):
         assert isinstance(made.engine.head, GroupedHead) and made.engine.head.active == 2
-    manifest = tmp_path / "head" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("e" * 16, "0" * 16))  # an older drafter's
+    manifest = Manifest.read(tmp_path / "head", "head", "")
+    older = {**manifest.inputs, "drafter": "0" * 16}
+    dataclasses.replace(manifest, inputs=older).write(tmp_path / "head")
     alone = Generator(target, Drafter.from_pretrained(tmp_path / "drafter"))
     assert isinstance(alone.engine.head, FullHead)
     answers = [[t for r in made.rounds([1, 5, 9], max_new_tokens=15) for t in r.new_ids] for made in (whole, alone)]

@@ -60,7 +60,8 @@ def test_damaged_and_missing_shards_are_named(tmp_path: Path) -> None:
         done = coral(where)
         assert done.exit_code == 1
         assert re.search(r"damaged files +\| +shard-00001\.safetensors \|", done.stdout)
-        assert f"error: damaged: {name}. Run the command that made it again" in done.stderr
+        run = f"{folder / 'recipe.yaml'} --runs {folder.parent}"
+        assert f"error: damaged: {name}. Run: coral prepare-data {run}" in done.stderr
     (folder / "data" / "shard-00000.safetensors").unlink()
     found = json.loads(coral(folder / "data", "--json").stdout)
     assert found["damaged"] == ["shard-00000.safetensors", "shard-00001.safetensors"]
@@ -92,6 +93,27 @@ def test_what_ships_with_coral(tmp_path: Path, kind: str) -> None:
     file.write_bytes(file.read_bytes()[:-10])
     done = coral(tmp_path / kind)
     assert (done.exit_code, f"error: damaged: {file.name}." in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("kind", "file"), [("drafter", "model.safetensors"), ("head", "head.safetensors")])
+def test_a_flipped_byte_is_named_with_the_command_that_mends_it(tmp_path: Path, kind: str, file: str) -> None:
+    run = make_run(tmp_path)
+    shutil.copytree(PICO / kind, run / kind)
+    content = bytearray((run / kind / file).read_bytes())
+    content[-1] ^= 1
+    (run / kind / file).write_bytes(content)
+    done = coral(run)
+    remedy = {"drafter": "coral train", "head": "coral group-head"}[kind] + f" {run / 'recipe.yaml'}"
+    assert (done.exit_code, f"error: damaged: {kind}/{file}. Run: {remedy}" in done.stderr) == (1, True)
+    (run / kind / "manifest.json").unlink()
+    assert f"damaged: {kind}/manifest.json. Run: {remedy}" in coral(run).stderr
+
+
+def test_a_bare_recipe_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: r\n")
+    done = coral(tmp_path)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "holds a recipe, and nothing that was made of it yet. Run: coral prepare-data" in done.stderr
 
 
 @pytest.mark.parametrize(

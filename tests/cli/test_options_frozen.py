@@ -6,8 +6,8 @@ from coral_cli.main import app
 
 OPTIONS = {
     "coral": ["--help", "--install-completion", "--show-completion", "--version"],
-    "prepare-data": ["--dry-run", "--help", "--runs", "--show"],
-    "train": ["--help", "--runs"],
+    "prepare-data": ["--dry-run", "--help", "--restart", "--runs", "--show"],
+    "train": ["--help", "--restart", "--runs"],
     "group-head": ["--help", "--runs"],
     "eval": [
         *("--bench", "--drafter", "--head", "--help", "--json", "--limit", "--questions", "--resume", "--run-code"),

@@ -76,7 +76,7 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a store; but the commit that made it is left out of its manifest."""
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    manifest = json.loads(files["manifest.json"]) | {"git_commit": ""}
+    manifest = json.loads(files["manifest.json"]) | {"git_commit": "", "sha256": ""}
     return files | {"manifest.json": json.dumps(manifest).encode()}
 
 

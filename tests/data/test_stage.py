@@ -4,11 +4,9 @@ import collections
 import contextlib
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +28,7 @@ from tests.data.helpers import (
     prepare_telling,
     write_lines,
 )
+from tests.together import exit_codes, start_together
 
 ROOT = Path(__file__).parent.parent.parent
 SPAWN = multiprocessing.get_context("forkserver")
@@ -188,7 +187,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from coral_core.data.stage import prepare
-from coral_core.data.prompts import Dialogue
+from coral_core.processes import part
 from tests.data.helpers import make_job
 import torch
 torch.set_num_threads(1)
@@ -196,23 +195,13 @@ def progress(stage, done, total, numbers):
     sys.stdout.write(stage + "\\n")
     sys.stdout.flush()
 prepare(make_job(Path(sys.argv[1])), progress)
+part()
 """
 
 
 def start_ranks(folder: Path, processes: int) -> list[subprocess.Popen]:
-    """As many processes as `accelerate launch` would start, each told its rank in the environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", KILLED, str(folder)]
-    return [
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(processes)
-    ]
+    """As many processes as `accelerate launch` would start."""
+    return start_together([sys.executable, "-c", KILLED, str(folder)], processes, stdout=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -231,8 +220,8 @@ def test_several_processes_make_one_store_the_same_as_one(
             process.communicate()
         assert (tmp_path / ".data.partial").exists()
     running = start_ranks(tmp_path, 2)
-    told = [process.communicate(timeout=120)[0].decode() for process in running]
-    assert [process.returncode for process in running] == [0, 0]
+    assert exit_codes(running) == [0, 0]
+    told = [process.communicate()[0].decode() for process in running]
     assert ("answers" in told[0], told[1]) == (True, ""), "only the main process says how far it is"
     assert contents(tmp_path / "data") == whole
 

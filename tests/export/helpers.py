@@ -7,7 +7,7 @@ import torch
 
 from coral_core.artifacts import Manifest
 from coral_core.drafter.config import DrafterConfig
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.model import FILES, Drafter
 from coral_core.export.run import Source, open_source
 from coral_core.grouping.clustering import by_frequency
 from coral_core.head.load import save_head
@@ -37,7 +37,7 @@ def publish(run: Path, target: Target, drafter: Drafter, *, head: bool = False) 
     facts["data"] = {"samples": 10, "tokens": 300, "answer_tokens": 200}
     inputs = {"target": target.fingerprint, "data": "d" * 16}
     manifest = Manifest(kind="drafter", fingerprint="e" * 16, inputs=inputs, recipe={"seed": 7}, facts=facts)
-    manifest.write(run / "drafter")
+    manifest.sealed(run / "drafter", *FILES).write(run / "drafter")
     if head:
         (run / "head").mkdir()
         count_V = torch.arange(VOCAB).flip(0)
@@ -51,5 +51,5 @@ def publish(run: Path, target: Target, drafter: Drafter, *, head: bool = False) 
             inputs={"target": target.fingerprint, "drafter": manifest.fingerprint},
             recipe={"head": dataclasses.asdict(RECIPE.head)},
             facts={"groups": 8, "active": 2, "clustering": "frequency", "recall": {"argmax": 0.9}},
-        ).write(run / "head")
+        ).sealed(run / "head").write(run / "head")
     return open_source(RECIPE, run, target.fingerprint)

@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from coral_cli.main import app
+from coral_core.artifacts import Manifest
 from coral_core.drafter import hub
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
@@ -87,10 +88,8 @@ def test_the_card_says_what_was_made_measured_and_how_it_is_served(run):
 
 def test_the_card_of_an_imported_drafter_claims_no_data_and_no_training(run):
     """It said that the target had written the prompts and answered them, out of the recipe's defaults."""
-    path = run / "drafter" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["facts"] = {"parameters": 1000, "imported_from": "org/eagle"}
-    path.write_text(json.dumps(manifest))
+    facts = {"parameters": 1000, "imported_from": "org/eagle"}
+    dataclasses.replace(Manifest.read(run / "drafter", "drafter", ""), facts=facts).write(run / "drafter")
     card = prepare(HUB_RECIPE, run, "me/drafter", "mit").card
     assert "Imported from `org/eagle` with coral 0.1.0, which did not train it" in card
     assert "Data: not known to coral" in card
@@ -126,8 +125,9 @@ def test_a_path_of_this_machine_in_the_card_is_pointed_at(run):
 
 
 def test_another_drafters_folders_and_numbers_are_not_published(run):
-    path = run / "export" / "vllm" / "manifest.json"
-    path.write_text(path.read_text().replace("e" * 16, "0" * 16))
+    made = run / "export" / "vllm"
+    manifest = Manifest.read(made, "export", "")
+    dataclasses.replace(manifest, inputs={**manifest.inputs, "drafter": "0" * 16}).write(made)
     assert not any(name.startswith("vllm/") for name, _ in prepare(HUB_RECIPE, run, "me/drafter", "").files)
     (run / "eval" / "results.json").write_text(json.dumps(RESULTS | {"drafter": {"fingerprint": "0" * 16}}))
     with pytest.raises(ArtifactError, match=r"measured drafter 0{16}, and the one in .* is e{16}. Run: coral eval"):

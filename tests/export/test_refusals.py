@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coral_core.drafter.model import Drafter
+from coral_core.artifacts import Manifest
+from coral_core.drafter.model import FILES, Drafter
 from coral_core.errors import ArtifactError, CoralError, TargetError
 from coral_core.export.bring_in import bring_in
 from coral_core.export.folder import check_folder
@@ -184,6 +185,7 @@ def test_corals_own_config_is_checked_as_well(tmp_path, change, words):
     target, folder = own_format(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
+    Manifest.read(folder, "drafter", "").sealed(folder, *FILES).write(folder)  # as if coral itself had written it
     assert words in refused(tmp_path, folder, target)
 
 

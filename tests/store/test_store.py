@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from coral_core.artifacts import file_sha256
 from coral_core.errors import ArtifactError, DataError
-from coral_core.store.shard import FP8, Sample, Shard, _pack, _unpack, file_sha256, row_bytes, write_shard
+from coral_core.store.shard import FP8, Sample, Shard, _pack, _unpack, row_bytes, write_shard
 from coral_core.store.store import OPEN_SHARDS, Store
 from tests.store.helpers import make_lent, make_samples, make_store
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from coral_core.processes import part
 from coral_core.store.store import Store
 from coral_core.training.loop import Reports, train
 from tests.training.helpers import tiny_spec
@@ -31,6 +32,7 @@ def main(work: Path, kill_after: int, **changes: float) -> None:
     save_file(drafter.state_dict(), work / f"weights-{os.environ.get('RANK', '0')}.safetensors")
     if lines:
         (work / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part()
 
 
 if __name__ == "__main__":

@@ -5,24 +5,24 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from coral_core.artifacts import first_difference
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.store.store import Store
-from coral_core.training.checkpoint import Checkpoint, Checkpoints, first_difference
+from coral_core.training.checkpoint import Checkpoint, Checkpoints
 from coral_core.training.loop import Reports, train
 from coral_core.training.trainer import learning_rate, unroll_steps
 from coral_core.training.unroll import feature_noise
+from tests.together import ROOT, exit_codes, start_together
 from tests.training.helpers import tiny_spec, tiny_store
 
-ROOT = Path(__file__).parents[2]
+RUNNER = (sys.executable, "-m", "tests.training.runner")
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +39,9 @@ def run_train(store, work, **changes):
     return drafter.state_dict(), lines
 
 
-def start(work, kill_after=0, changes=(), **environment):
-    command = [sys.executable, "-m", "tests.training.runner", str(work), str(kill_after), *changes]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+def start(work, kill_after, changes=()):
+    command = [*RUNNER, str(work), str(kill_after), *changes]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture
@@ -106,13 +106,9 @@ def test_every_micro_batch_has_noise_of_its_own(tmp_path, monkeypatch):
 def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
     """Two gloo processes with batches of 3, against one that accumulates two batches of 3."""
     store = tiny_store(tmp_path / "data")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    running = [start(tmp_path, 0, ["batch_size=3"], RANK=str(r), LOCAL_RANK=str(r), **world) for r in range(2)]
+    running = start_together([*RUNNER, str(tmp_path), "0", "batch_size=3"])
     expected, lines = run_train(store, tmp_path / "one", accumulate=2, batch_size=3)
-    assert [process.wait(300) for process in running] == [0, 0]
+    assert exit_codes(running) == [0, 0]
     for rank in range(2):
         for name, weight in load_file(tmp_path / f"weights-{rank}.safetensors").items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
@@ -280,6 +276,7 @@ def test_latest_never_names_a_checkpoint_that_is_not_there(tmp_path, monkeypatch
             checkpoints.save(a_checkpoint(10 + rename))
         except KeyboardInterrupt:
             monkeypatch.undo()
+            assert (tmp_path / (tmp_path / "latest").read_text().strip()).exists()
             found = checkpoints.load()
             assert found is not None
             assert found.weights["fc.weight"][0] == found.step
@@ -287,13 +284,32 @@ def test_latest_never_names_a_checkpoint_that_is_not_there(tmp_path, monkeypatch
     assert checkpoints.load().step == 13
 
 
+def flip_last_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), lambda path: path.unlink(), flip_last_byte])
 @pytest.mark.parametrize("file", ["state.json", "weights.safetensors", "optimizer.safetensors"])
-def test_a_damaged_checkpoint_is_said_to_be(tmp_path, file):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, file, damage):
     checkpoints = Checkpoints(tmp_path, {"seed": 1})
-    checkpoints.save(a_checkpoint(5))
-    (tmp_path / "step-00000005" / file).write_bytes(b"\x00garbage")
-    with pytest.raises(ArtifactError, match=r"step-00000005 is damaged: .*Remove .* and run: coral train"):
+    for step in (5, 10):
+        checkpoints.save(a_checkpoint(step))
+    damage(tmp_path / "step-00000010" / file)
+    assert checkpoints.load().step == 5
+    damage(tmp_path / "step-00000005" / file)
+    with pytest.raises(ArtifactError, match=r"step-00000010 is damaged: .*Run: coral train --restart"):
         checkpoints.load()
+
+
+def test_a_best_drafter_with_a_flipped_byte_is_not_published(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"seed": 1})
+    checkpoints.save_best(5, 2.0, a_checkpoint(5).weights)
+    assert checkpoints.best()[:2] == (5, 2.0)
+    flip_last_byte(tmp_path / "best" / "weights.safetensors")
+    with pytest.raises(ArtifactError, match=r"best is damaged: weights.safetensors has another .*--restart"):
+        checkpoints.best()
 
 
 def test_a_train_spec_field_is_part_of_the_identity(tmp_path):

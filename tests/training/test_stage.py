@@ -33,8 +33,7 @@ def run(tmp_path):
 
 
 def say_the_data_was_made_with(run, **sections):
-    path = run / "data" / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), "recipe": sections}))
+    dataclasses.replace(Manifest.read(run / "data", "data", ""), recipe=sections).write(run / "data")
 
 
 def coral(*arguments):
@@ -132,3 +131,21 @@ def test_every_preset_trains(run, preset):
     steps = PRESETS[preset]["unroll_steps"]
     assert [f"accuracy_{step}" in last for step in (1, 2, 3)] == [step <= steps for step in (1, 2, 3)]
     assert ("csra" in last) == bool(PRESETS[preset]["csra_weight"])
+
+
+def test_an_unfinished_training_of_another_recipe_is_dropped_on_request(run):
+    def interrupt(_stage, done, _total, _numbers):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_drafter(RECIPE, run, interrupt)
+    arguments = [*OVERRIDES, "train.topk=4", "--runs", str(run.parent)]
+    refused = coral(*arguments)
+    assert refused.exit_code == 1
+    assert "Give train." in refused.stderr
+    assert "to go on, or drop that training. Run: coral train name=tiny" in refused.stderr
+    assert (run / ".drafter.partial" / "checkpoints" / "latest").exists()
+    done = coral(*arguments, "--restart")
+    assert done.exit_code == 0, done.stderr
+    assert Manifest.read(run / "drafter", "drafter", "coral train").recipe["train"]["topk"] == 4
