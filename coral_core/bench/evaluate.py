@@ -129,7 +129,7 @@ def _race_bench(plan: Plan, bench: Bench, temperature: float, work: Path, progre
     pick, limit = sampler(plan.at(temperature)), plan.recipe.decode.max_new_tokens
     probes = fitting(plan.target, bench.questions)[:PROBES]
     rows = work / f"{bench.name}-t{temperature:g}.jsonl"
-    done = [[_turn(turn) for turn in json.loads(line)] for line in _whole_lines(rows)]
+    done = _finished(rows)
     engines = {method.name: method.engine for method in plan.methods}
     racers = Racers(plan.target, engines, pick, limit, plain_lanes(plan.target, pick, limit))
     stage_name, total = f"{bench.name} T={temperature:g}", len(bench.questions)
@@ -225,15 +225,20 @@ def _dtype(target: Target) -> str:
     return str(target.dtype).removeprefix("torch.")
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that were written to their end; a last one cut by an interruption is removed from the file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        write_text(path, "".join(whole))
-    return whole
+def _finished(path: Path) -> list[list[Turn]]:
+    """The questions that an interrupted run has finished; from a line on that was cut or damaged, none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    done: list[list[Turn]] = []
+    try:
+        for line in lines:
+            if not line.endswith("\n"):
+                break
+            done.append([_turn(turn) for turn in json.loads(line)])
+    except (ValueError, TypeError, LookupError, AttributeError):
+        pass
+    if len(done) < len(lines):
+        write_text(path, "".join(lines[: len(done)]))
+    return done
 
 
 def _turn(row: dict[str, Any]) -> Turn:

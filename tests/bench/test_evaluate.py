@@ -119,6 +119,19 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     assert [numbers["questions"] for numbers in numbers_of(results)] == [3, 3]
 
 
+@pytest.mark.parametrize("damage", ["\x00\n", "null\n", "[{}]\n", '[{"question": "q\n'])
+def test_a_damaged_row_is_raced_again(tmp_path: Path, damage: str) -> None:
+    with pytest.raises(StopHereError):
+        evaluate(plan(), tmp_path, interrupt)
+    rows = tmp_path / ".eval.partial" / "mine-t0.jsonl"
+    first, _ = rows.read_text().splitlines(keepends=True)
+    rows.write_text(first + damage)
+    seen: list[int] = []
+    evaluate(plan(), tmp_path, lambda stage, done, total, numbers: seen.append(done))
+    assert seen == [1, 2, 3]
+    assert (tmp_path / "eval" / "mine-t0.jsonl").read_text().startswith(first)
+
+
 def test_resume_refuses_what_it_cannot_go_on_with(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no interrupted evaluation in .* without --resume"):
         evaluate(plan(), tmp_path, silent, resume=True)

