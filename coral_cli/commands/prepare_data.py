@@ -106,6 +106,7 @@ def _print_summary(store: Store) -> None:
         ("size", size_text(facts["bytes"])),
         *((f"from {name}", f"{count:,}") for name, count in facts["sources"].items() if len(facts["sources"]) > 1),
         *((f"left out: {reason}", f"{count:,}") for reason, count in facts["skipped"].items()),
+        *((f"field not read: {name}", f"{count:,}") for name, count in facts.get("unread", {}).items()),
     ]
     print_table(("data", store.folder.parent.name), rows)
 

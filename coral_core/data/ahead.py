@@ -16,7 +16,7 @@ from coral_core.data.endpoint import Endpoint
 from coral_core.data.meter import Meter
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
-from coral_core.target.template import Encoded, Turn, closing_ids, join, prompt_ids, text_ids
+from coral_core.target.template import Encoded, Turn, closing_ids, join, text_ids
 
 AHEAD = 3
 """Dialogues under way or waiting, for each request in flight."""
@@ -94,7 +94,7 @@ class Ahead:
         for number in range(len(dialogue.users)):
             messages = dialogue.messages(texts)
             with self._tokenizing:
-                prompt = prompt_ids(self.fit.tokenizer, messages)
+                prompt = self.fit.prompt(messages)
             room = min(spec.max_new_tokens, spec.max_length - len(prompt))
             if room < 1:
                 break

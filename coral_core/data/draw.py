@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from coral_core.data.kept import Kept
-from coral_core.data.prompts import Dialogue, Skipped, UnusableError, parse
+from coral_core.data.prompts import ROW_FIELDS, Dialogue, Skipped, UnusableError, parse
 from coral_core.data.sources import MalformedError, Source
 from coral_core.progress import Progress, silent
 
@@ -126,6 +126,9 @@ def _usable(
                 raise first from None
         else:
             usable += 1
+            for name in ROW_FIELDS:
+                if row.get(name):
+                    skipped.leave_out(name, where)
             yield where, dialogue
     if first and malformed > usable:
         raise first
@@ -137,7 +140,7 @@ def _sane(dialogue: Dialogue, answered: bool) -> Dialogue:
     if answered and not dialogue.answers:
         raise UnusableError("without an answer")
     if not answered:
-        dialogue = dataclasses.replace(dialogue, answers=())
+        dialogue = dialogue.unanswered()
     for text in (*dialogue.users, *dialogue.answers):
         _refuse_nonsense(text[:SEEN_CHARACTERS])
     return dialogue

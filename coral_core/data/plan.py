@@ -5,6 +5,7 @@ any order, by any process, and is the same.
 """
 
 import dataclasses
+import datetime
 import json
 import math
 from array import array
@@ -23,7 +24,16 @@ from coral_core.errors import ArtifactError, DataError
 from coral_core.progress import Progress
 from coral_core.recipe.schema import DataSpec
 from coral_core.target.load import Target
-from coral_core.target.template import Encoded, encode, keeps_turns, prompt_ids, takes_system
+from coral_core.target.template import (
+    Encoded,
+    Message,
+    encode,
+    keeps_turns,
+    prompt_ids,
+    shown_fields,
+    takes_system,
+    text_ids,
+)
 
 PROMPTS = "prompts.jsonl"
 PLAN = "plan.json"
@@ -46,6 +56,15 @@ class Plan:
     skipped: dict[str, tuple[int, str]]
     sources: dict[str, int]
     """Dialogues of each source."""
+    unread: dict[str, tuple[int, str]]
+    """Fields of rows and messages that are not read, with the number of rows and the place of the first."""
+    now: datetime.datetime
+    """The time that a chat template with a date shows, in all of the dialogues and after an interruption too."""
+
+    def place(self, number: int) -> str:
+        """A dialogue's number and where it was found."""
+        where = self.dialogues.row(number).get("where")
+        return f"dialogue {number}" + (f" ({where})" if where else "")
 
     def shard_tokens(self, number: int) -> int:
         """Tokens of one shard, at most."""
@@ -59,6 +78,8 @@ class Plan:
             "shards": [[shard.start, shard.stop] for shard in self.shards],
             "skipped": self.skipped,
             "sources": self.sources,
+            "unread": self.unread,
+            "now": self.now.isoformat(),
         }
         write_text(folder / PLAN, json.dumps(rest) + "\n")
 
@@ -72,12 +93,16 @@ class Plan:
             return None
         try:
             rest = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-            skipped = {reason: (count, first) for reason, (count, first) in rest["skipped"].items()}
+            skipped, unread = (
+                {reason: (count, first) for reason, (count, first) in rest.get(key, {}).items()}
+                for key in ("skipped", "unread")
+            )
+            now = datetime.datetime.fromisoformat(rest["now"]) if "now" in rest else _today()
             ranges = [range(*shard) for shard in rest["shards"]]
             kept = Kept.load(folder / PROMPTS)
             if len(kept) != len(rest["bounds"]):
                 raise ValueError(f"{PROMPTS} has {len(kept)} of {len(rest['bounds'])} dialogues")
-            return cls(kept, array("q", rest["bounds"]), ranges, skipped, rest["sources"])
+            return cls(kept, array("q", rest["bounds"]), ranges, skipped, rest["sources"], unread, now)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise ArtifactError(
                 f"the unfinished data in {folder} are damaged: {error}. Run: coral prepare-data --restart"
@@ -87,12 +112,25 @@ class Plan:
 class Fit:
     """Whether a dialogue fits the target's template and the recipe's lengths, and how long it can become."""
 
-    def __init__(self, target: Target, spec: DataSpec) -> None:
+    def __init__(self, target: Target, spec: DataSpec, now: datetime.datetime) -> None:
+        self.target, self.now = target, now
         self.tokenizer = target.tokenizer
         self.stop_ids = target.stop_ids
         self.spec = spec
         self._takes_system = takes_system(target.tokenizer)
         self._keeps_turns = keeps_turns(target.tokenizer, target.stop_ids)
+
+    def read(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue with those fields of its messages that the chat template shows."""
+        if not dialogue.fields:
+            return dialogue
+        return dialogue.with_fields(shown_fields(self.tokenizer, dialogue.messages(dialogue.answers)))
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a dialogue up to where the target begins its answer. Raises DataError when they cannot be read."""
+        ids = prompt_ids(self.tokenizer, messages, self.now)
+        self.target.refuse_strange(ids)
+        return ids
 
     def measure(self, dialogue: Dialogue) -> tuple[Dialogue, int]:
         """The dialogue as the template takes it, and its tokens at most. Raises UnusableError when it is no use."""
@@ -109,11 +147,13 @@ class Fit:
         messages = dialogue.messages(dialogue.answers)[: (1 if dialogue.system else 0) + 2 * turns]
         pieces = [
             Encoded(piece.ids[:limit], piece.answer[:limit])
-            for piece in encode(self.tokenizer, messages, self.stop_ids)
+            for piece in encode(self.tokenizer, messages, self.stop_ids, self.now)
             if any(piece.answer[:limit])
         ]
         if not pieces:
             raise UnusableError(f"whose first answer begins beyond data.max_length ({limit} tokens)")
+        for piece in pieces:
+            self.target.refuse_strange(piece.ids)
         return pieces
 
     def _turns_in_reach(self, dialogue: Dialogue) -> int:
@@ -130,13 +170,14 @@ class Fit:
     def _answered_tokens(self, dialogue: Dialogue) -> int:
         """Tokens if every answer is as long as it may be; summed over the turns where each is a sample of its own."""
         readable = len(dialogue.system) + len(dialogue.users[0]) <= TOKEN_CHARACTERS * self.spec.max_length
-        length = len(prompt_ids(self.tokenizer, dialogue.messages(()))) if readable else self.spec.max_length
+        length = len(self.prompt(dialogue.messages(()))) if readable else self.spec.max_length
         if length >= self.spec.max_length:
             raise UnusableError(f"whose prompt has data.max_length ({self.spec.max_length}) tokens or more")
         total = 0
         for turn in range(len(dialogue.users)):
             if turn:
-                words = self.tokenizer(dialogue.users[turn], add_special_tokens=False)["input_ids"]
+                words = text_ids(self.tokenizer, dialogue.users[turn])
+                self.target.refuse_strange(words)
                 length += len(words) + TURN_TOKENS
             length += self.spec.max_new_tokens
             sample = min(length, self.spec.max_length)
@@ -149,7 +190,7 @@ def make_plan(target: Target, spec: DataSpec, *, seed: int, work: Path, progress
 
     `work` is a folder on the disk that may hold them meanwhile.
     """
-    skipped = Skipped()
+    skipped, now = Skipped(), _today()
     named = shares(spec.prompts)
     total = sum(share.weight for share in named)
     streams = []
@@ -163,11 +204,17 @@ def make_plan(target: Target, spec: DataSpec, *, seed: int, work: Path, progress
             source = open_source(share.name, seed)
             found = read_dialogues(source, wanted, skipped=skipped, folder=work, progress=progress)
         streams.append(Stream(share, found))
-    dialogues, bounds = _fitting(Fit(target, spec), Mix(streams, seed, skipped), skipped, Kept.nowhere(work))
+    dialogues, bounds = _fitting(Fit(target, spec, now), Mix(streams, seed, skipped), skipped, Kept.nowhere(work))
     progress("prompts", len(dialogues), len(dialogues), {})
     _check_count(len(dialogues), spec, skipped)
     sources = {stream.share.name: stream.taken for stream in streams}
-    return Plan(dialogues, bounds, cut(bounds, spec.shard_tokens), skipped.reasons, sources)
+    shards = cut(bounds, spec.shard_tokens)
+    return Plan(dialogues, bounds, shards, skipped.reasons, sources, skipped.unread, now)
+
+
+def _today() -> datetime.datetime:
+    """Noon: two runs of one day make the same plan."""
+    return datetime.datetime.combine(datetime.date.today(), datetime.time(12))
 
 
 def cut(bounds: Sequence[int], shard_tokens: int) -> list[range]:
@@ -188,23 +235,30 @@ def _fitting(fit: Fit, mix: Mix, skipped: Skipped, kept: Kept) -> "tuple[Kept, a
     refusals: list[DataError] = []
     for where, dialogue in mix:
         try:
-            fitted, bound = fit.measure(dialogue)
+            read = fit.read(dialogue)
+            fitted, bound = fit.measure(read)
         except UnusableError as reason:
             skipped.add(str(reason), where)
         except DataError as error:
-            skipped.add("that the chat template cannot mark", where)
+            skipped.add("that the chat template or the target cannot take", where)
             refusals.append(DataError(f"{where}: {error}"))
             if len(refusals) > 10 + len(kept) // 10:
                 raise refusals[0] from error
         else:
             mix.take()
-            kept.append(fitted)
+            kept.append(fitted, where)
+            for name in sorted(_names(dialogue) - _names(read)):
+                skipped.leave_out(name, where)
             bounds.append(bound)
         if len(kept) == fit.spec.max_samples:
             break
     if len(refusals) > len(kept):
         raise refusals[0]
     return kept, bounds
+
+
+def _names(dialogue: Dialogue) -> set[str]:
+    return {name for fields in dialogue.fields for name in fields}
 
 
 def _check_count(count: int, spec: DataSpec, skipped: Skipped) -> None:

@@ -5,7 +5,7 @@ after turn), or `prompt`. What is no dialogue, or one that nothing can be learnt
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from coral_core.data.sources import MalformedError
@@ -25,6 +25,12 @@ ROLES = {
 """The names people give the three roles."""
 
 
+OWN = ("role", "from", "content", "value")
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+ROW_FIELDS = ("tools", "functions", "documents", "chat_template_kwargs")
+"""Fields of a row that other trainers hand to the chat template, and coral does not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
     """What a user says, turn after turn, and the answers where they are given."""
@@ -32,6 +38,8 @@ class Dialogue:
     users: tuple[str, ...]
     answers: tuple[str, ...] = ()
     system: str = ""
+    fields: tuple[dict[str, Any], ...] = ()
+    """What the messages hold besides role and text, in their order, system first; () where none holds anything."""
 
     def messages(self, answers: Sequence[str]) -> list[Message]:
         """The dialogue with these answers, up to the words of the user who has none yet, if there is one."""
@@ -40,14 +48,26 @@ class Dialogue:
             found.append({"role": "user", "content": words})
             if turn < len(answers):
                 found.append({"role": "assistant", "content": answers[turn]})
-        return found
+        fields = (*self.fields, *({} for _ in found))
+        return [own | message for own, message in zip(fields, found, strict=False)]
+
+    def unanswered(self) -> "Dialogue":
+        """The same without the answers, and what their messages hold."""
+        first = 1 if self.system else 0
+        kept = ({} if place % 2 != first % 2 and place >= first else fields for place, fields in enumerate(self.fields))
+        return dataclasses.replace(self, answers=(), fields=_unless_empty(kept))
+
+    def with_fields(self, names: Collection[str]) -> "Dialogue":
+        """The same, with these of the fields alone."""
+        kept = ({name: value for name, value in one.items() if name in names} for one in self.fields)
+        return dataclasses.replace(self, fields=_unless_empty(kept))
 
     def folded(self) -> "Dialogue":
         """The system message put before the user's first words, for a template that takes none."""
         if not self.system:
             return self
         first = f"{self.system}\n\n{self.users[0]}"
-        return dataclasses.replace(self, users=(first, *self.users[1:]), system="")
+        return dataclasses.replace(self, users=(first, *self.users[1:]), system="", fields=self.fields[1:])
 
     def to_row(self) -> dict[str, Any]:
         """A row that `parse` reads back."""
@@ -56,6 +76,7 @@ class Dialogue:
             row
             | ({"answers": list(self.answers)} if self.answers else {})
             | ({"system": self.system} if self.system else {})
+            | ({"fields": list(self.fields)} if self.fields else {})
         )
 
 
@@ -64,11 +85,18 @@ class Skipped:
     """Why rows were left out: how many for each reason, and where the first of them is."""
 
     reasons: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    unread: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    """Fields that were left out of rows which are used."""
 
     def add(self, reason: str, where: str, count: int = 1) -> None:
         """Count rows."""
         before, first = self.reasons.get(reason, (0, where))
         self.reasons[reason] = (before + count, first)
+
+    def leave_out(self, field: str, where: str) -> None:
+        """Count a row whose field is not read."""
+        before, first = self.unread.get(field, (0, where))
+        self.unread[field] = (before + 1, first)
 
     def __str__(self) -> str:
         parts = [f"{count} {reason} (first: {where})" for reason, (count, where) in self.reasons.items()]
@@ -90,21 +118,33 @@ def parse(row: Any, where: str) -> Dialogue:
             return _alternate(_listed(row[key], f"{where}: {key}"), row.get("system"))
     if row.get("turns") is not None:
         users, answers = _texts(row["turns"], f"{where}: turns"), _texts(row.get("answers") or [], f"{where}: answers")
-        return _checked(users, answers, row.get("system"))
+        fields: Any = row.get("fields")
+        ours = isinstance(fields, list) and all(isinstance(one, dict) for one in fields)
+        return _checked(users, answers, row.get("system"), fields if ours else ())
     prompt = row.get("prompt")
     if isinstance(prompt, list):
         return _alternate(_listed(prompt, f"{where}: prompt"), row.get("system"))
     if isinstance(prompt, str):
         return _checked([prompt], [], row.get("system"))
+    if prompt is not None:
+        raise MalformedError(where, f"has {_kind(prompt)} for its prompt, not a text or a list of messages")
     keys = ", ".join(map(str, row)) or "none"
     raise MalformedError(where, "has no messages, conversations, turns or prompt", f" (its keys: {keys})")
 
 
-def _listed(messages: Any, where: str) -> list[tuple[str, str]]:
-    """(role, text) pairs of a list of messages in OpenAI's or ShareGPT's words."""
+@dataclasses.dataclass(frozen=True)
+class _Message:
+    role: str
+    text: str
+    fields: dict[str, Any]
+    """What it holds besides, and is not empty."""
+
+
+def _listed(messages: Any, where: str) -> list[_Message]:
+    """A list of messages in OpenAI's or ShareGPT's words."""
     if not isinstance(messages, list):
         raise MalformedError(where, f"is {_kind(messages)}, not a list")
-    pairs = []
+    found = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise MalformedError(f"{where}, message {number}", f"is {_kind(message)}, not an object")
@@ -113,8 +153,9 @@ def _listed(messages: Any, where: str) -> list[tuple[str, str]]:
             raise MalformedError(f"{where}, message {number}", "has no role (or from)")
         if role not in ROLES:
             raise UnusableError("with a message by none of system, user and assistant")
-        pairs.append((ROLES[role], _text(content, f"{where}, message {number}")))
-    return pairs
+        rest = {str(key): value for key, value in message.items() if key not in OWN and value not in EMPTY}
+        found.append(_Message(ROLES[role], _text(content, f"{where}, message {number}"), rest))
+    return found
 
 
 def _text(content: Any, where: str) -> str:
@@ -136,17 +177,26 @@ def _texts(values: Any, where: str) -> list[str]:
     return values
 
 
-def _alternate(pairs: list[tuple[str, str]], system: Any) -> Dialogue:
+def _alternate(messages: list[_Message], system: Any) -> Dialogue:
     """Messages as a dialogue: system first if at all, then user and assistant by turns."""
-    if pairs and pairs[0][0] == "system":
-        system, pairs = pairs[0][1], pairs[1:]
-    if any(role != ("user", "assistant")[place % 2] for place, (role, _) in enumerate(pairs)):
+    fields = [message.fields for message in messages]
+    if messages and messages[0].role == "system":
+        system, messages = messages[0].text, messages[1:]
+        fields = fields if system.strip() else fields[1:]
+    elif isinstance(system, str) and system.strip():
+        fields = [{}, *fields]
+    if any(message.role != ("user", "assistant")[place % 2] for place, message in enumerate(messages)):
         raise UnusableError("whose roles are out of order")
-    texts = [text for _, text in pairs]
-    return _checked(texts[::2], texts[1::2], system)
+    texts = [message.text for message in messages]
+    return _checked(texts[::2], texts[1::2], system, fields)
 
 
-def _checked(users: list[str], answers: list[str], system: Any) -> Dialogue:
+def _unless_empty(fields: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    kept = tuple(fields)
+    return kept if any(kept) else ()
+
+
+def _checked(users: list[str], answers: list[str], system: Any, fields: Sequence[dict[str, Any]] = ()) -> Dialogue:
     """A last answer that is empty is one not given yet; any other empty text spoils the dialogue."""
     users, answers = [text.strip() for text in users], [text.strip() for text in answers]
     if answers and not answers[-1]:
@@ -157,9 +207,10 @@ def _checked(users: list[str], answers: list[str], system: Any) -> Dialogue:
         raise UnusableError("with an empty message")
     if len(answers) > len(users) or 0 < len(answers) < len(users) - 1:
         raise UnusableError("whose answers do not match its turns")
-    dialogue = Dialogue(tuple(users), tuple(answers), system.strip() if isinstance(system, str) else "")
+    system = system.strip() if isinstance(system, str) else ""
+    dialogue = Dialogue(tuple(users), tuple(answers), system, _unless_empty(fields))
     try:
-        "".join([*users, *answers, dialogue.system]).encode()
+        "".join([*users, *answers, dialogue.system, str(dialogue.fields)]).encode()
     except UnicodeEncodeError:
         raise UnusableError("with half of a Unicode pair") from None
     return dialogue

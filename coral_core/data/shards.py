@@ -14,7 +14,7 @@ from coral_core.data.prompts import Dialogue
 from coral_core.store.shard import FP8, Sample
 from coral_core.target.capture import tap
 from coral_core.target.load import Target
-from coral_core.target.template import Encoded, Turn, join, prompt_ids
+from coral_core.target.template import Encoded, Turn, join
 
 
 def answer(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: int, meter: Meter) -> list[list[Encoded]]:
@@ -33,7 +33,7 @@ def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: i
     texts: list[list[str]] = [[] for _ in dialogues]
     open_rows = list(range(len(dialogues)))
     for number in range(max(len(dialogue.users) for dialogue in dialogues)):
-        prompts = {row: prompt_ids(target.tokenizer, dialogues[row].messages(texts[row])) for row in open_rows}
+        prompts = {row: fit.prompt(dialogues[row].messages(texts[row])) for row in open_rows}
         open_rows = [row for row in open_rows if len(prompts[row]) < spec.max_length]
         limits = [min(spec.max_new_tokens, spec.max_length - len(prompts[row])) for row in open_rows]
         sampling = Sampling(

@@ -129,7 +129,8 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
         else:
             samples = tap_all(job.target, flat, job.recipe.data.batch_size, job.dtype, features)
         held = sum(len(several) for row, several in zip(rows, pieces, strict=True) if row >= held_from)
-        _finish(work, write_shard(work, number, samples, job.dtype, holdout_samples=held))
+        names = [plan.place(row) for row, several in zip(rows, pieces, strict=True) for _ in several]
+        _finish(work, write_shard(work, number, samples, job.dtype, holdout_samples=held, names=names))
         features.advance(len(rows), 0)
     answers.finish()
     features.finish()
@@ -137,7 +138,7 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
 
 def _answered(job: Job, plan: Plan, numbers: list[int], meter: Meter) -> Iterator[tuple[int, list[list[Encoded]]]]:
     """Those shards' numbers, each with the pieces of its dialogues: from the server, or from the target here."""
-    fit, seed = Fit(job.target, job.recipe.data), job.recipe.seed
+    fit, seed = Fit(job.target, job.recipe.data, plan.now), job.recipe.seed
     shards = (
         (number, [plan.dialogues[row] for row in plan.shards[number]], derive_seed(seed, "answers", number))
         for number in numbers
@@ -208,6 +209,7 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
         "dialogues": len(plan.dialogues),
         "holdout_dialogues": len(held),
         "skipped": {f"{reason} (first: {where})": count for reason, (count, where) in plan.skipped.items()},
+        "unread": {f"{name} (first: {where})": count for name, (count, where) in plan.unread.items()},
         "sources": plan.sources,
         "dtype": dtype_name(job.dtype),
         "drafter_config": drafter_shape(job.target.model.config),
@@ -217,7 +219,7 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
         dataclasses.replace(manifest, facts=facts),
         shards,
         lent=job.target.lent.to("cpu"),
-        holdout_prompts=[prompt_ids(job.target.tokenizer, dialogue.messages(())) for dialogue in held],
+        holdout_prompts=[prompt_ids(job.target.tokenizer, dialogue.messages(()), plan.now) for dialogue in held],
         files=(PROMPTS, PLAN),
     )
     for pattern in ("self-*.json", "shard-*.safetensors.json", ".*.tmp"):

@@ -66,7 +66,7 @@ class Engine:
     @torch.no_grad()
     def _rounds(self, prompt: list[int], sampler: Picker, max_new_tokens: int, memory: Memory) -> Iterator[Round]:
         target, clock = self.target, Clock()
-        stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
+        stop = Stop(target.stop_ids, room(target, prompt, max_new_tokens))
         drafted = padded_rows(self.shape.nodes + 1) if target.graphs else self.shape.nodes
         capacity = len(prompt) + stop.remaining + drafted
         kept, cache = memory.recall(prompt, capacity, self.shape.rows), memory.cache

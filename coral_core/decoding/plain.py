@@ -28,7 +28,7 @@ def plain(
 def _rounds(
     target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int, memory: Memory
 ) -> Iterator[Round]:
-    stop = Stop(target.stop_ids, room(target, len(prompt), max_new_tokens))
+    stop = Stop(target.stop_ids, room(target, prompt, max_new_tokens))
     capacity = len(prompt) + stop.remaining
     memory.recall(prompt, capacity)
     cache = memory.cache

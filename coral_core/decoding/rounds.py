@@ -5,6 +5,7 @@ Axes: B batch, T position, D hidden, V vocabulary.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -83,17 +84,21 @@ class Stop:
         return self.remaining == 0
 
 
-def room(target: Target, prompt: int, max_new_tokens: int) -> int:
-    """New tokens that fit the target's context. Raises DataError when the prompt alone fills it, or is empty."""
-    if prompt == 0:
+def room(target: Target, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """New tokens that fit the target's context.
+
+    Raises DataError when the prompt alone fills it, is empty, or has a token that the target does not know.
+    """
+    if not prompt:
         raise DataError("the prompt has no tokens; give at least one")
-    if prompt >= target.max_positions:
+    if len(prompt) >= target.max_positions:
         where = ", as far as its rotary factors stay the same" if target.bounded else ""
         raise DataError(
-            f"the prompt has {prompt} tokens and the target's context holds {target.max_positions}{where}; "
+            f"the prompt has {len(prompt)} tokens and the target's context holds {target.max_positions}{where}; "
             "shorten the prompt"
         )
-    return min(max_new_tokens, target.max_positions - prompt)
+    target.refuse_strange(prompt)
+    return min(max_new_tokens, target.max_positions - len(prompt))
 
 
 @torch.no_grad()

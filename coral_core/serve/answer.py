@@ -5,7 +5,7 @@ All of it runs in the worker's thread: model and tokenizer have one user.
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from coral_core.api.stream import TextStream
 from coral_core.decoding.rounds import Round
@@ -13,7 +13,7 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
 from coral_core.serve.protocol import Ask, Refusal
 from coral_core.target.load import Target
-from coral_core.target.template import prompt_ids
+from coral_core.target.template import Message, prompt_ids, shown_fields
 
 Decode = Callable[[list[int], Sampler, int], Iterable[Round]]
 
@@ -91,17 +91,26 @@ def answer(service: Service, ask: Ask) -> Generator[Refusal | Opened | Piece, No
 
 def _prompt(service: Service, ask: Ask) -> list[int]:
     """The request's token ids. Raises Refusal."""
-    tokenizer, vocab = service.target.tokenizer, service.target.lent.embed_VD.shape[0]
-    if ask.messages is not None:
-        try:
-            return prompt_ids(tokenizer, ask.messages)
-        except DataError as error:
-            raise Refusal(str(error), param="messages") from error
-    ids: list[int] = tokenizer(ask.text)["input_ids"] if ask.ids is None else ask.ids
-    strange = [token for token in ids if not 0 <= token < vocab]
-    if strange:
-        raise Refusal(f"token id {strange[0]} is outside the vocabulary of {vocab:,}", param="prompt")
+    tokenizer = service.target.tokenizer
+    try:
+        if ask.messages is not None:
+            _refuse_unread(tokenizer, ask.messages)
+            ids = prompt_ids(tokenizer, ask.messages)
+        else:
+            ids = tokenizer(ask.text)["input_ids"] if ask.ids is None else ask.ids
+        service.target.refuse_strange(ids)
+    except DataError as error:
+        raise Refusal(str(error), param="prompt" if ask.messages is None else "messages") from error
     return ids
+
+
+def _refuse_unread(tokenizer: Any, messages: Sequence[Message]) -> None:
+    """Raises Refusal for a field of a message that the chat template does not show."""
+    shown = shown_fields(tokenizer, messages)
+    for place, message in enumerate(messages):
+        if unread := sorted(set(message) - shown - {"role", "content"}):
+            where = f"messages[{place}].{unread[0][:60]}"
+            raise Refusal(f"the target's chat template does not show {where}; leave it out", param=where)
 
 
 def _limit(service: Service, ask: Ask, prompt: int) -> int:

@@ -106,7 +106,8 @@ def _message(message: Any, where: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise Refusal(f"{where}.role is {_shown(role)}; it must be one of {', '.join(ROLES)}", param=f"{where}.role")
-    return {"role": ROLES[role], "content": _text(message.get("content"), f"{where}.content")}
+    given = {name: value for name, value in message.items() if value not in (None, [], {}, "")}
+    return given | {"role": ROLES[role], "content": _text(message.get("content"), f"{where}.content")}
 
 
 def _text(content: Any, where: str) -> str:

@@ -67,14 +67,26 @@ def row_bytes(hidden: int, dtype: torch.dtype) -> int:
 
 
 def write_shard(
-    folder: Path, number: int, samples: Sequence[Sample], dtype: torch.dtype, *, holdout_samples: int = 0
+    folder: Path,
+    number: int,
+    samples: Sequence[Sample],
+    dtype: torch.dtype,
+    *,
+    holdout_samples: int = 0,
+    names: Sequence[str] = (),
 ) -> ShardFacts:
-    """Write one shard whole, or not at all. Raises DataError for a feature that `dtype` cannot hold."""
+    """Write one shard whole, or not at all. Raises DataError for a feature that `dtype` cannot hold; it names the
+    sample by `names`, or else by its number."""
     assert samples, "a shard holds at least one sample"
     features = _pack(torch.cat([sample.feature_TD.cpu() for sample in samples]), dtype)
-    if not torch.isfinite(features.get("scale", features["feature"])).all():  # a row's scale is as its largest value
+    finite_N = torch.isfinite(features.get("scale", features["feature"]))  # a row's scale is as its largest value
+    if not finite_N.all():
+        row = int(finite_N.view(len(finite_N), -1).all(1).int().argmin())
+        ends = itertools.accumulate(len(sample.ids_T) for sample in samples)
+        bad = next(place for place, end in enumerate(ends) if row < end)
         raise DataError(
-            f"a feature of {shard_name(number)} is infinite or not a number in {str(dtype).removeprefix('torch.')}. "
+            f"a feature of {names[bad] if names else f'sample {bad}'}, in {shard_name(number)}, is infinite or not a "
+            f"number in {str(dtype).removeprefix('torch.')}. "
             "Set data.feature_dtype=bfloat16, or target.dtype=float32 if it is so already"
         )
     lengths = torch.tensor([0, *(len(sample.ids_T) for sample in samples)])

@@ -9,14 +9,14 @@ import functools
 import hashlib
 import inspect
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from coral_core import embedded
-from coral_core.errors import TargetError
+from coral_core.errors import DataError, TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
@@ -73,6 +73,17 @@ class Target:
         model = self.model.base_model
         names = inspect.signature(getattr(model, "forward", model)).parameters
         return "cache" if "cache" in names else "past_key_values"
+
+    def refuse_strange(self, ids: Sequence[int]) -> None:
+        """Raises DataError for a token that the embedding has no row for, as one added to the tokenizer alone."""
+        rows = self.lent.embed_VD.shape[0]
+        strange = next((token for token in ids if not 0 <= token < rows), None)
+        if strange is not None:
+            name = self.tokenizer.convert_ids_to_tokens(strange) if self.tokenizer and strange >= 0 else None
+            raise DataError(
+                f"token {strange}{f' ({name})' if name else ''} has no row in the target's embedding, which has "
+                f"{rows:,}. Leave it out of the prompt, or resize the model's embedding and save it"
+            )
 
     def forward(
         self,

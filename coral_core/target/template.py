@@ -7,15 +7,19 @@ token, or nothing is learnt from it.
 """
 
 import dataclasses
+import datetime
+import functools
+import html
 import itertools
+import json
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from coral_core.errors import DataError
 
-Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}."""
+Message = dict[str, Any]
+"""{"role": "system" | "user" | "assistant", "content": text}, and fields that the template may read besides."""
 
 VICUNA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
@@ -33,6 +37,9 @@ SENTINEL = "3f9ac1e07b52"
 """A text that no template contains, put where a message's words go."""
 
 GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+PRINTED_PART = re.compile(r"""["']type["']: """)
+DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+SWITCH = re.compile(r"(?:^|(?<=\s))/\w+")
 PROMPT_VARIABLES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
 """An empty think block belongs to the prompt, not to the answer: the longest generation prompt that agrees has it."""
 
@@ -65,23 +72,29 @@ class UserTurn:
     """What follows the words, as text."""
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Ids of a dialogue up to where the target begins its answer. Raises DataError when the template refuses it."""
-    return text_ids(tokenizer, render(tokenizer, messages, generation_prompt=True))
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], now: datetime.datetime | None = None) -> list[int]:
+    """Ids of a dialogue up to where the target begins its answer. Raises DataError when the template refuses it.
+
+    `now` is the time that a template with a date shows; None is the clock's.
+    """
+    return text_ids(tokenizer, render(tokenizer, messages, generation_prompt=True, now=now))
 
 
-def encode(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> list[Encoded]:
+def encode(
+    tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int], now: datetime.datetime | None = None
+) -> list[Encoded]:
     """Ids and answer mask of a dialogue with given answers; each answer goes up to its first stop id, included.
 
     One Encoded, or several where the template shows earlier turns differently later (it drops their reasoning): then
     each answer is learnt in the context that the target would really have had. Raises DataError, naming the
     template, when the answers' tokens cannot be told or there are none.
     """
+    now = now or datetime.datetime.now()  # one for all renderings, which are compared: a date may change between two
     if GENERATION_TAG.search(_template(tokenizer)):
-        pieces = [_encode_tagged(tokenizer, messages, stop_ids)]
+        pieces = [_encode_tagged(tokenizer, messages, stop_ids, now)]
     else:
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        pieces = join([_turn(tokenizer, messages[: place + 1], stop_ids) for place in places])
+        pieces = join([_turn(tokenizer, messages[: place + 1], stop_ids, now) for place in places])
     if not any(any(piece.answer) for piece in pieces):
         raise DataError(
             f"the chat template of {_name(tokenizer)} marks no token of a dialogue as the target's: "
@@ -110,8 +123,9 @@ def keeps_turns(tokenizer: Any, stop_ids: Collection[int]) -> bool:
     `join` then makes one sequence of a dialogue, but for the rare answer whose text has other tokens when cut anew.
     """
     user, words = {"role": "user", "content": "."}, "<think>\n.\n</think>\n\n."
-    written = prompt_ids(tokenizer, [user]) + text_ids(tokenizer, words) + closing_ids(tokenizer, stop_ids)
-    later = prompt_ids(tokenizer, [user, {"role": "assistant", "content": words}, user])
+    now = datetime.datetime.now()
+    written = prompt_ids(tokenizer, [user], now) + text_ids(tokenizer, words) + closing_ids(tokenizer, stop_ids)
+    later = prompt_ids(tokenizer, [user, {"role": "assistant", "content": words}, user], now)
     return later[: len(written)] == written
 
 
@@ -132,7 +146,7 @@ def user_turn(tokenizer: Any) -> UserTurn:
 def closing_ids(tokenizer: Any, stop_ids: Collection[int]) -> list[int]:
     """The stop id with which the target ends an answer, as the template ends one; none where there is no stop id."""
     messages = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL}]
-    tail = text_ids(tokenizer, render(tokenizer, messages, generation_prompt=False).rpartition(SENTINEL)[2])
+    tail = text_ids(tokenizer, render(tokenizer, messages).rpartition(SENTINEL)[2])
     return [*(token for token in tail if token in stop_ids), *sorted(stop_ids)][:1]
 
 
@@ -144,36 +158,142 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
 
 def takes_system(tokenizer: Any) -> bool:
     """Whether the template shows a system message (Gemma's raises, some drop it)."""
-    messages = [{"role": "system", "content": SENTINEL}, {"role": "user", "content": "."}]
     try:
-        return SENTINEL in render(tokenizer, messages, generation_prompt=True)
+        render(tokenizer, [{"role": "system", "content": SENTINEL}, {"role": "user", "content": "."}])
     except DataError:
         return False
+    return True
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bool, **variables: Any) -> str:
-    """The template's text. Raises DataError, in the template's own words, when it refuses the dialogue."""
-    from jinja2 import TemplateError
+def shown_fields(tokenizer: Any, messages: Sequence[Message]) -> frozenset[str]:
+    """The fields beside role and content that the template shows: without one, its text is another."""
+    names = {name for message in messages for name in message} - {"role", "content"}
+    template = _template(tokenizer)
+    named = {name for name in names if re.search(rf"\b{re.escape(name)}\b", template)}
+    if not named:
+        return frozenset()
+    now = datetime.datetime.now()
+    whole = render(tokenizer, messages, now=now)
 
-    try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=_template(tokenizer),
-            tokenize=False,
-            add_generation_prompt=generation_prompt,
-            **variables,
-        )
-    except TemplateError as error:
-        raise DataError(f"the chat template of {_name(tokenizer)} refuses a dialogue: {error}") from error
+    def without(name: str) -> list[Message]:
+        return [{key: value for key, value in message.items() if key != name} for message in messages]
+
+    return frozenset(name for name in named if render(tokenizer, without(name), now=now) != whole)
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    generation_prompt: bool = False,
+    now: datetime.datetime | None = None,
+    **variables: Any,
+) -> str:
+    """The template's text. Raises DataError, in the template's own words, when it refuses the dialogue, and when a
+    message's words are not in its text."""
+    variables["add_generation_prompt"] = generation_prompt
+    text: str = _applied(tokenizer, _formed(tokenizer, messages), now, tokenize=False, **variables)
+    shown = _bare(text + html.unescape(text))
+    for place, message in enumerate(messages):
+        if not _shows(shown, message):
+            raise DataError(
+                f"the chat template of {_name(tokenizer)} leaves out the words of message {place + 1} "
+                f"(role {message['role']}): the target would never read them. Leave it out, or mend the template"
+            )
     return text
 
 
-def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> Turn:
+def _applied(tokenizer: Any, messages: Sequence[Message], now: datetime.datetime | None, **options: Any) -> Any:
+    """What `apply_chat_template` returns. Raises DataError when the template refuses the dialogue."""
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=_at(now or datetime.datetime.now(), _template(tokenizer)),
+            **options,
+        )
+    except DataError:
+        raise
+    except Exception as error:  # of Jinja, or of the template's own arithmetic
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the chat template of {_name(tokenizer)} refuses a dialogue: {reason}") from error
+
+
+def _at(now: datetime.datetime, template: str) -> str:
+    """A template with its dates written out: transformers asks the clock anew for each rendering."""
+    return DATE.sub(lambda call: repr(now.strftime(call["format"])), template)
+
+
+# ---- a message's words: handed over in the form that the template takes, and looked for in its text
+
+
+def _formed(tokenizer: Any, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages, with texts as lists of one part where the template takes them so. Raises DataError for a message
+    of a role that it leaves out."""
+    forms = {role: _form(tokenizer, _template(tokenizer), role) for role in {message["role"] for message in messages}}
+    if left_out := [role for role, form in forms.items() if form == "left out"]:
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} leaves out the words of messages of the role {left_out[0]}: the "
+            "target would never read them. Leave such messages out, or mend the template"
+        )
+    return [_in_parts(message) if forms[message["role"]] == "parts" else message for message in messages]
+
+
+@functools.lru_cache(maxsize=16)
+def _form(tokenizer: Any, template: str, role: str) -> str:
+    """How a template takes the content of a role: "text", "parts" or, where it shows neither, "left out".
+
+    One that refuses both is "text": what it says of a dialogue is told when it refuses that.
+    """
+    message = {"role": role, "content": SENTINEL}
+    user = {"role": "user", "content": "."}
+    dialogue = {"system": [message, user], "assistant": [user, message]}.get(role, [message])
+    refused = False
+    for form in ("text", "parts"):
+        formed = dialogue if form == "text" else [_in_parts(message) for message in dialogue]
+        try:
+            text = _applied(tokenizer, formed, None, tokenize=False)
+        except DataError:
+            refused = True
+            continue
+        printed = form == "parts" and PRINTED_PART.search(text)  # the list itself, as Python writes it
+        if SENTINEL in text.casefold() and not printed:
+            return form
+    return "text" if refused else "left out"
+
+
+def _in_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _shows(shown: str, message: Message) -> bool:
+    """Whether a text, `_bare`, holds a message's words, however they are spaced, cased or escaped.
+
+    A template may leave out an answer's reasoning, so that only the end of an answer is looked for, and switches of the
+    kind of /no_think, so that words that begin with a slash are not.
+    """
+    content = message["content"]
+    if not isinstance(content, str):
+        return True
+    if message["role"] == "assistant":
+        content = content.rpartition("</think>")[2]
+    as_json = (json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (True, False))
+    for words in map(_bare, (content, *as_json)):
+        if (words[-64:] if message["role"] == "assistant" else words) in shown:
+            return True
+    return all(_bare(piece) in shown for piece in SWITCH.split(content))
+
+
+def _bare(text: str) -> str:
+    """A text without spaces and capitals."""
+    return "".join(text.split()).casefold()
+
+
+def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int], now: datetime.datetime) -> Turn:
     """The last message as the target's answer to those before it, by prefix differencing."""
-    whole = text_ids(tokenizer, render(tokenizer, messages, generation_prompt=False))
+    whole = text_ids(tokenizer, render(tokenizer, messages, now=now))
     prompts = []
     for variables in PROMPT_VARIABLES:
-        prompt = text_ids(tokenizer, render(tokenizer, messages[:-1], generation_prompt=True, **variables))
+        prompt = text_ids(tokenizer, render(tokenizer, messages[:-1], generation_prompt=True, now=now, **variables))
         if whole[: len(prompt)] == prompt:
             prompts.append(prompt)
     if not prompts:
@@ -185,16 +305,14 @@ def _turn(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]
     return Turn(prompt, _until_stop(whole[len(prompt) :], stop_ids))
 
 
-def _encode_tagged(tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int]) -> Encoded:
-    encoded = tokenizer.apply_chat_template(
-        list(messages),
-        chat_template=_template(tokenizer),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+def _encode_tagged(
+    tokenizer: Any, messages: Sequence[Message], stop_ids: Collection[int], now: datetime.datetime
+) -> Encoded:
+    render(tokenizer, messages, now=now)  # refuses what leaves out words
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _applied(tokenizer, _formed(tokenizer, messages), now, **options)
     ids, answer = list(encoded["input_ids"]), [False] * len(encoded["input_ids"])
-    headers = _headers(tokenizer, messages[: 1 if messages[0]["role"] == "user" else 2])
+    headers = _headers(tokenizer, messages[: 1 if messages[0]["role"] == "user" else 2], now)
     at = 0
     for marked, run in itertools.groupby(encoded["assistant_masks"]):
         first, at = at, at + len(list(run))
@@ -206,11 +324,13 @@ def _encode_tagged(tokenizer: Any, messages: Sequence[Message], stop_ids: Collec
     return Encoded(ids, answer)
 
 
-def _headers(tokenizer: Any, messages: Sequence[Message]) -> list[list[int]]:
+def _headers(tokenizer: Any, messages: Sequence[Message], now: datetime.datetime) -> list[list[int]]:
     """What the template puts between the user's turn and an answer; the first is empty."""
     headers: list[list[int]] = [[]]
     for variables in PROMPT_VARIABLES:
-        before, after = (render(tokenizer, messages, generation_prompt=flag, **variables) for flag in (False, True))
+        before, after = (
+            render(tokenizer, messages, generation_prompt=flag, now=now, **variables) for flag in (False, True)
+        )
         headers.append(text_ids(tokenizer, after[len(before) :] if after.startswith(before) else ""))
     return headers
 

@@ -1,5 +1,6 @@
 """A random two-layer chat model with a tokenizer of its own, and recipes for it."""
 
+import datetime
 import functools
 import json
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TAGGED_NEVER = CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+NOON = datetime.datetime(2026, 1, 1, 12)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 

@@ -8,13 +8,13 @@ from coral_core.data.prompts import Dialogue
 from coral_core.data.shards import answer, tap_all
 from coral_core.progress import silent
 from coral_core.target.template import Encoded
-from tests.data.helpers import CHATML, make_job, make_target
+from tests.data.helpers import CHATML, NOON, make_job, make_target
 from tests.tiny import FAMILIES, VOCAB, tiny_target
 
 
 def make_fit(tmp_path, **data) -> Fit:
     job = make_job(tmp_path, **data)
-    return Fit(job.target, job.recipe.data)
+    return Fit(job.target, job.recipe.data, NOON)
 
 
 def meter() -> Meter:

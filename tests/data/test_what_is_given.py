@@ -13,6 +13,7 @@ from coral_core.data.stage import prepare
 from coral_core.errors import DataError
 from tests.data.helpers import (
     CHATML,
+    NOON,
     TAGGED_NEVER,
     make_job,
     make_target,
@@ -104,7 +105,7 @@ def test_tokens_of_several_turns_are_counted_once_where_they_make_one_sample(tmp
     keeps, changes = CHATML, CHATML.replace("message['content'] +", "' ' + message['content'] +")
     for template, bound in ((keeps, 20 + 12 + 2 * (1 + 32 + 12)), (changes, 33 + (33 + 45) + (33 + 90))):
         job = make_job(tmp_path, make_target(template), max_length=250)
-        assert Fit(job.target, job.recipe.data).measure(dialogue)[1] == bound
+        assert Fit(job.target, job.recipe.data, NOON).measure(dialogue)[1] == bound
 
 
 @pytest.mark.parametrize(

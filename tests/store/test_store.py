@@ -146,7 +146,7 @@ def test_a_feature_that_the_dtype_cannot_hold_is_refused(tmp_path: Path) -> None
     samples = make_samples(1)
     samples[0].feature_TD[0, 0] = 1e6
     with pytest.raises(
-        DataError, match=r"shard-00000\.safetensors is infinite .* float16.*data.feature_dtype=bfloat16"
+        DataError, match=r"sample 0, in shard-00000\.safetensors, is infinite .* float16.*data.feature_dtype=bfloat16"
     ):
         write_shard(tmp_path, 0, samples, torch.float16)
     assert list(tmp_path.iterdir()) == []

@@ -359,7 +359,7 @@ def test_a_dialogue_that_the_template_refuses_is_reported_in_its_words() -> None
 
 
 def test_a_template_that_hides_the_users_words_cannot_open_a_users_turn() -> None:
-    with pytest.raises(DataError, match="shows a user's words 0 times"):
+    with pytest.raises(DataError, match="leaves out the words of messages of the role user"):
         user_turn(changed("{% if add_generation_prompt %}go{% endif %}"))
 
 

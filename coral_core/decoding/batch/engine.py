@@ -53,7 +53,7 @@ class BatchEngine:
         Raises DataError, before anything is decoded, for a prompt that is empty or does not fit the target's context.
         """
         assert self.seats >= 1
-        longest = max((len(ids) + room(self.engine.target, len(ids), max_new_tokens) for ids in prompts), default=0)
+        longest = max((len(ids) + room(self.engine.target, ids, max_new_tokens) for ids in prompts), default=0)
         yield from _Batch(self.engine, min(self.seats, len(prompts)), longest, sampler).decode(prompts, max_new_tokens)
 
 
@@ -77,7 +77,7 @@ class _Batch:
         while waiting or self.seats:
             while waiting and len(self.seats) < self.most:
                 number, prompt = waiting.popleft()
-                stop = Stop(self.target.stop_ids, room(self.target, len(prompt), max_new_tokens))
+                stop = Stop(self.target.stop_ids, room(self.target, prompt, max_new_tokens))
                 yield number, self._sit_down(number, prompt, stop)
             if self.seats:
                 yield from self._round()
