@@ -6,6 +6,11 @@ One optimizer step of CORAL (three unroll steps, every loss) on one dialogue of 
 so that nothing is saved by leaving rows out. The eager reference computes the same loss with all T x T scores and all
 [T,V] logits under autograd. Each variant runs in a process of its own: a process's peak memory never falls.
 
+Then the shapes of two real targets, with vocabularies of 49,152 and 151,936: one step on two dialogues of 256 tokens,
+with the loss over the whole vocabulary in float32, over the candidates of the preset `quick`, and these in bfloat16,
+and the seconds of each part of it. The three take turns in one process, and the least of the steps counts; their peak
+memory is measured in a process each.
+
 On a GPU more rows follow: a drafter of an 8B target's shape in bfloat16, with the share of the dense peak it reaches.
 
 Axes: B batch, T position, S unroll step, D hidden, V vocabulary.
@@ -35,7 +40,8 @@ from coral_core.target.load import drafter_shape, load_target
 from coral_core.training import losses
 from coral_core.training.alignment import csra, take_rows
 from coral_core.training.attention import attend_eager
-from coral_core.training.objective import pack
+from coral_core.training.candidates import DRAWN, Candidates, HeadRows
+from coral_core.training.objective import Objective, pack
 from coral_core.training.trainer import make_objective
 from coral_core.training.unroll import Unroll, loss_rows, unroll_rows
 
@@ -53,6 +59,25 @@ LLAMA_3_8B = {
     "max_position_embeddings": 8192,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+SMOLLM2_135M = LLAMA_3_8B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+}
+QWEN2_5_05B = LLAMA_3_8B | {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 151936,
+}
+VOCABULARIES = {"SmolLM2-135M": SMOLLM2_135M, "Qwen2.5-0.5B": QWEN2_5_05B}
+TURNS = 2
+"""Steps of each form of the loss, after a short one that is not timed."""
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}
 """FLOP/s of NVIDIA's data sheets, without sparsity, by a part of the device's name."""
 
@@ -67,6 +92,7 @@ class Job:
     precision: str = "float32"
     batch_size: int = 1
     budget_s: float = 20.0
+    candidates: int = 0
 
     def run(self) -> dict[str, Any]:
         """Train for `budget_s` seconds, at least one step, and measure."""
@@ -75,11 +101,12 @@ class Job:
         model = Unroll(Drafter(DrafterConfig(**self.config)).to(device), SPEC.unroll_steps)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         batch = random_batch(self.config, self.batch_size, self.length, device)
+        chosen = some_candidates(self.candidates, device)
 
         def step(batch: Batch) -> None:
             mixed = self.precision != "float32"
             with torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext():
-                loss = LOSSES[self.variant](model, lent, batch)
+                loss = LOSSES[self.variant](model, lent, batch, chosen)
             (loss / loss_rows(batch).sum()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), SPEC.clip_norm)
             optimizer.step()
@@ -100,13 +127,13 @@ class Job:
         return found | _share_of_peak(flops, step_s)
 
 
-def fast(model: Unroll, lent: Lent, batch: Batch) -> torch.Tensor:
+def fast(model: Unroll, lent: Lent, batch: Batch, chosen: Candidates | None = None) -> torch.Tensor:
     """The loss as `coral train` computes it."""
-    return make_objective(SPEC)(model(lent, batch), batch, lent)[0]
+    return make_objective(SPEC, chosen)(model(lent, batch), batch, lent)[0]
 
 
-def eager(model: Unroll, lent: Lent, batch: Batch) -> torch.Tensor:
-    """The same number from the references."""
+def eager(model: Unroll, lent: Lent, batch: Batch, _: Candidates | None = None) -> torch.Tensor:
+    """The same number from the references, over the whole vocabulary."""
     embed_BRD, feature_BRD = lent.embed(batch.ids_BT[:, 1:]), batch.feature_BTD[:, :-1]
     rows = [batch.valid_BT[:, 1:]] * model.steps
     hiddens = unroll_rows(model.drafter, (embed_BRD.to(feature_BRD.dtype), feature_BRD), rows, attend_eager)
@@ -125,6 +152,11 @@ def eager(model: Unroll, lent: Lent, batch: Batch) -> torch.Tensor:
 
 
 LOSSES = {"fast": fast, "eager": eager}
+
+
+def some_candidates(count: int, device: torch.device) -> Candidates | None:
+    """The first tokens are the frequent ones; 0: the whole vocabulary."""
+    return Candidates(torch.arange(count - count // DRAWN, device=device), count // DRAWN) if count else None
 
 
 def random_lent(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Lent:
@@ -179,6 +211,92 @@ def _share_of_peak(flops: int | None, step_s: float) -> dict[str, Any]:
     return {"flops": flops, "share_of_dense_bf16_peak": peak and flops / step_s / peak}
 
 
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One form of a step, ready to run."""
+
+    model: Unroll
+    lent: Lent
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    precision: torch.dtype
+
+    @classmethod
+    def make(cls, config: dict[str, Any], candidates: int, precision: torch.dtype) -> "Form":
+        """A drafter of the shape, and the loss over so many candidates; 0: over the whole vocabulary."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = Unroll(Drafter(DrafterConfig(**config)).to(device), SPEC.unroll_steps)
+        objective = make_objective(SPEC, some_candidates(candidates, device))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        return cls(model, random_lent(config, device, precision), objective, optimizer, precision)
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Seconds of each part of one step; `vocabulary` and `alignment` are within `loss`, and measured beside it."""
+        clock = Clock()
+        mixed = self.precision != torch.float32
+        with torch.autocast(batch.ids_BT.device.type, torch.bfloat16) if mixed else contextlib.nullcontext():
+            hiddens = clock.lap("unroll", self.model(self.lent, batch))
+            loss, _ = clock.lap("loss", self.objective(hiddens, batch, self.lent))
+            clock.lap("backward", (loss / loss_rows(batch).sum()).backward())
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), SPEC.clip_norm)
+            clock.lap("update", self.optimizer.step())
+            self.optimizer.zero_grad()
+            row_BA, present_BA = pack(loss_rows(batch))
+            hidden_SBAD = torch.stack([take_rows(hidden_BRD.detach(), row_BA) for hidden_BRD in hiddens])
+            hidden_SBAD.requires_grad_(True)
+            feature_BAD = take_rows(batch.feature_BTD[:, 1:], row_BA)
+            chosen = self.objective.candidates
+            clock.lap("rest")
+            head = chosen.rows(self.lent, batch) if chosen else HeadRows.whole(self.lent)
+            hidden_SND, feature_ND = hidden_SBAD[:, present_BA], feature_BAD[present_BA]
+            clock.lap("vocabulary", losses.vocabulary(hidden_SND, feature_ND, head, (0.1, 0.1), SPEC.topk))
+            clock.lap("alignment", csra(hidden_SBAD, feature_BAD, present_BA, row_BA, self.objective.alignment))
+        del clock.seconds["rest"]
+        return clock.seconds
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.begun_s = time.perf_counter()
+
+    def lap(self, name: str, value: Any = None) -> Any:
+        """Note what passed since the lap before as `name`, and hand on the value whose making it was."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now_s = time.perf_counter()
+        self.seconds[name], self.begun_s = now_s - self.begun_s, now_s
+        return value
+
+
+def vocabulary_rows(name: str) -> list[dict[str, Any]]:
+    """One row for each form of the loss, in turns on one batch."""
+    config, quick = VOCABULARIES[name], int(PRESETS["quick"]["candidates"])
+    made = {
+        ("whole", "float32"): Form.make(config, 0, torch.float32),
+        ("candidates", "float32"): Form.make(config, quick, torch.float32),
+        ("candidates", "bfloat16"): Form.make(config, quick, torch.bfloat16),
+    }
+    device = next(iter(made.values())).lent.head_VD.device
+    # Answers repeat a few thousand tokens, and those are the frequent ones.
+    few = config | {"vocab_size": quick // 2}
+    short, batch = random_batch(few, 1, 2 * PROMPT, device), random_batch(few, 2, 256, device)
+    for one in made.values():
+        one.step(short)
+    turns = [{form: one.step(batch) for form, one in made.items()} for _ in range(TURNS)]
+    rows = []
+    for variant, precision in made:
+        steps = [turn[variant, precision] for turn in turns]
+        parts = {part: min(step[part] for step in steps) for part in steps[0]}
+        step_s = min(sum(step[part] for part in ("unroll", "loss", "backward", "update")) for step in steps)
+        job = Job("fast", 256, config, precision, 2, 0.0, quick if variant == "candidates" else 0)
+        row = in_own_process(job) | {"shape": name, "vocabulary": config["vocab_size"], "variant": variant}
+        rows.append(row | {"step_s": step_s, "tokens_per_s": batch.ids_BT.numel() / step_s, "part_s": parts})
+    return rows
+
+
 def limit_memory() -> None:
     """An allocation beyond what the machine has free fails in this process, instead of waking the kernel's killer."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -215,13 +333,20 @@ def jobs(recipe: Recipe, lengths: list[int], budget_s: float) -> list[Job]:
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios at each length that both variants fit; on a GPU, the best of the 8B rows."""
     found: dict[str, Any] = {}
-    plain = {(row["variant"], row["length"]): row for row in rows if row["precision"] == "float32"}
+    plain = {
+        (row["variant"], row["length"]): row for row in rows if "shape" not in row and row["precision"] == "float32"
+    }
     for variant, length in plain:
         pair = plain["fast", length], plain.get(("eager", length), {})
         if variant == "eager" and all("tokens_per_s" in row for row in pair):
             for name in ("tokens_per_s", "peak_bytes"):
                 found[f"{name}_over_eager_{length}"] = pair[0][name] / pair[1][name]
-    if large := [row for row in rows if row["precision"] == "bfloat16" and "tokens_per_s" in row]:
+    for row in rows:
+        if "shape" in row:
+            whole = next(other for other in rows if other.get("shape") == row["shape"])
+            name = f"step_{row['variant']}_{row['precision']}_over_whole_{row['vocabulary']}"
+            found[name] = row["step_s"] / whole["step_s"]
+    if large := [row for row in rows if "shape" not in row and row["precision"] == "bfloat16" and "peak_bytes" in row]:
         best = max(large, key=lambda row: row["tokens_per_s"])
         found["llama_3_8b_shape"] = {
             "tokens_per_s": best["tokens_per_s"],
@@ -236,6 +361,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", metavar="RECIPE.YAML SECTION.KEY=VALUE")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--budget-s", type=float, default=20.0, help="seconds of steps of each variant")
+    parser.add_argument("--vocabularies", nargs="*", default=list(VOCABULARIES), choices=VOCABULARIES)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -246,6 +372,9 @@ def main() -> None:
     for job in jobs(read_recipe(options.arguments), options.lengths, options.budget_s):
         rows.append(in_own_process(job))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    for name in options.vocabularies:
+        rows += vocabulary_rows(name)
+        print(json.dumps(rows[-3:]), file=sys.stderr, flush=True)
     print(record("train", figures(rows), rows))
 
 
