@@ -138,14 +138,15 @@ def _counted(z_NV: torch.Tensor, head: HeadRows) -> torch.Tensor:
 def _chunk(hidden_ND: torch.Tensor, aim: _Aim, head: HeadRows, grad_ND: torch.Tensor | None) -> torch.Tensor:
     """The parts' sums over a chunk; the gradient of the weighted sum goes into `grad_ND`."""
     z_NV = logits(head.lent, hidden_ND)
-    best_N, token_N = z_NV[:, : head.certain].max(-1)
+    token_N = z_NV[:, : head.certain].argmax(-1) if head.log_weight else None
     z_NK, dot_N = z_NV.gather(-1, aim.token_NK), torch.linalg.vecdot(aim.p_NV, z_NV)
     slope_NV = _transform_slope(z_NV, head.lent)
-    q_NV = torch.softmax(_counted(z_NV, head), -1)
+    best_N, place_N = _counted(z_NV, head).max(-1)
+    q_NV = torch.softmax(z_NV, -1)
     del z_NV
-    lse_N = best_N - q_NV.gather(-1, token_N[:, None])[:, 0].log()
+    lse_N = best_N - q_NV.gather(-1, place_N[:, None])[:, 0].log()
     topk_sum = (aim.p_NK * (lse_N[:, None] - z_NK)).sum()
-    agree = (token_N == aim.token_NK[:, 0]).sum()
+    agree = ((place_N if token_N is None else token_N) == aim.token_NK[:, 0]).sum()
     parts_P = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree, aim.p_NV[:, head.certain :].sum()))
     if grad_ND is None:
         return parts_P

@@ -1,6 +1,7 @@
 """The loss over candidates: which rows it reads, and when it is exact. Axes: S step, N row, D hidden, V vocabulary."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_rows_that_are_alike_stand_for_each_other_exactly(scalars):
     tail = lent.logits(feature_ND).softmax(-1)[:, FREQUENT:].sum()
     torch.testing.assert_close(parts.tail_S, tail.expand(2), rtol=1e-5, atol=1e-5)
     assert exact_parts.tail_S.tolist() == [0, 0]
+
+
+def test_a_drawn_row_far_above_all_others_leaves_the_loss_finite():
+    """Of 48 words the first 20 have logit 50 and the others 500: lse is 500 + log 28, far from any certain row. The
+    target thinks nothing of any word, so the loss is lse less the mean of all logits."""
+    head_VD = torch.full((VOCABULARY, 1), 1.0)
+    head_VD[FREQUENT:] = 10.0
+    head = DRAW.rows(Lent(head_VD, head_VD), no_answers(), torch.Generator().manual_seed(0))
+    loss, _ = losses.vocabulary(torch.full((1, 1, 1), 50.0), torch.zeros(1, 1), head, (1.0, 0.0), 1)
+    expected = 500 + math.log(28) - (20 * 50 + 28 * 500) / VOCABULARY
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_over_many_draws_the_loss_is_nearly_the_whole_one():
