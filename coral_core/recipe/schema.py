@@ -21,7 +21,7 @@ class TargetSpec:
     """The frozen language model that is to be made faster."""
 
     model: str = "pico"
-    """`pico` (embedded), a Hugging Face Hub id, a local folder, or a GGUF file: a path, or OWNER/NAME/FILE.gguf."""
+    """`pico` (embedded), a Hub id, a folder, or a GGUF file: its path, or OWNER/NAME/FILE.gguf on the Hub."""
     revision: str = "main"
     """Hub revision; ignored for a folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
