@@ -7,6 +7,7 @@ Nothing heavy is imported here: `coral --help` must answer at once.
 import atexit
 import os
 import sys
+import warnings
 from types import ModuleType
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from coral_cli.commands.recipe import recipe
 from coral_cli.commands.serve import serve
 from coral_cli.commands.train import train
 from coral_core import __version__
-from coral_core.errors import CoralError
+from coral_core.errors import CoralError, CoralWarning
 
 
 class Boundary(typer.core.TyperGroup):
@@ -109,8 +110,21 @@ def _leave_at_once() -> None:
         os._exit(1)
 
 
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours as one line, any other as Python shows it."""
+    if issubclass(category, CoralWarning):
+        return f"note: {message}\n"
+    return _as_python_does(message, category, filename, lineno, line)
+
+
+_as_python_does = warnings.formatwarning
+
+
 def main() -> None:
     """Entry point of the console script."""
+    warnings.formatwarning = _one_line
     atexit.register(_leave_at_once)
     app()
 

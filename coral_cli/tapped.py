@@ -37,8 +37,14 @@ class Tapped:
         processes()  # under several processes, `cuda` is then each one's own GPU
         target = self.run.target()
         remedy = f"Run: coral prepare-data{self.otherwise}"
-        self.store.manifest.refuse_stranger(self.store.folder, remedy, target=target.fingerprint)
+        self.store.manifest.refuse_other_target(self.store.folder, remedy, target)
         return target
+
+    def check(self) -> None:
+        """Raises ArtifactError when the recipe names another target than the data's, and that one is no sibling."""
+        made_with, named = self.store.manifest.recipe["target"], self.run.recipe.target
+        if (made_with["model"], made_with["revision"]) != (named.model, named.revision):
+            _ = self.target
 
     @property
     def prompts(self) -> list[list[int]]:

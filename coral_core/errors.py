@@ -8,6 +8,10 @@ class CoralError(Exception):
     """Base of every error that the command line shows as one line, with exit code 1."""
 
 
+class CoralWarning(UserWarning):
+    """What a user should know, and need not mend; the command line shows it as one line."""
+
+
 class RecipeError(CoralError):
     """A recipe, or an override of it, that cannot be read or means nothing."""
 

@@ -46,10 +46,10 @@ class Run:
         return load_target(self.recipe.target)
 
     def manifest(self, target: Target) -> Manifest:
-        """What the drafter's folder says of itself; the drafter is this target's."""
+        """What the drafter's folder says of itself; the drafter is this target's, or a sibling's."""
         folder = self.made / "drafter"
         manifest = Manifest.read(folder, "drafter", DRAFTER_COMMAND)
-        manifest.refuse_stranger(folder, "Run: coral prepare-data, then coral train", target=target.fingerprint)
+        manifest.refuse_other_target(folder, "Run: coral prepare-data, then coral train", target)
         return manifest
 
     def drafter(self, target: Target) -> Drafter:
@@ -59,7 +59,8 @@ class Run:
 
     def head(self, target: Target) -> Head:
         """The head of the recipe's kind."""
-        fits = {"target_fingerprint": target.fingerprint, "drafter_fingerprint": self.manifest(target).fingerprint}
+        drafter = self.manifest(target)
+        fits = {"target_fingerprint": drafter.inputs["target"], "drafter_fingerprint": drafter.fingerprint}
         return load_head(self.made / "head", self.recipe.head, target.lent, **fits)
 
     def engine(self, target: Target) -> Engine:

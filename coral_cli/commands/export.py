@@ -44,7 +44,7 @@ def export(
         raise CoralError(f"--map-size {map_size}: only SGLang reads a token map. Leave it out, or export --to sglang")
     with open_run(arguments, runs) as run:
         target = run.target()
-        source = open_source(run.recipe, run.folder, target.fingerprint)
+        source = open_source(run.recipe, run.folder, target)
         if to == HF:
             folder = export_hf(source, run.folder)
             next_step = hints.pasteable("coral publish --repo ORG/NAME")

@@ -26,6 +26,7 @@ def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
         if text := hints.standing(folder, found, "recipe and drafter"):
             err.print(text, markup=False, soft_wrap=True)
         tapped = Tapped(run, "; or set head.groups and head.active")
+        tapped.check()
         with progress_bars() as progress:
             is_open = not (spec.groups and spec.active) and not found.manifest
             probe = _probe(tapped, progress) if is_open else None

@@ -37,6 +37,7 @@ def train(
         if main and (text := hints.standing(folder, found, "recipe and data")):
             err.print(text, markup=False, soft_wrap=True)
         tapped = Tapped(run, ", or set train.eval_every=0" if run.recipe.data.features == "stored" else "")
+        tapped.check()
         with progress_bars() as progress:
             measure = _acceptance(tapped, progress) if run.recipe.train.eval_every else None
             manifest, _ = train_drafter(run.recipe, run.folder, progress, measure, tapped.tap)

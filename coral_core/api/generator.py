@@ -89,7 +89,7 @@ class Generator:
 
 def _refuse_stranger(target: Target, drafter: Drafter) -> None:
     if drafter.manifest and drafter.folder and "target" in drafter.manifest.inputs:
-        drafter.manifest.refuse_stranger(drafter.folder, "Load its own", target=target.fingerprint)
+        drafter.manifest.refuse_other_target(drafter.folder, "Load its own", target)
     if misfit := drafter.config.misfit(tuple(target.lent.embed_VD.shape)):
         raise ArtifactError(f"the drafter {misfit}. Load its own")
 
@@ -103,5 +103,5 @@ def _head(target: Target, drafter: Drafter) -> Head:
         if not (folder / MANIFEST).exists() or Manifest.read(folder, "head", HEAD).inputs.get("drafter") != name:
             return FullHead(target.lent)
     made_by = HeadSpec(**Manifest.read(folder, "head", HEAD).recipe["head"])
-    fits = {"target_fingerprint": target.fingerprint, "drafter_fingerprint": name}
+    fits = {"target_fingerprint": drafter.manifest.inputs.get("target", ""), "drafter_fingerprint": name}
     return load_head(folder, made_by, target.lent, **fits)

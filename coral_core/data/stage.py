@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from coral_core.artifacts import Manifest, file_sha256, partial, refuse_unfinished, stage, write_text
+from coral_core.artifacts import KIN, Manifest, file_sha256, partial, refuse_unfinished, stage, write_text
 from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
 from coral_core.data.endpoint import Endpoint
@@ -213,6 +213,7 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
         "sources": plan.sources,
         "dtype": dtype_name(job.dtype),
         "drafter_config": drafter_shape(job.target.model.config),
+        KIN: job.target.kin,
     }
     seal(
         work,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from coral_core.artifacts import MANIFEST, Manifest, stage
+from coral_core.artifacts import KIN, MANIFEST, Manifest, stage
 from coral_core.drafter.checkpoint import is_coral, read_checkpoint, weights_fingerprint
 from coral_core.drafter.hub import fetch
 from coral_core.drafter.model import FILES, Drafter
@@ -57,7 +57,7 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
 def own_manifest(folder: Path, target: Target) -> Manifest:
     """Of a drafter that coral made. Raises ArtifactError when it was trained for another target."""
     manifest = Manifest.read(folder, "drafter", AGAIN)
-    manifest.refuse_stranger(folder, OWN, target=target.fingerprint)
+    manifest.refuse_other_target(folder, OWN, target)
     return manifest
 
 
@@ -66,7 +66,7 @@ def check_head(folder: Path, drafter: Manifest, target: Target) -> Manifest:
     manifest = Manifest.read(folder, "head", AGAIN)
     facts = manifest.facts
     spec = HeadSpec(groups=facts["groups"], active=facts["active"], clustering=facts["clustering"])
-    fits = {"target_fingerprint": target.fingerprint, "drafter_fingerprint": drafter.fingerprint}
+    fits = {"target_fingerprint": drafter.inputs["target"], "drafter_fingerprint": drafter.fingerprint}
     load_head(folder, spec, target.lent, **fits)
     return manifest
 
@@ -78,6 +78,7 @@ def foreign_manifest(drafter: Drafter, source: str, target: Target) -> Manifest:
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
         "drafter_config": dataclasses.asdict(drafter.config),
+        KIN: target.kin,
     }
     name = weights_fingerprint(drafter)
     return Manifest(kind="drafter", fingerprint=name, inputs={"target": target.fingerprint}, recipe={}, facts=facts)

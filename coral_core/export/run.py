@@ -36,16 +36,15 @@ class Source:
     """The folder of the head that was made for this drafter, if there is one."""
 
 
-def open_source(recipe: Recipe, run: Path, target_fingerprint: str | None) -> Source:
+def open_source(recipe: Recipe, run: Path, target: Target | None) -> Source:
     """The run's drafter; what coral ships where the target is pico and the run has none.
 
-    Raises ArtifactError when it is missing, damaged, or trained for another target than `target_fingerprint`.
+    Raises ArtifactError when it is missing, damaged, or trained for another target that is no sibling of `target`.
     """
     folder = embedded.made_in(run, recipe.target.model)
     manifest = Manifest.read(folder / "drafter", "drafter", "coral train")
-    if target_fingerprint is not None:
-        remedy = "Set target.model to its own"
-        manifest.refuse_stranger(folder / "drafter", remedy, target=target_fingerprint)
+    if target is not None:
+        manifest.refuse_other_target(folder / "drafter", "Set target.model to its own", target)
     return Source(folder, manifest, Drafter.load(folder / "drafter"), _head_of(folder / "head", manifest))
 
 
@@ -92,7 +91,7 @@ def frequent_tokens(source: Source, recipe: Recipe, target: Target, size: int | 
         source.head,
         dataclasses.replace(share, kind="static"),
         target.lent,
-        target_fingerprint=target.fingerprint,
+        target_fingerprint=source.manifest.inputs["target"],
         drafter_fingerprint=source.manifest.fingerprint,
     )
     assert isinstance(head, StaticHead)

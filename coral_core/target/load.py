@@ -20,7 +20,7 @@ from coral_core.errors import DataError, TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import checkpoint, gguf_file, norms
+from coral_core.target import checkpoint, gguf_file, kin, norms
 
 MASKED_TYPES = {"full_attention", "sliding_attention"}
 """Layer types that an explicit mask fully describes; others keep a state that a rejected draft would spoil."""
@@ -66,6 +66,11 @@ class Target:
     def dtype(self) -> torch.dtype:
         """The weights' dtype."""
         return self.lent.embed_VD.dtype
+
+    @functools.cached_property
+    def kin(self) -> dict[str, Any]:
+        """What it has in common with its fine-tunes and its quantised forms."""
+        return kin.describe(self.lent, self.tokenizer)
 
     @functools.cached_property
     def _cache_name(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coral_core.artifacts import Manifest, Standing, partial, stage, standing
+from coral_core.artifacts import KIN, Manifest, Standing, partial, stage, standing
 from coral_core.drafter.model import FILES, Drafter
 from coral_core.errors import ArtifactError
 from coral_core.processes import agreed, processes
@@ -23,6 +23,8 @@ CHECKPOINTS = "checkpoints"
 SECTIONS = ("seed", "train")
 """What of a recipe decides the drafter, besides the data."""
 INDIFFERENT = {
+    "target.model",  # another name may be the same model, or a sibling: coral_cli/tapped.py looks
+    "target.revision",
     "target.device",
     "target.graphs",
     "data.batch_size",
@@ -137,6 +139,7 @@ def _facts(
         "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
         "dtype": "float32",
         "drafter_config": dataclasses.asdict(drafter.config),
+        KIN: store.manifest.facts.get(KIN),
         "data": {name: store.manifest.facts[name] for name in ("samples", "tokens", "answer_tokens")},
         "last": next((line for line in reversed(lines) if line["stage"] == "train"), {}),
         "best": {"step": best[0], "tokens_per_round": best[1]} if best else None,

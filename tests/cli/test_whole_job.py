@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from coral_cli.main import app
 from coral_core.embedded import FOLDER as PICO
+from coral_core.errors import CoralWarning
 
 SMALL = "name=tiny data.max_samples=10 data.holdout=2 data.max_new_tokens=16 train.steps=2 decode.max_new_tokens=12"
 SMALL += " head.clustering=frequency head.router_steps=2"
@@ -146,3 +148,33 @@ def test_the_embedded_drafter_works_with_no_recipe_and_no_set_up(tmp_path: Path)
     numbers = json.loads(done.stdout)["benches"]["held-out"]
     assert numbers["lossless"]["equal"] == 2
     assert numbers["tokens_per_round_micro"] > 1.3
+
+
+@pytest.fixture(scope="module")
+def fine_tune(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pico with other weights."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("fine-tune") / "pico"
+    shutil.copytree(PICO / "target", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 0.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--json", "--limit", "1"],
+        ["chat", "--speculative"],
+        ["export", "--to", "hf"],
+        ["group-head"],
+    ],
+)
+def test_the_drafter_serves_a_fine_tune_of_its_target(finished: Path, fine_tune: Path, command: list[str]) -> None:
+    with pytest.warns(CoralWarning, match="was made for a sibling of this target"):
+        done = coral(finished, *command, *SMALL.split(), f"target.model={fine_tune}", stdin="Hello\n")
+    assert done.returncode == 0, done.stderr
+    if command[0] == "eval":
+        assert json.loads(done.stdout)["benches"]["held-out"]["lossless"]["equal"] == 1

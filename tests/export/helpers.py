@@ -52,4 +52,4 @@ def publish(run: Path, target: Target, drafter: Drafter, *, head: bool = False) 
             recipe={"head": dataclasses.asdict(RECIPE.head)},
             facts={"groups": 8, "active": 2, "clustering": "frequency", "recall": {"argmax": 0.9}},
         ).sealed(run / "head").write(run / "head")
-    return open_source(RECIPE, run, target.fingerprint)
+    return open_source(RECIPE, run, target)

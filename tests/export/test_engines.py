@@ -112,12 +112,12 @@ def test_vllm_accepts_what_coral_accepts(tmp_path):
     """Greedy, in float32, a chain: vLLM's answers are coral's, and its accepted tokens by depth are coral's too."""
     recipe = Recipe(name="pico")
     target = load_target(recipe.target)
-    made = export_engine("vllm", open_source(recipe, tmp_path, target.fingerprint), target, tmp_path)
+    made = export_engine("vllm", open_source(recipe, tmp_path, target), target, tmp_path)
     asked = ("I would like to book a table for two in the centre.", "What is 3 plus 4?", "Name three colours.")
     prompts = [prompt_ids(target.tokenizer, [{"role": "user", "content": text}]) for text in asked]
     found = run_engine("vllm", "vllm_decodes.py", str(PICO / "target"), str(made), str(DEPTH), json.dumps(prompts))
 
-    source = open_source(recipe, tmp_path, target.fingerprint)
+    source = open_source(recipe, tmp_path, target)
     generator = Generator(target, source.drafter, TreeShape(depth=DEPTH, nodes=DEPTH, topk=1))
     answers = [list(generator.rounds(ids, max_new_tokens=48)) for ids in prompts]
     assert found["answers"] == [[token for event in answer for token in event.new_ids] for answer in answers]
