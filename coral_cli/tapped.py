@@ -42,8 +42,8 @@ class Tapped:
 
     def check(self) -> None:
         """Raises ArtifactError when the recipe names another target than the data's, and that one is no sibling."""
-        made_with, named = self.store.manifest.recipe["target"], self.run.recipe.target
-        if (made_with["model"], made_with["revision"]) != (named.model, named.revision):
+        made_with, named = self.store.manifest.recipe.get("target"), self.run.recipe.target
+        if made_with and (made_with["model"], made_with["revision"]) != (named.model, named.revision):
             _ = self.target
 
     @property
