@@ -176,7 +176,7 @@ def progress_line(variant: Variant) -> Any:
 def open_bench(recipe: Recipe, run: Path, prompts: int) -> Bench:
     """Data, target, and the target's own answers to the held-out prompts, which are kept for the next time."""
     target = load_target(recipe.target)
-    store = open_data(recipe, run, lambda ids_BT, valid_BT: tap(target, ids_BT, valid_BT).feature_BTD)
+    store = open_data(recipe, run, lambda *batch: (tap(target, *batch).feature_BTD, None))
     if store.manifest.inputs["target"] != target.fingerprint:
         raise ArtifactError(f"{store.folder} was made with another target. Run: coral prepare-data")
     held = store.holdout_prompts

@@ -64,9 +64,10 @@ class Tapped:
         if self.run.recipe.data.features == "stored":
             return None
 
-        def tap(ids_BT: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+        def tap(ids_BT: torch.Tensor, valid_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             from coral_core.target import capture
 
-            return capture.tap(self.target, ids_BT, valid_BT).feature_BTD
+            found = capture.tap(self.target.tapping(self.store.taps), ids_BT, valid_BT)
+            return found.feature_BTD, found.tap_BTX
 
         return tap

@@ -6,7 +6,7 @@ from typing import Any
 
 from coral_core import embedded
 from coral_core.artifacts import Manifest
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.drafting import TreeShape, whole_head
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.sampling import Sampler
@@ -67,10 +67,14 @@ class Run:
         """Drafter and head on the target. With `decode.tree: auto`, what a round costs on this device is read from
         the run, or measured now, in seconds."""
         with published(self.made):  # no drafter of before with a head of after, while another command replaces them
-            engine = Engine(target, self.drafter(target), self.head(target), tree_shape(self.recipe.decode))
+            drafter = self.drafter(target)
+            own = drafter.config.draft_vocab_size
+            head = whole_head(drafter, target.lent) if own else self.head(target)
+            engine = Engine(target, drafter, head, tree_shape(self.recipe.decode))
         if self.recipe.decode.tree != "auto":
             return engine
-        of = {"target": target.fingerprint, "drafter": self.manifest(target).fingerprint, "head": self._head_of()}
+        head_of = {"kind": "own", "rows": own} if own else self._head_of()
+        of = {"target": target.fingerprint, "drafter": self.manifest(target).fingerprint, "head": head_of}
         return tuned(engine, self.folder, of)
 
     def _head_of(self) -> dict[str, Any]:

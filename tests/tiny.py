@@ -47,10 +47,12 @@ FAMILIES = {
 
 
 @functools.cache
-def tiny_target(family: str = "llama", seed: int = 0) -> Target:
+def tiny_target(family: str = "llama", seed: int = 0, layers: int = 2) -> Target:
     """A random target in float32."""
     name, extra = FAMILIES[family]
-    shape = {key: value for key, value in {**SHAPE, **extra}.items() if value is not None}
+    shape = {key: value for key, value in {**SHAPE, **extra, "num_hidden_layers": layers}.items() if value is not None}
+    if kinds := shape.get("layer_types"):
+        shape["layer_types"] = [kinds[layer % len(kinds)] for layer in range(layers)]
     torch.manual_seed(seed)
     config = getattr(transformers, name)(**shape)
     config._attn_implementation = "eager" if family == "gemma2-mixed" else "sdpa"
@@ -60,10 +62,10 @@ def tiny_target(family: str = "llama", seed: int = 0) -> Target:
     return wrap(model, None)
 
 
-def tiny_drafter(target: Target, seed: int = 1) -> Drafter:
+def tiny_drafter(target: Target, seed: int = 1, **changes: object) -> Drafter:
     """A random drafter of the target's shape."""
     torch.manual_seed(seed)
-    return Drafter(DrafterConfig(**drafter_shape(target.model.config))).requires_grad_(False).eval()
+    return Drafter(DrafterConfig(**drafter_shape(target.model.config) | changes)).requires_grad_(False).eval()
 
 
 class PlainHead:

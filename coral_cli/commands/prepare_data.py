@@ -74,6 +74,8 @@ def _say(text: str) -> None:
 def _standing_text(job: Job, found: Standing) -> str:
     if found.store is not None:
         return f"{job.folder} is finished already, with this recipe and target"
+    if found.words:
+        return f"the answers in {job.folder} are kept; they are tapped anew, since {'; '.join(found.changed)}"
     if found.changed:
         return f"{job.folder} is made anew, and replaced at the end, since {'; '.join(found.changed)}"
     if found.damaged:

@@ -12,14 +12,13 @@ from typing import Any
 
 from coral_core.api.stream import TextStream
 from coral_core.artifacts import MANIFEST, Manifest
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.drafting import TreeShape, whole_head
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.head.candidates import Head
-from coral_core.head.full import FullHead
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import DecodeSpec, HeadSpec
 from coral_core.run import wire
@@ -96,12 +95,12 @@ def _refuse_stranger(target: Target, drafter: Drafter) -> None:
 
 def _head(target: Target, drafter: Drafter) -> Head:
     if drafter.folder is None or drafter.manifest is None:
-        return FullHead(target.lent)
+        return whole_head(drafter, target.lent)
     folder, name = drafter.folder / "head", drafter.manifest.fingerprint
     if not (folder / MANIFEST).exists():
         folder = drafter.folder.parent / "head"  # where a run has it; it may be an older drafter's
         if not (folder / MANIFEST).exists() or Manifest.read(folder, "head", HEAD).inputs.get("drafter") != name:
-            return FullHead(target.lent)
+            return whole_head(drafter, target.lent)
     made_by = HeadSpec(**Manifest.read(folder, "head", HEAD).recipe["head"])
     fits = {"target_fingerprint": drafter.manifest.inputs.get("target", ""), "drafter_fingerprint": name}
     return load_head(folder, made_by, target.lent, **fits)

@@ -47,7 +47,7 @@ def check_distribution(engine: Engine, sampler: Sampler, prompts: Sequence[list[
 def _places(target: Target, sampler: Sampler, prompt: list[int], ids: list[int], draw: random.Random) -> list[float]:
     """Where each id falls in the cumulative distribution that it was drawn from, the most likely tokens first."""
     ids_BT = torch.tensor([prompt + ids[:-1]], device=target.device)
-    logits_TV = target.lent.logits(target.forward(ids_BT)[0, len(prompt) - 1 :])
+    logits_TV = target.logits(target.forward(ids_BT)[0, len(prompt) - 1 :])
     past_TL = ids_BT.expand(len(ids), -1).clone()
     for row in range(len(ids)):
         past_TL[row, len(prompt) + row :] = prompt[0]  # a token may be in the past twice

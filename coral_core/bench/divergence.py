@@ -49,5 +49,5 @@ def _scores(target: Target, sampler: Sampler, context: list[int], rows: int) -> 
     cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, len(context))
     if len(context) > rows:
         prefill(target, ids_T[:-rows], cache)
-    logits_1V = target.lent.logits(prefill(target, ids_T, cache)[-1:])
+    logits_1V = target.logits(prefill(target, ids_T, cache)[-1:])
     return sampler.warp(logits_1V, ids_T[None])[0]

@@ -56,7 +56,7 @@ def write(
             entering = [waiting.pop() for _ in range(min(room, len(waiting)))]
             live.admit(entering, [prompts[row] for row in entering])
         uniform_B = torch.stack([uniform_RS[row, len(written[row])] for row in live.rows])
-        token_B = pick(target.lent.logits(live.feature_BD), sampling.temperature, uniform_B).tolist()
+        token_B = pick(target.logits(live.feature_BD), sampling.temperature, uniform_B).tolist()
         for row, token in zip(live.rows, token_B, strict=True):
             written[row].append(token)
         stay = [

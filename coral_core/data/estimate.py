@@ -70,6 +70,6 @@ def _seconds_per_token(job: Job) -> tuple[float, float]:
         write(job.target, [prompt] * size, [steps] * size, lambda ids: False, Sampling(batch_size=size))
         write_s = (time.monotonic() - begun_s) / (steps * size)
         begun_s = time.monotonic()
-        tap(job.target, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)).feature_BTD.cpu()
+        tap(job.target.tapping(job.taps), ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)).feature_BTD.cpu()
         tap_s = (time.monotonic() - begun_s) / ids_BT.numel()
     return write_s, tap_s

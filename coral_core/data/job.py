@@ -11,13 +11,16 @@ from coral_core.artifacts import MANIFEST, Manifest, file_sha256, fingerprint
 from coral_core.data.sources import SELF, find_file, shares
 from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
-from coral_core.store.shard import FP8
+from coral_core.store.shard import FP8, shard_name
 from coral_core.store.store import Store
-from coral_core.target.load import Target
+from coral_core.target.load import Target, tap_layers
+from coral_core.target.template import Encoded
 
 COMMAND = "coral prepare-data"
 INDIFFERENT = ("batch_size", "endpoint", "endpoint_requests")
 """Keys of `data` that say how it is made, not what: a server may move, or give way to the target itself."""
+TAPPED = ("features", "feature_dtype")
+"""Keys of `data` that say what is kept of the target's states: the words do not depend on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,13 @@ class Job:
         inputs = {"target": self.target.fingerprint, "target_dtype": dtype_name(self.target.dtype)}
         named = [share.name for share in shares(self.recipe.data.prompts) if share.name != SELF]
         sums = [file_sha256(path) for path in map(find_file, named) if path]
+        inputs |= {"taps": " ".join(map(str, self.taps))} if self.taps else {}
         return inputs | ({"prompts": fingerprint(sums)} if sums else {})
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers whose inputs the drafter will read. Raises TargetError when the target has too few."""
+        return () if self.recipe.train.shape == "eagle2" else tap_layers(self.target.model.config)
 
     @property
     def online(self) -> bool:
@@ -73,6 +82,21 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
+class Words:
+    """The dialogues of a store as they were answered: they can be tapped again."""
+
+    store: Store
+    damaged: frozenset[str]
+
+    def pieces(self, number: int) -> list[Encoded] | None:
+        """Those of a shard; None when it is damaged."""
+        if shard_name(number) in self.damaged:
+            return None
+        samples = [self.store[index] for index in self.store.shard_indices(number)]
+        return [Encoded(sample.ids_T.tolist(), sample.answer_T.tolist()) for sample in samples]
+
+
+@dataclasses.dataclass(frozen=True)
 class Standing:
     """What stands in the folder already."""
 
@@ -82,6 +106,8 @@ class Standing:
     """How the store that stands differs from this job's."""
     damaged: tuple[str, ...] = ()
     """Damaged files of a store that is this job's otherwise."""
+    words: bool = False
+    """Whether only what was tapped differs: the answers are kept."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -108,10 +134,36 @@ def standing(job: Job) -> Standing:
     except ArtifactError:
         return Standing(None, damaged=(MANIFEST,))
     inputs = job.inputs
+    if not job.taps and "taps" in manifest.inputs:  # more than is asked for
+        inputs["taps"] = manifest.inputs["taps"]
     if manifest.fingerprint != job.fingerprint(inputs):
-        return Standing(None, changed=tuple(_changes(manifest, job, inputs)))
+        changes = tuple(_changes(manifest, job, inputs))
+        return Standing(None, changed=changes, words=_same_words(manifest, job))
     damaged = Store(job.folder, manifest, COMMAND).damaged()
     return Standing(None if damaged else Store.open(job.folder, COMMAND), damaged=tuple(damaged))
+
+
+def standing_words(job: Job) -> Words | None:
+    """The store in the folder, when its dialogues are this job's and other things of them were kept."""
+    try:
+        manifest = Manifest.read(job.folder, "data", COMMAND)
+    except ArtifactError:
+        return None
+    if not _same_words(manifest, job):
+        return None
+    store = Store(job.folder, manifest, COMMAND)
+    return Words(store, frozenset(store.damaged()))
+
+
+def _same_words(manifest: Manifest, job: Job) -> bool:
+    """Whether both come from the same prompts, target and seed, answered alike."""
+
+    def words(sections: dict[str, Any], inputs: dict[str, str]) -> Any:
+        found = _determining(sections)
+        data = {key: value for key, value in found["data"].items() if key not in TAPPED}
+        return found["seed"], data, {key: value for key, value in inputs.items() if key != "taps"}
+
+    return words(manifest.recipe, manifest.inputs) == words(job.sections, job.inputs)
 
 
 def _changes(manifest: Manifest, job: Job, inputs: dict[str, str]) -> list[str]:
@@ -122,6 +174,7 @@ def _changes(manifest: Manifest, job: Job, inputs: dict[str, str]) -> list[str]:
         "target": "the target's weights or chat template changed",
         "target_dtype": f"the target's dtype was {manifest.inputs.get('target_dtype')}, is {inputs['target_dtype']}",
         "prompts": "the prompt file's content changed",
+        "taps": f"the layers tapped were {manifest.inputs.get('taps', 'none')}, are {inputs.get('taps', 'none')}",
     }
     named = [key for key in words if manifest.inputs.get(key) != inputs.get(key)]
     return found + [words[key] for key in named if not (key == "prompts" and found)]

@@ -1,6 +1,6 @@
 """One shard's dialogues: answered by the target, and read by it once more for their features.
 
-Axes: B batch, T position, D hidden.
+Axes: B batch, T position, D hidden, X width of the taps.
 """
 
 from collections.abc import Sequence
@@ -86,8 +86,15 @@ def _tap_batch(target: Target, pieces: Sequence[Encoded], dtype: torch.dtype) ->
     width = max(lengths)
     ids_BT = torch.tensor([piece.ids + [0] * (width - len(piece.ids)) for piece in pieces])
     valid_BT = torch.arange(width) < torch.tensor(lengths)[:, None]
-    feature_BTD = tap(target, ids_BT, valid_BT).feature_BTD.to("cpu", dtype)
+    found = tap(target, ids_BT, valid_BT)
+    feature_BTD = found.feature_BTD.to("cpu", dtype)
+    tap_BTX = None if found.tap_BTX is None else found.tap_BTX.to("cpu", dtype)
     return [
-        Sample(ids_BT[row, :length], torch.tensor(pieces[row].answer), feature_BTD[row, :length])
+        Sample(
+            ids_BT[row, :length],
+            torch.tensor(pieces[row].answer),
+            feature_BTD[row, :length],
+            None if tap_BTX is None else tap_BTX[row, :length],
+        )
         for row, length in enumerate(lengths)
     ]

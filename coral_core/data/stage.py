@@ -9,14 +9,14 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coral_core.artifacts import KIN, Manifest, file_sha256, partial, refuse_unfinished, stage, write_text
 from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
 from coral_core.data.endpoint import Endpoint
-from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name
+from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name, standing_words
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
 from coral_core.data.shards import answer, tap_all, words_only
@@ -62,7 +62,7 @@ def prepare(job: Job, progress: Progress = silent) -> Store:
 def _plan(job: Job, name: str, work: Path, progress: Progress) -> None:
     """Have the plan in the work folder, and beside it what was finished before."""
     for source in (work, job.folder):
-        _salvage(source, work, name)
+        _salvage(job, source, work, name)
     if (work / PLAN).exists():
         return
     spec = job.recipe.data
@@ -88,7 +88,7 @@ def bytes_at_most(job: Job, tokens: int) -> int:
     """Room that so many tokens take on disk, and the lent weights with them."""
     lent = job.target.lent
     weights = [lent.embed_VD] if lent.head_VD is lent.embed_VD else [lent.embed_VD, lent.head_VD]
-    return tokens * row_bytes(job.width, job.dtype) + sum(weight.nbytes for weight in weights)
+    return tokens * row_bytes(job.width, job.dtype, len(job.taps)) + sum(weight.nbytes for weight in weights)
 
 
 def check_room(job: Job, tokens: int) -> None:
@@ -121,17 +121,27 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
     done = total - sum(len(plan.shards[number]) for number in missing)
     answers, features = (Meter(progress, stage, total, done) for stage in ("answers", "features"))
     held_from = len(plan.dialogues) - job.recipe.data.holdout
-    for number, pieces in _answered(job, plan, missing, answers):
-        rows = plan.shards[number]
-        flat = [piece for several in pieces for piece in several]
+
+    def write(number: int, pieces: list[Encoded], held: int, names: Sequence[str] = ()) -> None:
         if job.online:
-            samples = [words_only(piece) for piece in flat]
+            samples = [words_only(piece) for piece in pieces]
         else:
-            samples = tap_all(job.target, flat, job.recipe.data.batch_size, job.dtype, features)
-        held = sum(len(several) for row, several in zip(rows, pieces, strict=True) if row >= held_from)
-        names = [plan.place(row) for row, several in zip(rows, pieces, strict=True) for _ in several]
+            target = job.target.tapping(job.taps)
+            samples = tap_all(target, pieces, job.recipe.data.batch_size, job.dtype, features)
         _finish(work, write_shard(work, number, samples, job.dtype, holdout_samples=held, names=names))
-        features.advance(len(rows), 0)
+        features.advance(len(plan.shards[number]), 0)
+
+    words = standing_words(job)
+    for number in list(missing):
+        if words is not None and (kept := words.pieces(number)) is not None:
+            answers.advance(len(plan.shards[number]), 0)
+            write(number, kept, words.store.shard_facts(number).holdout_samples)
+            missing.remove(number)
+    for number, dialogues in _answered(job, plan, missing, answers):
+        rows = list(zip(plan.shards[number], dialogues, strict=True))
+        held = sum(len(several) for row, several in rows if row >= held_from)
+        names = [plan.place(row) for row, several in rows for _ in several]
+        write(number, [piece for several in dialogues for piece in several], held, names)
     answers.finish()
     features.finish()
 
@@ -169,19 +179,22 @@ def _finished(folder: Path, number: int) -> bool:
         return False
 
 
-def _salvage(source: Path, work: Path, name: str) -> None:
-    """Take over what is undamaged of a store that is this very job's: then only what is damaged is made again."""
+def _salvage(job: Job, source: Path, work: Path, name: str) -> None:
+    """Take over what is undamaged of a store that is this very job's: then only what is damaged is made again.
+
+    Of a store whose words are this job's, but not what was tapped, only the plan: its shards are tapped anew.
+    """
     try:
         manifest = Manifest.read(source, "data", COMMAND)
     except ArtifactError:
         return
-    if manifest.fingerprint != name:
+    words = standing_words(job) if source == job.folder else None
+    if manifest.fingerprint != name and words is None:
         return
     if source != work and (work / PLAN).exists():  # what was taken over, or made anew, is there already
         return
-    store = Store(source, manifest, COMMAND)
-    damaged = set(store.damaged())
-    wanted = [ShardFacts(**facts) for facts in manifest.facts["shards"]]
+    damaged = words.damaged if words else set(Store(source, manifest, COMMAND).damaged())
+    wanted = [ShardFacts(**facts) for facts in manifest.facts["shards"]] if manifest.fingerprint == name else []
     if not damaged.intersection((PROMPTS, PLAN)):
         for file in (PROMPTS, PLAN):
             _link(source / file, work / file)
@@ -214,6 +227,7 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
         "dtype": dtype_name(job.dtype),
         "drafter_config": drafter_shape(job.target.model.config),
         KIN: job.target.kin,
+        **({"taps": list(job.taps)} if job.taps else {}),
     }
     seal(
         work,

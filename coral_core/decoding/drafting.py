@@ -20,8 +20,17 @@ from coral_core.decoding.verify import Verdict
 from coral_core.drafter.blocks import Turn
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
+from coral_core.head.full import FullHead
+from coral_core.head.static import StaticHead
 from coral_core.kernels.attention import grouped
 from coral_core.lent import Lent
+
+
+def whole_head(drafter: Drafter, lent: Lent) -> Head:
+    """Every row that the drafter can draft: of an LM head of its own, if it has one, or of the target's."""
+    if not drafter.config.draft_vocab_size:
+        return FullHead(lent)
+    return StaticHead(lent, drafter.draft_tokens, drafter.lm_head.weight)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +107,7 @@ class Drafting:
             position_T = torch.arange(past, past + new, device=token_T.device)
             sees_TK = position_T[:, None] >= torch.arange(past + new, device=token_T.device) if new > 1 else None
             turn = self.drafter.rope(position_T[None], features_TD.dtype)
-            hidden_TD = self.layer(tokens_T, features_TD, turn, sees_TK)
+            hidden_TD = self.layer(tokens_T, self.drafter.read(features_TD), turn, sees_TK)
         return hidden_TD[-1:]
 
     def grow(
@@ -145,7 +154,7 @@ class Drafting:
 
     def propose(self, hidden_ND: torch.Tensor, ahead: Ahead, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """For each drafted feature, the tokens that the target will most likely pick there: [N,R] twice."""
-        found = self.head.candidates(hidden_ND)
+        found = self.head.candidates(self.drafter.hidden(hidden_ND))
         logprob_NC = ahead.rank(level, found.logit_NC, found.token_C)
         logprob_NR, token_NR = Candidates(logprob_NC, found.token_C).best(self.plan.topk)
         return (logprob_NR + self.plan.shift).clamp_max(0) if self.plan.shift else logprob_NR, token_NR

@@ -43,6 +43,10 @@ class Engine:
     shape: TreeShape
     costs: Costs | None = None
 
+    def __post_init__(self) -> None:
+        """The target gives what this drafter reads of it."""
+        object.__setattr__(self, "target", self.target.tapping(self.drafter.config.taps))
+
     def plan(self) -> Plan:
         """Who decides on the drafts of one answer."""
         if self.costs is None:
@@ -75,7 +79,7 @@ class Engine:
         prompt_T = torch.tensor(prompt, device=target.device)
         history = History(prompt_T, capacity)
         feature_TD = prefill(target, prompt_T, cache)
-        root_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), len(prompt), history.row())
+        root_1 = sampler.pick(target.logits(feature_TD[-1:]), len(prompt), history.row())
         history.extend(root_1)
         token_T = torch.cat((prompt_T[kept + 1 :], root_1))
         memory.ids = [*prompt, *root_1.tolist()]
@@ -111,7 +115,7 @@ class Engine:
             position_BM = (draft.depth_M + past)[None]
             clock.lap("other")
             feature_MD = target.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)[0]
-            logits_MV = target.lent.logits(feature_MD)
+            logits_MV = target.logits(feature_MD)
         else:
             feature_MD, logits_MV = replayed.verify(target, cache, draft)
         clock.lap("verify")

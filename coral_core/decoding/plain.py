@@ -36,7 +36,7 @@ def _rounds(
     prompt_T = torch.tensor(prompt, device=target.device)
     history = History(prompt_T, capacity)
     feature_TD = prefill(target, prompt_T, cache)
-    picked_1 = sampler.pick(target.lent.logits(feature_TD[-1:]), len(prompt), history.row())
+    picked_1 = sampler.pick(target.logits(feature_TD[-1:]), len(prompt), history.row())
     memory.ids = [*prompt, *picked_1.tolist()]
     new_ids = stop.cut(memory.ids[-1:])
     clock.lap("prefill")
@@ -58,4 +58,4 @@ def _step(target: Target, cache: SlotCache, token_1: torch.Tensor) -> torch.Tens
     mask = masks.for_rows(target, cache.length, 1)
     position_BT = token_1.new_full((1, 1), cache.length)
     feature_BTD = target.forward(token_1[None], position_BT=position_BT, mask=mask, cache=cache)
-    return target.lent.logits(feature_BTD[0])
+    return target.logits(feature_BTD[0])

@@ -48,9 +48,9 @@ def verify(target: Target, cache: SlotCache, draft: Draft) -> tuple[torch.Tensor
                 mask=masks.for_batch(target, past_B1, depth_BM, sees_BMM, end),
                 cache=cache,
             )
-        return feature_BMD[0], target.lent.logits(feature_BMD[0])
+        return feature_BMD[0], target.logits(feature_BMD[0])
 
-    feature_MD, logits_MV = cache.graphs.run(("verify", draft.token_M.numel(), end), forward, inputs)
+    feature_MD, logits_MV = cache.graphs.run(("verify", target.taps, draft.token_M.numel(), end), forward, inputs)
     cache.length = past + rows
     return feature_MD[:rows], logits_MV[:rows]
 
@@ -95,7 +95,7 @@ class _Recorded(Drafting):
             sees_TK = column_T[:, None] >= torch.arange(end, device=past_1.device)
             with slots.place(column_T, end):
                 turn = self.drafter.rope(column_T[None], feature_TD.dtype)
-                hidden_TD = self.layer(token_T, feature_TD, turn, sees_TK)
+                hidden_TD = self.layer(token_T, self.drafter.read(feature_TD), turn, sees_TK)
             root_1, hidden_1D = token_T[fed_1 - 1], hidden_TD[fed_1 - 1]
             draft = self.grow(root_1, hidden_1D, past_1 + fed_1, Ahead(sampler, noise_LV), Clock(), end)
             return tree.filled(draft, padded_rows(draft.token_M.numel()))

@@ -67,14 +67,17 @@ def rotate(x_BHTE: torch.Tensor, cos_B1TE: torch.Tensor, sin_B1TE: torch.Tensor)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without biases or q/k norm: what the serving engines' drafter class has."""
+    """Grouped-query attention without biases or q/k norm: what the serving engines' drafter class has.
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    `inputs` is the width of what queries, keys and values are made from.
+    """
+
+    def __init__(self, inputs: int, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.q_proj = PackedLinear(hidden, heads * head_dim, bias=False)
-        self.k_proj = PackedLinear(hidden, kv_heads * head_dim, bias=False)
-        self.v_proj = PackedLinear(hidden, kv_heads * head_dim, bias=False)
+        self.q_proj = PackedLinear(inputs, heads * head_dim, bias=False)
+        self.k_proj = PackedLinear(inputs, kv_heads * head_dim, bias=False)
+        self.v_proj = PackedLinear(inputs, kv_heads * head_dim, bias=False)
         self.o_proj = PackedLinear(heads * head_dim, hidden, bias=False)
 
     def forward(self, x_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
@@ -104,10 +107,32 @@ class DraftLayer(nn.Module):
 
     def __init__(self, hidden: int, heads: tuple[int, int, int], intermediate: int, eps: float) -> None:
         super().__init__()
-        self.self_attn = Attention(hidden, *heads)
+        self.self_attn = Attention(hidden, hidden, *heads)
         self.mlp = MLP(hidden, intermediate)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
     def forward(self, x_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
         x_BTD = x_BTD + self.self_attn(x_BTD, turn, attend)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class WideLayer(nn.Module):
+    """EAGLE-3's decoder layer: queries, keys and values read [embedding ; state], each half under a norm of its own."""
+
+    def __init__(
+        self, hidden: int, heads: tuple[int, int, int], intermediate: int, eps: float, *, norm_before_residual: bool
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.hidden_norm = RMSNorm(hidden, eps)
+        self.self_attn = Attention(2 * hidden, hidden, *heads)
+        self.mlp = MLP(hidden, intermediate)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.norm_before_residual = norm_before_residual
+
+    def forward(self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+        normed_BTD = self.hidden_norm(state_BTD)
+        joined_BTD = torch.cat((self.input_layernorm(embed_BTD), normed_BTD), dim=-1)
+        residual_BTD = normed_BTD if self.norm_before_residual else state_BTD
+        x_BTD = residual_BTD + self.self_attn(joined_BTD, turn, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

@@ -1,8 +1,9 @@
-"""Drafters in EAGLE's layout on disk: EAGLE-1, EAGLE-2, HASS, and the folders that coral exports for engines.
+"""Drafters in EAGLE's layout on disk: EAGLE-1, EAGLE-2, HASS, EAGLE-3, and the folders that coral exports for engines.
 
 config.json is a plain Llama config; the weights, in model.safetensors, pytorch_model.bin, or several of either with an
 index, have no prefix:
 embed_tokens (the target's own, may be absent), fc.weight with the embedding's half first, fc.bias in some, layers.0.*.
+EAGLE-3's are in eagle3.py.
 Axes: V vocabulary, D hidden.
 """
 
@@ -19,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from coral_core.artifacts import fingerprint
+from coral_core.drafter import eagle3
 from coral_core.drafter.config import DrafterConfig, first_line, read_values
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 
 EMBED = "embed_tokens.weight"
 FC_BIAS = "fc.bias"
-REMEDY = "Import a whole EAGLE-1, EAGLE-2 or HASS checkpoint"
+REMEDY = "Import a whole checkpoint of EAGLE-1, EAGLE-2, EAGLE-3 or HASS"
 FILES = ("model.safetensors", "pytorch_model.bin")
 """A file of this name, or an index of that name and .index.json, in this order."""
 SHAPE_KEYS = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -47,16 +49,25 @@ def is_coral(folder: Path) -> bool:
     return read_values(folder, REMEDY).get("model_type") == "coral-drafter"
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, taps: tuple[int, ...] = ()) -> Checkpoint:
     """Read config and weights, all of them, with no code run.
 
-    A bias of zeros in `fc`, which SGLang's folder needs, is left out: coral's layout has none. Raises ArtifactError,
-    naming file and tensor, for what is missing, unknown, damaged or of another shape, and for another kind of drafter.
+    A bias of zeros in `fc`, which SGLang's folder needs, is left out: coral's layout has none. `taps` are what an
+    EAGLE-3 drafter reads of the target where its config does not say. Raises ArtifactError, naming file and tensor, for
+    what is missing, unknown, damaged or of another shape, and for another kind of drafter.
     """
-    values = read_values(folder, REMEDY)
+    values = eagle3.flat(folder / "config.json", read_values(folder, REMEDY))
     path, weights = _read_all(folder)
-    _refuse_other_kinds(path, values, weights)
+    if (layers := values.get("num_hidden_layers", 1)) != 1:
+        raise ArtifactError(f"{path}: num_hidden_layers is {layers}; a drafter has one. {REMEDY}")
     embed_VD = weights.pop(EMBED, None)
+    if eagle3.is_it(weights):
+        weights = eagle3.renamed(weights)
+        config = dataclasses.replace(
+            _config(folder, values, fc_bias=False), **eagle3.changes(folder / "config.json", values, weights, taps)
+        )
+        config.refuse_nonsense(folder, REMEDY)
+        return Checkpoint(Drafter.build(config, weights, source=str(path), remedy=REMEDY), embed_VD, path)
     if values.get("bias") is True and FC_BIAS not in weights:
         raise ArtifactError(f"{path} lacks tensor '{FC_BIAS}', which its config.json promises. {REMEDY}")
     if FC_BIAS in weights and not weights[FC_BIAS].count_nonzero():
@@ -157,11 +168,3 @@ def _what_was_found(error: Exception) -> str:
     called = re.search(r"GLOBAL ([\w.]+)", str(error))
     unsupported = re.search(r"Unsupported \w+ \w+", str(error))
     return f"it calls {called[1]}" if called else unsupported[0] if unsupported else first_line(error)[:160]
-
-
-def _refuse_other_kinds(path: Path, values: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
-    signs = ("d2t", "t2d", "midlayer.", "layers.0.hidden_norm.")
-    if any(name.startswith(signs) for name in weights):
-        raise ArtifactError(f"{path} is an EAGLE-3 drafter, which reads three layers of the target. {REMEDY}")
-    if (layers := values.get("num_hidden_layers", 1)) != 1:
-        raise ArtifactError(f"{path}: num_hidden_layers is {layers}; a drafter has one. {REMEDY}")

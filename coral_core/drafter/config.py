@@ -9,11 +9,12 @@ from coral_core.errors import ArtifactError
 
 COMMAND = "coral train (or coral import, if it was imported)"
 """What makes a drafter."""
+REQUIRED = dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrafterConfig:
-    """One decoder layer of the target's own shape; the keys are those of a Hugging Face Llama config."""
+    """One decoder layer of the target's own shape; the keys are a Hugging Face Llama config's, and coral's own."""
 
     hidden_size: int
     intermediate_size: int
@@ -26,10 +27,28 @@ class DrafterConfig:
     rope_parameters: dict[str, Any]
     fc_bias: bool = False
     """Whether `fc` has a bias: never in what coral trains, often in EAGLE's own checkpoints."""
+    taps: tuple[int, ...] = ()
+    """EAGLE-3's shape: the target's layers (0 is the first) whose inputs the drafter reads. Empty: EAGLE-2's shape,
+    which reads the target's last hidden state."""
+    norm_before_residual: bool = False
+    """EAGLE-3's shape: whether the layer's residual is the normed state; some checkpoints of speculators have it so."""
+    norm_output: bool = False
+    """EAGLE-3.1: the normed output is fed back; otherwise the raw one is, and only the head reads it normed."""
+    fc_norm: bool = False
+    """EAGLE-3.1: each tap goes through a norm of its own before `fc`."""
+    draft_vocab_size: int = 0
+    """EAGLE-3's shape: rows of an LM head of the drafter's own; 0: the target lends its own, whole."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "taps", tuple(self.taps))  # JSON has lists
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, as JSON reads it back."""
+        return {**dataclasses.asdict(self), "taps": list(self.taps)}
 
     def save(self, folder: Path) -> None:
         """Write config.json; `model_type` lets Hugging Face tools recognise the layout."""
-        values = {"model_type": "coral-drafter", "num_hidden_layers": 1, **dataclasses.asdict(self)}
+        values = {"model_type": "coral-drafter", "num_hidden_layers": 1, **self.to_json()}
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -40,7 +59,7 @@ class DrafterConfig:
         """
         values = read_values(folder, mend)
         fields = dataclasses.fields(cls)
-        missing = [field.name for field in fields if field.name not in values and field.default is dataclasses.MISSING]
+        missing = [field.name for field in fields if field.name not in values and field.default is REQUIRED]
         if missing:
             path = folder / "config.json"
             raise ArtifactError(f"{path} is not a drafter's config: key '{missing[0]}' is missing. {mend}")
@@ -55,7 +74,7 @@ class DrafterConfig:
             raise ArtifactError(f"{folder / 'config.json'}: {wrong}. {remedy}")
 
     def _wrong_size(self) -> str:
-        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int and field.default is REQUIRED]
         for key in sizes:
             if type(value := getattr(self, key)) is not int or value < 1:
                 return f"{key} is {value!r}; it must be a whole number above 0"
@@ -63,6 +82,10 @@ class DrafterConfig:
             return f"num_key_value_heads is {self.num_key_value_heads}; {self.num_attention_heads} heads share none"
         if type(self.rms_norm_eps) is not float or not self.rms_norm_eps >= 0:
             return f"rms_norm_eps is {self.rms_norm_eps!r}; it must be a number from 0 up"
+        if any(type(tap) is not int or tap < 0 for tap in self.taps) or len(set(self.taps)) < len(self.taps):
+            return f"taps is {list(self.taps)}; they must be different layers of the target, counted from 0"
+        if type(rows := self.draft_vocab_size) is not int or not 0 <= rows <= self.vocab_size:
+            return f"draft_vocab_size is {rows!r}; it must be from 0 to vocab_size ({self.vocab_size})"
         return ""
 
     def _wrong_rope(self) -> str:

@@ -1,11 +1,18 @@
-"""The draft network (EAGLE-2's layout, arXiv 2406.16858): one decoder layer over [token embedding ; feature].
+"""The draft network: one decoder layer, in one of two shapes.
 
+EAGLE-2 (arXiv 2406.16858): the layer reads fc[embedding ; state]; a state is a feature, the target's or a drafted one,
+and the LM head reads it as it is.
+EAGLE-3 (arXiv 2503.01840): the layer reads [embedding ; state]; the first state is fc[taps], taken from three layers of
+the target, the later ones are the layer's own output, and the LM head reads `norm` of it.
+
+A row is drafted in three steps: `read` what the target gives, `forward`, and `hidden` for the LM head; the output of
+`forward` is the state of the row after it.
 No training code and no decoding code: `attend` decides what a row sees, `lent` turns ids into embeddings, and the
-head room turns the outputs into logits. Axes: B batch, T position, D hidden.
+head room turns hidden states into logits. Axes: B batch, T position, D hidden, X width of what is read of the target.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from coral_core.artifacts import MANIFEST, Manifest, check_files, remedy
-from coral_core.drafter.blocks import Attend, DraftLayer, Rope, Turn
+from coral_core.drafter.blocks import Attend, DraftLayer, RMSNorm, Rope, Turn, WideLayer
 from coral_core.drafter.config import COMMAND, DrafterConfig
 from coral_core.drafter.hub import fetch, upload
 from coral_core.errors import ArtifactError
@@ -30,40 +37,88 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Drafter(nn.Module):
-    """Row t reads token t+1 and feature t, and predicts feature t+1."""
+    """Row t reads token t+1 and the target's feature t, and predicts what the LM head makes token t+2 of."""
 
     manifest: Manifest | None = None
     """Where it came from, once `from_pretrained` has read it: the target that it was trained for, above all."""
     folder: Path | None = None
     """The folder that `from_pretrained` read; a grouped head may lie beside it, in head/."""
+    d2t: torch.Tensor
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
-        hidden = config.hidden_size
+        hidden, eps = config.hidden_size, config.rms_norm_eps
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.fc = PackedLinear(2 * hidden, hidden, bias=config.fc_bias)
-        self.layers = nn.ModuleList([DraftLayer(hidden, heads, config.intermediate_size, config.rms_norm_eps)])
+        layer: DraftLayer | WideLayer
+        if config.taps:
+            self.fc = PackedLinear(len(config.taps) * hidden, hidden, bias=False)
+            early = config.norm_before_residual
+            layer = WideLayer(hidden, heads, config.intermediate_size, eps, norm_before_residual=early)
+            self.norm = RMSNorm(hidden, eps)
+            if config.fc_norm:
+                self.fc_norm = nn.ModuleList([RMSNorm(hidden, eps) for _ in config.taps])
+            if rows := config.draft_vocab_size:
+                self.lm_head = PackedLinear(hidden, rows, bias=False)
+                self.register_buffer("d2t", torch.zeros(rows, dtype=torch.int64))
+        else:
+            self.fc = PackedLinear(2 * hidden, hidden, bias=config.fc_bias)
+            layer = DraftLayer(hidden, heads, config.intermediate_size, eps)
+        self.layers = nn.ModuleList([layer])
         self.rope = Rope(config.rotary())
         self._start_as_identity()
 
     @torch.no_grad()
     def _start_as_identity(self) -> None:
-        """Begin near f̂ = f: `fc` passes the feature through, and the layer adds little to it.
+        """Begin near f̂ = f: `fc` passes the feature through (the last tap), and the layer adds little to it.
 
         Against random weights, at 300 steps on pico: tau 2.27 → 2.42 (20 nodes). The target's own last layer as a
         start was far worse (held-out accuracy 0.35 against 0.58): without an input norm its weights do not fit.
         """
         hidden = self.config.hidden_size
-        self.fc.weight[:, hidden:] += torch.eye(hidden, device=self.fc.weight.device)
+        self.fc.weight[:, -hidden:] += torch.eye(hidden, device=self.fc.weight.device)
         for name, weight in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 weight.mul_(0.2)
 
-    def forward(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
-        """The next features [B,T,D] from the embeddings of tokens t+1, features t, and `rope` of row positions t."""
-        x_BTD = self.fc(torch.cat((embed_BTD, feature_BTD), dim=-1))
-        return self.layers[0](x_BTD, turn, attend)
+    @torch.no_grad()
+    def expect_sizes(self, sizes: Sequence[float]) -> None:
+        """Scale the first weights such that taps of these sizes weigh alike.
+
+        Layers are far apart (root mean squares in SmolLM2 3, 7 and 22, in pico 42, 56 and 81), and a first state of the
+        last one's size would drown what attention adds to it.
+        """
+        for tap_DD, size in zip(self.fc.weight.split(self.config.hidden_size, dim=1), sizes, strict=True):
+            tap_DD.div_(size)
+
+    @property
+    def draft_tokens(self) -> torch.Tensor:
+        """The token of each row [K] of the drafter's own LM head."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def read(self, feature_BTX: torch.Tensor) -> torch.Tensor:
+        """The first states [B,T,D] from what the target gives: its features, or its taps side by side.
+
+        What stands behind the taps is left out: a target that is tapped gives its last hidden state there.
+        """
+        if not self.config.taps:
+            return feature_BTX
+        taps_BTX = feature_BTX[..., : self.fc.in_features]
+        if self.config.fc_norm:
+            parts = taps_BTX.split(self.config.hidden_size, dim=-1)
+            taps_BTX = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(taps_BTX)
+
+    def forward(self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+        """The next states [B,T,D] from the embeddings of tokens t+1, states t, and `rope` of row positions t."""
+        if not self.config.taps:
+            return self.layers[0](self.fc(torch.cat((embed_BTD, state_BTD), dim=-1)), turn, attend)
+        out_BTD = self.layers[0](embed_BTD, state_BTD, turn, attend)
+        return self.norm(out_BTD) if self.config.norm_output else out_BTD
+
+    def hidden(self, state_BTD: torch.Tensor) -> torch.Tensor:
+        """What the LM head reads [B,T,D] of a drafted state."""
+        return self.norm(state_BTD) if self.config.taps and not self.config.norm_output else state_BTD
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors; the embedding is the target's and is not repeated."""
@@ -105,14 +160,29 @@ class Drafter(nn.Module):
             if weights[name].shape != expected[name].shape:
                 shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
                 raise ArtifactError(f"{source}: tensor '{name}' has shape {shapes}. {remedy}")
-            if (dtype := weights[name].dtype) not in DTYPES:
+            if (dtype := weights[name].dtype) not in DTYPES and name != "d2t":
                 raise ArtifactError(f"{source}: tensor '{name}' is {dtype}; a drafter has no such weights. {remedy}")
         drafter.load_state_dict(weights, assign=True)
+        if config.draft_vocab_size:
+            drafter.refuse_wrong_tokens(source, remedy)
         return drafter.requires_grad_(False).eval()
+
+    def refuse_wrong_tokens(self, source: str, remedy: str) -> None:
+        """Raises ArtifactError when the rows of its own LM head do not stand for different tokens of the target."""
+        if self.d2t.dtype != torch.int64:
+            raise ArtifactError(f"{source}: tensor 'd2t' is {self.d2t.dtype}; it must hold int64 offsets. {remedy}")
+        token_K, vocabulary = self.draft_tokens, self.config.vocab_size
+        if len(token_K) < vocabulary and not self.d2t.any():
+            raise ArtifactError(f"{source}: tensor 'd2t' is all zero: nothing says which tokens it drafts. {remedy}")
+        if token_K.min() < 0 or token_K.max() >= vocabulary:
+            wrong = int(token_K[(token_K < 0) | (token_K >= vocabulary)][0])
+            raise ArtifactError(f"{source}: tensor 'd2t' leads to token {wrong}, and there are {vocabulary}. {remedy}")
+        if len(token_K.unique()) < len(token_K):
+            raise ArtifactError(f"{source}: tensor 'd2t' leads to the same token twice. {remedy}")
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Drafter":
-        """The drafter of a folder or a Hub repository: coral's own, or a checkpoint of EAGLE-1, EAGLE-2 or HASS.
+        """The drafter of a folder or a Hub repository: coral's own, or a checkpoint of EAGLE-1, 2, 3 or HASS.
 
         Raises ArtifactError when there is none, or one that does not fit its own config in every tensor.
         """

@@ -13,10 +13,11 @@ from coral_core.artifacts import KIN, MANIFEST, Manifest, stage
 from coral_core.drafter.checkpoint import is_coral, read_checkpoint, weights_fingerprint
 from coral_core.drafter.hub import fetch
 from coral_core.drafter.model import FILES, Drafter
-from coral_core.errors import ArtifactError
+from coral_core.errors import ArtifactError, TargetError
 from coral_core.head.load import load_head
+from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec
-from coral_core.target.load import Target
+from coral_core.target.load import Target, tap_layers
 
 EMBED_TOLERANCE = 1e-2
 """Relative distance of two embeddings that are the same but for rounding: bfloat16's is at most 2^-9 = 0.002."""
@@ -34,8 +35,8 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
     if is_coral(folder):
         drafter, embed_VD, path = Drafter.load(folder, AGAIN), None, folder / "model.safetensors"
     else:
-        checkpoint = read_checkpoint(folder)
-        drafter, embed_VD, path = checkpoint.drafter, checkpoint.embed_VD, checkpoint.path
+        checkpoint = read_checkpoint(folder, _usual_taps(target))
+        drafter, embed_VD, path = lent_head(checkpoint.drafter, target.lent), checkpoint.embed_VD, checkpoint.path
     refuse_broken(path, drafter)
     refuse_wrong_target(folder, drafter, embed_VD, target)
     if is_coral(folder) and (folder / MANIFEST).exists():
@@ -52,6 +53,25 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
         with stage(run / "head", head_manifest.fingerprint) as work:
             shutil.copytree(folder / "head", work, dirs_exist_ok=True)
     return manifest, head_manifest is not None
+
+
+def _usual_taps(target: Target) -> tuple[int, ...]:
+    """What EAGLE-3's own code reads of this target; nothing where it has too few layers."""
+    try:
+        return tap_layers(target.model.config)
+    except TargetError:
+        return ()
+
+
+def lent_head(drafter: Drafter, lent: Lent) -> Drafter:
+    """The drafter without an LM head of its own, where that is the target's whole one: engines want it written out."""
+    if drafter.config.draft_vocab_size != drafter.config.vocab_size or lent.head_bias_V is not None:
+        return drafter
+    if drafter.d2t.any() or not torch.equal(drafter.lm_head.weight.to(lent.head_VD), lent.head_VD):
+        return drafter
+    weights = {name: value for name, value in drafter.state_dict().items() if name not in ("lm_head.weight", "d2t")}
+    config = dataclasses.replace(drafter.config, draft_vocab_size=0)
+    return Drafter.build(config, weights, source="the checkpoint", remedy=OWN)
 
 
 def own_manifest(folder: Path, target: Target) -> Manifest:
@@ -77,7 +97,7 @@ def foreign_manifest(drafter: Drafter, source: str, target: Target) -> Manifest:
         "imported_from": source,
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
-        "drafter_config": dataclasses.asdict(drafter.config),
+        "drafter_config": drafter.config.to_json(),
         KIN: target.kin,
     }
     name = weights_fingerprint(drafter)
@@ -100,6 +120,10 @@ def refuse_broken(path: Path, drafter: Drafter) -> None:
 def refuse_wrong_target(folder: Path, drafter: Drafter, embed_VD: torch.Tensor | None, target: Target) -> None:
     """Raises ArtifactError when the target's features or words are not those that the drafter was trained on."""
     own_VD = target.lent.embed_VD.detach().cpu()
+    try:
+        target.tapping(drafter.config.taps)
+    except TargetError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
     if misfit := drafter.config.misfit(tuple(own_VD.shape)):
         raise ArtifactError(f"the drafter in {folder} {misfit}. {OWN}")
     if embed_VD is None:

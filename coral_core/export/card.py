@@ -15,6 +15,8 @@ PAPERS = {
     "eagle2": "EAGLE-2 (arXiv 2406.16858)",
     "hass": "HASS (arXiv 2408.15766)",
     "coral": "CORAL (arXiv 2502.16880)",
+    "eagle3": "EAGLE-3 (arXiv 2503.01840)",
+    "coral3": "EAGLE-3 with CORAL's alignment (arXiv 2503.01840, 2502.16880)",
 }
 
 

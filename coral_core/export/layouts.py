@@ -130,6 +130,12 @@ def tensor_shapes(layout: Layout, config: DrafterConfig) -> dict[str, tuple[int,
     return shapes
 
 
+def llama_keys(config: DrafterConfig) -> dict[str, Any]:
+    """The fields that a Llama config has too, RoPE excepted."""
+    required = (field.name for field in dataclasses.fields(config) if field.default is dataclasses.MISSING)
+    return {name: getattr(config, name) for name in required if name != "rope_parameters"}
+
+
 def config_values(layout: Layout, config: DrafterConfig, *, dtype: str, logit_scale: float) -> dict[str, Any]:
     """config.json of the folder.
 
@@ -144,11 +150,10 @@ def config_values(layout: Layout, config: DrafterConfig, *, dtype: str, logit_sc
         "num_hidden_layers": 1,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
-        **dataclasses.asdict(config),
+        **llama_keys(config),
         "rope_theta": rope["rope_theta"],
         "attention_bias": False,
     }
-    del values["fc_bias"], values["rope_parameters"]
     if layout.architecture == LAYOUTS["eagle"].architecture:
         values["bias"] = layout.fc_bias == "as is" and config.fc_bias
     if layout is not LAYOUTS["eagle"]:  # its config class is older than this key

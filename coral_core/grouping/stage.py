@@ -12,6 +12,7 @@ import torch
 
 from coral_core.artifacts import Manifest, Standing, stage, standing
 from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
 from coral_core.grouping.clustering import (
     by_cooccurrence,
     by_frequency,
@@ -85,6 +86,7 @@ def group_head(
     if finished := head_standing(recipe, run).manifest:
         return finished, False
     drafter = Drafter.load(run / "drafter").float()
+    _refuse_unusable(drafter, store, run / "drafter")
     with stage(final, fingerprint) as work:
         trial = Trial.of(recipe, store, drafter, progress)
         settings, best = try_settings(trial, probe)
@@ -103,6 +105,20 @@ def _refuse_stranger(trained: Manifest, store: Store, folder: Path) -> None:
     trained.refuse_stranger(folder, remedy, target=store.manifest.inputs["target"])
     if "data" in trained.inputs:
         trained.refuse_stranger(folder, "Run: coral train", data=store.manifest.fingerprint)
+
+
+def _refuse_unusable(drafter: Drafter, store: Store, folder: Path) -> None:
+    """Raises ArtifactError for a drafter with an LM head of its own, or that reads other layers than the data hold."""
+    if rows := drafter.config.draft_vocab_size:
+        raise ArtifactError(
+            f"the drafter in {folder} has an LM head of its own, of {rows} rows (draft_vocab_size): there is nothing "
+            "to group. Run: coral eval"
+        )
+    if drafter.config.taps and drafter.config.taps != store.taps:
+        raise ArtifactError(
+            f"the drafter in {folder} reads the inputs of layers {drafter.config.taps}, and the data in {store.folder} "
+            f"hold {store.taps or 'none'}. Run: coral prepare-data train.shape=eagle3"
+        )
 
 
 def head_standing(recipe: Recipe, run: Path) -> Standing:

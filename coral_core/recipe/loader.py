@@ -28,15 +28,19 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
     """The recipe in `path` (None: the embedded pico's own) with `section.key=value` overrides on top.
 
     A recipe without a name takes its file's. Keys that nobody wrote come from `train.preset`, then from the schema's
-    defaults. Raises RecipeError, one line, for a file that cannot be read, an unknown key, a value of the wrong type or
-    out of range, and another model under pico's name.
+    defaults; a preset among the overrides wins over the file's keys too. Raises RecipeError, one line, for a file that
+    cannot be read, an unknown key, a value of the wrong type or out of range, and another model under pico's name.
     """
     given: dict[str, Any] = {}
     given.update(_leaves(_read(path or embedded.RECIPE), "", str(path or embedded.RECIPE)))
     if path is not None:
         given.setdefault("name", re.sub(r"[^\w.-]+", "-", path.stem).lstrip("."))
+    said: dict[str, Any] = {}
     for override in overrides:
-        given.update(_override(override))
+        said.update(_override(override))
+    if preset := said.get("train.preset"):  # said later than the file's keys, so it wins over them
+        given.update({f"train.{key}": value for key, value in PRESETS[preset].items()})
+    given.update(said)
     preset = given.get("train.preset", Recipe().train.preset)
     for key, value in PRESETS[preset].items():
         given.setdefault(f"train.{key}", value)

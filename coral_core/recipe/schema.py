@@ -88,9 +88,14 @@ class DataSpec:
 class TrainSpec:
     """The drafter's training. `preset` sets the method's keys; a key written in the recipe wins over it."""
 
-    preset: Literal["quick", "coral", "hass", "eagle2"] = "quick"
+    preset: Literal["quick", "coral", "hass", "eagle2", "eagle3", "coral3"] = "quick"
     """eagle2: one unroll step; hass: three, with the top-K loss; coral: hass with alignment across steps (CSRA);
-    quick: coral in the form that is ahead in equal time."""
+    quick: coral in the form that is ahead in equal time; eagle3: its shape, seven steps, gradients through them, the
+    words' loss alone; coral3: eagle3 with CSRA."""
+    shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle2"
+    """What the drafter reads of the target. eagle2: its last hidden state; eagle3: the inputs of three layers;
+    eagle3.1: these under norms of their own, and the drafter's normed output is fed back. vLLM and SGLang load eagle2
+    and eagle3, llama.cpp eagle3."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 8
@@ -109,6 +114,10 @@ class TrainSpec:
     """Training passes n: pass F sees what the F-th drafted token sees when decoding."""
     unroll_growth: float = 0.75
     """Share of the steps over which the passes grow from 1 to `unroll_steps`, in equal parts; 0: all from the first."""
+    through_steps: bool = False
+    """Whether gradients run through the fed-back outputs of earlier steps (EAGLE-3), or these are constants (HASS)."""
+    step_decay: float = 1.0
+    """The losses on words of a step weigh this much of the step's before it: 0.8 in EAGLE-3."""
     regression_weight: float = 1.0
     """Weight of the smooth-L1 distance between drafted and true features."""
     distill_weight: float = 0.1
@@ -151,7 +160,7 @@ class TrainSpec:
         for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "csra_negatives", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         _require(0 <= self.unroll_growth < 1, "train.unroll_growth", self.unroll_growth, "from 0 to below 1")
-        for key in ("learning_rate", "clip_norm", "csra_temperature"):
+        for key in ("learning_rate", "clip_norm", "csra_temperature", "step_decay"):
             _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
         for key in ("warmup_steps", "feature_noise", "eval_every", "candidates"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
@@ -244,11 +253,23 @@ class Recipe:
         _require(bool(self.name) and plain, "name", self.name, "letters, digits, '-', '_' and '.' (it names a folder)")
 
 
+_EAGLE3: dict[str, int | float | str] = {
+    "shape": "eagle3",
+    "unroll_steps": 7,
+    "feature_noise": 0.0,
+    "through_steps": True,
+    "step_decay": 0.8,
+    "regression_weight": 0.0,
+    "distill_weight": 1.0,
+    "topk_weight": 0.0,
+}
 _WHOLE = {"candidates": 0, "unroll_growth": 0.0}
-PRESETS: dict[str, dict[str, int | float]] = {
+PRESETS: dict[str, dict[str, int | float | str]] = {
     "quick": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75},
     "coral": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, **_WHOLE},
     "hass": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.0, **_WHOLE},
     "eagle2": {"unroll_steps": 1, "topk_weight": 0.0, "csra_weight": 0.0, **_WHOLE},
+    "eagle3": {**_EAGLE3, "csra_weight": 0.0, **_WHOLE},
+    "coral3": {**_EAGLE3, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75},
 }
 """The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""

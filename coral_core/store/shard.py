@@ -2,14 +2,15 @@
 
     ids      int32 [N]      the tokens of every sample, one after another
     answer   bool  [N]      whether the target wrote the token
-    feature  any   [N, D]   the target's feature of the token
+    feature  any   [N, D]   the target's last hidden state at the token
     scale    float32 [N]    only where features are fp8: what each row's are multiplied by
+    tap_0_feature, tap_0_scale, tap_1_…, tap_2_…   likewise of three layers' inputs, only for train.shape=eagle3
     offset   int64 [S + 1]  sample i is rows offset[i] to offset[i + 1]
 
 fp8 is e4m3 (four bits of exponent, three of mantissa; largest value 448), each row scaled so that its largest magnitude
 is 448: half of bfloat16's bytes, relative error 1/16 at most instead of 1/256.
 A shard is read by slices of a memory map: a sample costs its own bytes, never the shard's.
-Axes: N row of the shard, T position in the sample, D hidden.
+Axes: N row of the shard, T position in the sample, D hidden, X width of the taps, 3D.
 """
 
 import dataclasses
@@ -39,6 +40,8 @@ class Sample:
     """bool [T]: the target wrote this token."""
     feature_TD: torch.Tensor
     """[T, D], in the dtype of the store; float32 where that is fp8."""
+    tap_TX: torch.Tensor | None = None
+    """The taps side by side, likewise, where the store holds some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +63,10 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def row_bytes(hidden: int, dtype: torch.dtype) -> int:
-    """Bytes of one token on disk: feature, its scale if it has one, id and mask."""
+def row_bytes(hidden: int, dtype: torch.dtype, taps: int = 0) -> int:
+    """Bytes of one token on disk: feature and taps, the scale of each if it has one, id and mask."""
     scale = 4 if dtype == FP8 else 0
-    return hidden * dtype.itemsize + scale + 4 + 1
+    return (1 + taps) * (hidden * dtype.itemsize + scale) + 4 + 1
 
 
 def write_shard(
@@ -79,9 +82,11 @@ def write_shard(
     sample by `names`, or else by its number."""
     assert samples, "a shard holds at least one sample"
     features = _pack(torch.cat([sample.feature_TD.cpu() for sample in samples]), dtype)
-    finite_N = torch.isfinite(features.get("scale", features["feature"]))  # a row's scale is as its largest value
-    if not finite_N.all():
-        row = int(finite_N.view(len(finite_N), -1).all(1).int().argmin())
+    taps = [sample.tap_TX.cpu() for sample in samples if sample.tap_TX is not None]
+    if taps:
+        for tap, tap_ND in enumerate(torch.cat(taps).split(features["feature"].shape[1], dim=1)):
+            features |= {f"tap_{tap}_{name}": value for name, value in _pack(tap_ND.contiguous(), dtype).items()}
+    if (row := _not_finite(features)) is not None:
         ends = itertools.accumulate(len(sample.ids_T) for sample in samples)
         bad = next(place for place, end in enumerate(ends) if row < end)
         raise DataError(
@@ -113,8 +118,17 @@ def write_shard(
     )
 
 
+def _not_finite(features: dict[str, torch.Tensor]) -> int | None:
+    """The first row with a value that is no number; of fp8 rows the scale tells, which is as the largest value."""
+    for value in features.values():
+        finite = value.dtype == FP8 or torch.isfinite(value)
+        if not isinstance(finite, bool) and not finite.all():
+            return int(finite.view(len(finite), -1).all(1).int().argmin())
+    return None
+
+
 def _pack(feature_ND: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The features' tensors on disk."""
+    """The tensors on disk of the features, or of one tap."""
     if dtype != FP8:
         return {"feature": feature_ND.to(dtype)}
     feature_ND = feature_ND.float()
@@ -149,10 +163,20 @@ class Shard:
     def sample(self, index: int) -> Sample:
         """Read one sample."""
         rows = slice(self._offsets[index], self._offsets[index + 1])
-        feature_TD = self._parts["feature"][rows]
-        if "scale" in self._parts:
-            feature_TD = _unpack(feature_TD, self._parts["scale"][rows])
-        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], feature_TD)
+        taps = [self._read(f"tap_{tap}_", rows) for tap in range(self.taps)]
+        tap_TX = torch.cat(taps, dim=1) if taps else None
+        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], self._read("", rows), tap_TX)
+
+    def _read(self, prefix: str, rows: slice) -> torch.Tensor:
+        """[T, D]: features, or one tap."""
+        feature_TD: torch.Tensor = self._parts[f"{prefix}feature"][rows]
+        scale = self._parts.get(f"{prefix}scale")
+        return feature_TD if scale is None else _unpack(feature_TD, scale[rows])
+
+    @property
+    def taps(self) -> int:
+        """How many layers' inputs it holds."""
+        return sum(name.endswith("_feature") for name in self._parts)
 
     def lengths(self) -> list[int]:
         """Tokens of each sample."""

@@ -64,8 +64,8 @@ def seal(
     return sealed
 
 
-Tap = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(ids_BT, valid_BT), padded on the right, to the target's features [B,T,D]."""
+Tap = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+"""(ids_BT, valid_BT), padded on the right, to the target's features [B,T,D], and its taps [B,T,3D] if there are any."""
 
 
 class Store:
@@ -103,6 +103,19 @@ class Store:
         number = bisect.bisect_right(self._ends, index)
         first = self._ends[number] - self._facts[number].samples
         return self._shard(number).sample(index - first)
+
+    def shard_indices(self, number: int) -> range:
+        """The samples of one shard."""
+        return range(self._ends[number] - self._facts[number].samples, self._ends[number])
+
+    def shard_facts(self, number: int) -> ShardFacts:
+        """What the manifest says of one shard."""
+        return self._facts[number]
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The target's layers whose inputs it holds, or asks the target for; empty where there are none."""
+        return tuple(self.manifest.facts.get("taps", ()))
 
     @property
     def train_indices(self) -> range:

@@ -28,7 +28,7 @@ MASKED_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A frozen causal LM; `forward` gives features, `lent.logits` its own logits from them."""
+    """A frozen causal LM; `forward` gives features, `logits` its own logits from them."""
 
     model: Any
     tokenizer: Any
@@ -45,6 +45,8 @@ class Target:
     """Whether `max_positions` is less than the model's own: further ones would change the rows before them."""
     graphs: bool = False
     """Whether decoding records its forwards (decoding/graphs.py)."""
+    taps: tuple[int, ...] = ()
+    """Layers whose inputs `forward` gives before the features (`tapping`)."""
     idle: list[Any] = dataclasses.field(default_factory=list, repr=False, compare=False)
     """Memories with recordings that no answer is using (decoding/memory.py)."""
 
@@ -98,9 +100,10 @@ class Target:
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         cache: Any = None,
     ) -> torch.Tensor:
-        """Features [B,T,D]. `mask` is additive [B,1,T,K], or one per layer type where the model mixes types.
+        """Features [B,T,D]; with three taps [B,T,4D], the features last.
 
-        Rows past the context's end, drafted nodes that will not be emitted, are read at its last position.
+        `mask` is additive [B,1,T,K], or one per layer type where the model mixes types. Rows past the context's end,
+        drafted nodes that will not be emitted, are read at its last position.
         """
         if position_BT is not None:
             position_BT = position_BT.clamp_max(self.max_positions - 1)
@@ -109,9 +112,28 @@ class Target:
             position_ids=position_BT,
             attention_mask=mask,
             use_cache=cache is not None,
+            output_hidden_states=bool(self.taps),
             **{self._cache_name: cache},
         )
-        return out.last_hidden_state
+        if not self.taps:
+            return out.last_hidden_state
+        return torch.cat([*(out.hidden_states[layer] for layer in self.taps), out.last_hidden_state], dim=-1)
+
+    def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
+        """The target's own logits [..., V] of what `forward` gives."""
+        return self.lent.logits(feature_XD[..., -self.lent.head_VD.shape[1] :])
+
+    def tapping(self, taps: tuple[int, ...]) -> "Target":
+        """The same model, giving the inputs of these layers too. Raises TargetError when it has fewer layers."""
+        if taps == self.taps:
+            return self
+        layers = int(self.model.config.get_text_config().num_hidden_layers)
+        if taps and max(taps) >= layers:
+            raise TargetError(
+                f"the drafter reads the input of layer {max(taps)} (0 is the first), and {type(self.model).__name__} "
+                f"has {layers}: it was trained for another target. Set target.model to its own"
+            )
+        return dataclasses.replace(self, taps=taps, idle=[])
 
 
 def pick_device(device: str) -> torch.device:
@@ -235,6 +257,17 @@ def _rope(config: Any) -> dict[str, Any]:
         rope = rope.get("full_attention") or next(iter(rope.values()))
     rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     return rope or {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def tap_layers(config: Any) -> tuple[int, int, int]:
+    """The layers (0 is the first) whose inputs an EAGLE-3 drafter reads: 2, n // 2 and n - 3 of n, as in EAGLE's code.
+
+    With three to six layers, where these are not three different ones, they are spread. Raises TargetError for fewer.
+    """
+    layers = int(config.get_text_config().num_hidden_layers)
+    if layers < 3:
+        raise TargetError(f"the target has {layers} layers, and train.shape=eagle3 reads three. Set train.shape=eagle2")
+    return (2, layers // 2, layers - 3) if layers >= 7 else (layers // 4, layers // 2, layers - 1)
 
 
 def _source(spec: TargetSpec) -> tuple[str, dict[str, Any]]:

@@ -60,7 +60,7 @@ def _compare_logits(target: Target, name: str) -> None:
     """Head(feature) is what the model itself answers."""
     ids_BT = _ids(target, 4)
     own_BTV = target.model(input_ids=ids_BT, use_cache=False).logits.float()
-    ours_BTV = target.lent.logits(target.forward(ids_BT)).float()
+    ours_BTV = target.logits(target.forward(ids_BT)).float()
     if not own_BTV.isfinite().all():
         raise TargetError(
             f"{name} answers with numbers that are infinite or none in {target.dtype}: its weights are damaged, or "

@@ -68,7 +68,7 @@ class VocabularyParts:
 def vocabulary(
     hidden_SND: torch.Tensor, feature_ND: torch.Tensor, head: HeadRows, weights: tuple[float, float], k: int
 ) -> tuple[torch.Tensor, VocabularyParts]:
-    """`weights[0]` · distill + `weights[1]` · topk, summed over N and S, and its parts.
+    """`weights[0]` · distill + `weights[1]` · topk, of each step [S], summed over N, and its parts.
 
     With candidates both are estimates: a drawn row counts as often as there are rows that it stands for. The top-K
     tokens and the most likely one are looked for among the certain rows.
@@ -76,8 +76,8 @@ def vocabulary(
     most = max(CHUNK_ROWS, CHUNK_ELEMENTS[feature_ND.device.type] // len(head.lent.head_VD))
     pieces = max(1, round(len(feature_ND) / most))  # equal ones: a short last chunk reads the head for little
     rows = max(1, -(-len(feature_ND) // pieces))
-    total, parts_PS = _Vocabulary.apply(hidden_SND, feature_ND, head, weights, (min(k, head.certain), rows))
-    return total, VocabularyParts(*parts_PS)
+    total_S, parts_PS = _Vocabulary.apply(hidden_SND, feature_ND, head, weights, (min(k, head.certain), rows))
+    return total_S, VocabularyParts(*parts_PS)
 
 
 class _Vocabulary(torch.autograd.Function):
@@ -103,12 +103,12 @@ class _Vocabulary(torch.autograd.Function):
                 parts_PS[:, step] += _chunk(hidden_ND, aim, head, out_ND)
         ctx.save_for_backward(grad_SND)
         ctx.mark_non_differentiable(parts_PS)
-        return (weights[0] * parts_PS[0] + weights[1] * parts_PS[1]).sum(), parts_PS
+        return weights[0] * parts_PS[0] + weights[1] * parts_PS[1], parts_PS
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_SND,) = ctx.saved_tensors
-        return (grad_SND * grads[0], None, None, None, None)
+        return (grad_SND * grads[0][:, None, None], None, None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)

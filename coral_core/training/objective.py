@@ -25,6 +25,8 @@ class Objective:
     topk_weight: float = 0.0
     topk: int = 10
     csra_weight: float = 0.0
+    step_decay: float = 1.0
+    """Weight of a step's losses on words, over that of the step before it."""
     alignment: Alignment = dataclasses.field(default_factory=Alignment)
     candidates: Candidates | None = None
     """Which rows of the LM head distillation and top-K read; None: all."""
@@ -45,10 +47,11 @@ class Objective:
         steps = len(hiddens)
         weights = (self.distill_weight, self.topk_weight)
         head = self.candidates.rows(lent, batch, generator) if self.candidates else HeadRows.whole(lent)
-        words, seen = vocabulary(hidden_SND, feature_ND, head, weights, self.topk)
+        words_S, seen = vocabulary(hidden_SND, feature_ND, head, weights, self.topk)
         parts = {"distill": seen.distill_S.mean(), "topk": seen.topk_S.mean()}
         parts["regression"] = regression(hidden_SND, feature_ND.expand_as(hidden_SND)) / steps
-        total = words / steps + self.regression_weight * parts["regression"]
+        weight_S = self.step_decay ** torch.arange(steps, device=words_S.device)
+        total = (words_S * weight_S).sum() / weight_S.sum() + self.regression_weight * parts["regression"]
         if self.csra_weight:
             token_BA = batch.ids_BT.gather(1, (row_BA + 2).clamp(max=batch.ids_BT.shape[1] - 1))
             aligned = csra(hidden_SBAD, feature_BAD, present_BA, token_BA, self.alignment, generator) / steps

@@ -1,7 +1,6 @@
 """The train stage: from runs/NAME/data to the published drafter, runs/NAME/drafter."""
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,7 +137,7 @@ def _facts(
     return {
         "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
         "dtype": "float32",
-        "drafter_config": dataclasses.asdict(drafter.config),
+        "drafter_config": drafter.config.to_json(),
         KIN: store.manifest.facts.get(KIN),
         "data": {name: store.manifest.facts[name] for name in ("samples", "tokens", "answer_tokens")},
         "last": next((line for line in reversed(lines) if line["stage"] == "train"), {}),

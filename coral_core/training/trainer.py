@@ -20,7 +20,7 @@ from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.recipe.schema import TrainSpec
-from coral_core.store.batches import Batch, batches
+from coral_core.store.batches import Batch, batch_of, batches
 from coral_core.store.store import Store
 from coral_core.training.alignment import Alignment
 from coral_core.training.candidates import Candidates
@@ -29,6 +29,8 @@ from coral_core.training.objective import Objective
 from coral_core.training.unroll import Unroll, feature_noise, loss_rows
 
 BETAS = (0.9, 0.95)
+SIZED = 8
+"""Dialogues that tell the taps' sizes."""
 FINAL_RATE = 0.1
 """The cosine ends at this share of the peak rate."""
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,10 +42,11 @@ class Trainer:
 
     def __init__(self, spec: TrainSpec, store: Store, seed: int, accelerator: accelerate.Accelerator) -> None:
         self.spec, self.store, self.seed, self.accelerator = spec, store, seed, accelerator
-        self.config = DrafterConfig(**store.manifest.facts["drafter_config"])
-        drafter = initial_drafter(self.config, seed, spec.init_from)
+        drafter = initial_drafter(drafter_config(spec, store), seed, spec.init_from)
         self.config = drafter.config
-        unroll = Unroll(drafter, spec.unroll_steps)
+        if self.config.taps and not (spec.init_from or self.config.fc_norm):
+            drafter.expect_sizes(tap_sizes(store))
+        unroll = Unroll(drafter, spec.unroll_steps, through=spec.through_steps)
         optimizer = torch.optim.AdamW(unroll.parameters(), lr=spec.learning_rate, betas=BETAS)
         self.model, self.optimizer = accelerator.prepare(unroll, optimizer)
         self.lent = store.lent().to(accelerator.device, DTYPES[spec.precision])
@@ -70,8 +73,10 @@ class Trainer:
     def loss(self, micro: "MicroBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sums over the rows of a micro-batch. Draws are keyed by the seed and the micro-batch's number."""
         generator = torch.Generator(self.accelerator.device).manual_seed(draw_seed(self.seed, micro.number))
-        noise_BRD = feature_noise(micro.batch, self.spec.feature_noise, generator) if self.spec.feature_noise else None
-        hiddens = self.model(self.lent, micro.batch, noise_BRD, unroll_steps(self.spec, self.step))
+        noise_BRX = None
+        if width := self.spec.feature_noise:
+            noise_BRX = feature_noise(micro.batch, width, generator, taps=bool(self.config.taps))
+        hiddens = self.model(self.lent, micro.batch, noise_BRX, unroll_steps(self.spec, self.step))
         return self.objective(hiddens, micro.batch, self.lent, generator)
 
     def update(self) -> None:
@@ -135,7 +140,8 @@ class MicroBatch:
     @classmethod
     def make(cls, batch: Batch, number: int, device: torch.device) -> "MicroBatch":
         tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        moved = dataclasses.replace(batch, **{name: value.to(device) for name, value in tensors.items()})
+        there = {name: value.to(device) for name, value in tensors.items() if value is not None}
+        moved = dataclasses.replace(batch, **there)
         return cls(moved, number, int(loss_rows(batch).sum()), int(batch.valid_BT.sum()))
 
 
@@ -147,7 +153,7 @@ def initial_drafter(config: DrafterConfig, seed: int, folder: str = "") -> Draft
     """
     if folder:
         drafter = Drafter.load(Path(folder)).float().requires_grad_(True).train()
-        for key in ("hidden_size", "vocab_size"):
+        for key in ("hidden_size", "vocab_size", "taps", "draft_vocab_size"):
             if (was := getattr(drafter.config, key)) != (now := getattr(config, key)):
                 raise ArtifactError(
                     f"train.init_from={folder} has {key} {was}, this target's drafter has {now}. Set another"
@@ -156,6 +162,28 @@ def initial_drafter(config: DrafterConfig, seed: int, folder: str = "") -> Draft
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Drafter(config)
+
+
+def drafter_config(spec: TrainSpec, store: Store) -> DrafterConfig:
+    """The shape that a recipe asks for. Raises ArtifactError when the data hold no taps for it."""
+    config = DrafterConfig(**store.manifest.facts["drafter_config"])
+    if spec.shape == "eagle2":
+        return config
+    if not store.taps:
+        raise ArtifactError(
+            f"the data in {store.folder} hold no taps, which train.shape={spec.shape} reads. "
+            "Run: coral prepare-data (with the same recipe; the answers are kept)"
+        )
+    later = spec.shape == "eagle3.1"
+    return dataclasses.replace(config, taps=store.taps, norm_output=later, fc_norm=later)
+
+
+def tap_sizes(store: Store) -> list[float]:
+    """Root mean square of each tap's rows, the median over the tokens of the first dialogues."""
+    batch = batch_of(store, store.train_indices[:SIZED])
+    rows_NX = batch.read_by(taps=True)[batch.valid_BT]
+    taps = rows_NX.split(rows_NX.shape[1] // len(store.taps), dim=1)
+    return [float(tap_ND.square().mean(1).sqrt().median()) for tap_ND in taps]
 
 
 def draw_seed(seed: int, number: int) -> int:
@@ -178,6 +206,7 @@ def make_objective(spec: TrainSpec, candidates: Candidates | None = None) -> Obj
         topk_weight=spec.topk_weight,
         topk=spec.topk,
         csra_weight=spec.csra_weight,
+        step_decay=spec.step_decay,
         alignment=alignment,
         candidates=candidates,
     )

@@ -1,11 +1,12 @@
 """The multi-step unroll (HASS's harmonised context): step F sees what the F-th drafted token sees when decoding.
 
-Row r reads token r+1 and a feature of position r, and predicts the target's feature r+1, in every step. Step 1 reads
-the target's features; after step j the output, moved down one row and detached, is stream j. `attention` says what a
-row sees of the streams. Not for decoding: nothing here is cached between calls.
+Row r reads token r+1 and a state of position r, and predicts what the target's head reads at r+1, in every step. Step 1
+reads what the target gave (its features or its taps); after step j the output, moved down one row, is stream j. It is
+detached, or gradients run through all steps, as EAGLE-3 trains. `attention` says what a row sees of the streams. Not
+for decoding: nothing here is cached between calls.
 
 Axes: B batch, T position, R row = T-1 (the last position has no next token), D hidden, H head, G key/value head,
-N row that is computed, P the same filled up to whole multiples.
+N row that is computed, P the same filled up to whole multiples, X width of what the target gave.
 """
 
 from collections.abc import Sequence
@@ -38,21 +39,24 @@ def unroll_rows(
     inputs: tuple[torch.Tensor, torch.Tensor],
     rows: Sequence[torch.Tensor],
     attention: StreamAttention = attend_fast,
+    *,
+    through: bool = False,
 ) -> list[torch.Tensor]:
     """Outputs [B,R,D] of as many steps as `rows` has masks [B,R]; a step runs on its mask's rows, elsewhere it gives 0.
 
-    `inputs` are the embeddings of tokens r+1 and the target's features r, both [B,R,D]. The drafter's matrices see the
+    `inputs` are the embeddings of tokens r+1 and the first states r, both [B,R,D]. The drafter's matrices see the
     masked rows of all sequences side by side, without padding; only attention is laid out by sequence. Gradients reach
-    the key and value projections of every stream, not the stream itself.
+    the key and value projections of every stream, and the stream itself only with `through`. An output is what the LM
+    head reads.
     """
-    embed_BRD, feature_BRD = inputs
+    embed_BRD, first_BRD = inputs
     shape, keys, values = embed_BRD.shape[:2], [], []
     outputs: list[torch.Tensor] = []
-    stream_BRD = feature_BRD
+    stream_BRD = first_BRD
     for mask_BR in rows:
         row_N = mask_BR.flatten().nonzero()[:, 0]
-        dtype = computing_dtype(feature_BRD)
-        missing = missing_rows(len(row_N), feature_BRD.device, dtype)
+        dtype = computing_dtype(first_BRD)
+        missing = missing_rows(len(row_N), first_BRD.device, dtype)
         row_P = torch.nn.functional.pad(row_N, (0, missing))
 
         def attend(
@@ -72,8 +76,9 @@ def unroll_rows(
         turn = drafter.rope((row_P % shape[1])[None], dtype)
         out_1PD = drafter(embed_1PD, stream_1PD, turn, attend)
         out_BRD = _scatter(out_1PD[0], row_N, shape)
-        outputs.append(out_BRD)
-        stream_BRD = torch.cat((feature_BRD[:, :1], out_BRD[:, :-1].detach()), dim=1)
+        outputs.append(drafter.hidden(out_BRD))
+        fed_BRD = out_BRD if through else out_BRD.detach()
+        stream_BRD = torch.cat((first_BRD[:, :1].to(fed_BRD.dtype), fed_BRD[:, :-1]), dim=1)
     return outputs
 
 
@@ -110,39 +115,47 @@ def unroll(
     batch: Batch,
     steps: int,
     *,
-    noise_BRD: torch.Tensor | None = None,
     wanted_BR: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Outputs [B,R,D] of each step for a batch: row r of every step predicts feature r+1; rows of padding are 0.
 
-    `noise_BRD` is added to the target's features that the drafter reads. With `wanted_BR`, only these rows of the
-    outputs mean anything, and the later steps compute no more than they need.
+    With `wanted_BR`, only these rows of the outputs mean anything, and the later steps compute no more than they need.
     """
-    embed_BRD, feature_BRD = lent.embed(batch.ids_BT[:, 1:]), batch.feature_BTD[:, :-1]
-    if noise_BRD is not None:
-        feature_BRD = feature_BRD + noise_BRD
     rows = needed_rows(batch.valid_BT[:, 1:], wanted_BR, steps)
-    return unroll_rows(drafter, (embed_BRD.to(feature_BRD.dtype), feature_BRD), rows)
+    return unroll_rows(drafter, _inputs(drafter, lent, batch, None), rows)
 
 
-def feature_noise(batch: Batch, width: float, generator: torch.Generator) -> torch.Tensor:
-    """Uniform noise [B,R,D] within ± width/2 · 512 / T, T the sequence's own length: padding does not change it."""
+def _inputs(
+    drafter: Drafter, lent: Lent, batch: Batch, noise_BRX: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings and first states [B,R,D]; the noise is added to what the drafter reads of the target."""
+    embed_BRD, read_BRX = lent.embed(batch.ids_BT[:, 1:]), batch.read_by(taps=bool(drafter.config.taps))[:, :-1]
+    if noise_BRX is not None:
+        read_BRX = read_BRX + noise_BRX
+    return embed_BRD.to(read_BRX.dtype), drafter.read(read_BRX)
+
+
+def feature_noise(batch: Batch, width: float, generator: torch.Generator, *, taps: bool = False) -> torch.Tensor:
+    """Uniform noise [B,R,X] within ± width/2 · 512 / T, T the sequence's own length: padding does not change it."""
     length_B11 = batch.valid_BT.sum(-1).clamp(min=1)[:, None, None]
-    shape = batch.feature_BTD[:, :-1].shape
-    uniform_BRD = torch.rand(shape, generator=generator, device=batch.feature_BTD.device) - 0.5
-    return uniform_BRD * (width * 512 / length_B11)
+    shape = batch.read_by(taps=taps)[:, :-1].shape
+    uniform_BRX = torch.rand(shape, generator=generator, device=batch.feature_BTD.device) - 0.5
+    return uniform_BRX * (width * 512 / length_B11)
 
 
 class Unroll(nn.Module):
     """The whole unroll of the rows that carry a loss as one forward pass: DDP and FSDP see each weight in one call."""
 
-    def __init__(self, drafter: Drafter, steps: int) -> None:
+    def __init__(self, drafter: Drafter, steps: int, *, through: bool = False) -> None:
         super().__init__()
         self.drafter = drafter
         self.steps = steps
+        self.through = through
 
     def forward(
-        self, lent: Lent, batch: Batch, noise_BRD: torch.Tensor | None = None, steps: int | None = None
+        self, lent: Lent, batch: Batch, noise_BRX: torch.Tensor | None = None, steps: int | None = None
     ) -> list[torch.Tensor]:
         """Outputs of the first `steps` steps, all of them by default."""
-        return unroll(self.drafter, lent, batch, steps or self.steps, noise_BRD=noise_BRD, wanted_BR=loss_rows(batch))
+        rows = needed_rows(batch.valid_BT[:, 1:], loss_rows(batch), steps or self.steps)
+        inputs = _inputs(self.drafter, lent, batch, noise_BRX)
+        return unroll_rows(self.drafter, inputs, rows, through=self.through)

@@ -42,14 +42,14 @@ def make_tokenizer(template: str = CHATML) -> transformers.PreTrainedTokenizerFa
 
 
 @functools.cache
-def make_target(template: str = CHATML, seed: int = 0) -> Target:
+def make_target(template: str = CHATML, seed: int = 0, layers: int = 2) -> Target:
     """A random Llama in float32 that stops at any of 40 tokens, so that what it writes ends at all lengths."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=259,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
@@ -65,7 +65,8 @@ def make_job(folder: Path, target: Target | None = None, **data: Any) -> Job:
     keys = {"max_samples": 16, "holdout": 3, "max_length": 120, "max_new_tokens": 12, "batch_size": 4}
     keys |= {"shard_tokens": 200, "regenerate": "sample", **data}
     seed = keys.pop("seed", 0)
-    overrides = [f"seed={seed}", *(f"data.{key}={value}" for key, value in keys.items())]
+    shape = keys.pop("shape", "eagle2")
+    overrides = [f"seed={seed}", f"train.shape={shape}", *(f"data.{key}={value}" for key, value in keys.items())]
     return Job(load_recipe(None, overrides), target or make_target(), folder / "data")
 
 

@@ -136,12 +136,15 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
 
 @pytest.mark.parametrize("name", ["d2t", "midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight"])
 def test_another_kind_of_drafter_is_told_apart(tmp_path, name):
-    """Also as vLLM names an EAGLE-3 layer, and where the config promises a bias that only EAGLE-1 has."""
+    """Also as vLLM names an EAGLE-3 layer, and where the config promises a bias that only EAGLE-1 has.
+
+    A target of two layers has no three that EAGLE-3 would read.
+    """
     target, folder = exported(tmp_path, "eagle")
     rewrite(folder, lambda weights: weights.update({name: torch.zeros(32)}))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"bias": True}))
-    assert "is an EAGLE-3 drafter" in refused(tmp_path, folder, target)
+    assert "has no eagle_aux_hidden_state_layer_ids" in refused(tmp_path, folder, target)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_rows_that_are_alike_stand_for_each_other_exactly(scalars):
     hidden_SND, feature_ND = torch.randn(2, 7, HIDDEN, requires_grad=True), torch.randn(7, HIDDEN)
     heads = [HeadRows.whole(lent), DRAW.rows(lent, no_answers(), torch.Generator().manual_seed(0))]
     (exact, exact_parts), (found, parts) = (losses.vocabulary(hidden_SND, feature_ND, h, weights, 3) for h in heads)
-    exact_grad_SND, grad_SND = (torch.autograd.grad(loss, hidden_SND)[0] for loss in (exact, found))
+    exact_grad_SND, grad_SND = (torch.autograd.grad(loss.sum(), hidden_SND)[0] for loss in (exact, found))
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_SND, exact_grad_SND, rtol=1e-4, atol=1e-5)
     for name in ("distill_S", "topk_S", "agree_S"):

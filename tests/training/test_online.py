@@ -24,7 +24,8 @@ def fresh_accelerate():
 
 
 def ask(ids_BT, valid_BT):
-    return tap(make_target(), ids_BT, valid_BT).feature_BTD
+    found = tap(make_target(), ids_BT, valid_BT)
+    return found.feature_BTD, found.tap_BTX
 
 
 @pytest.fixture(scope="module")

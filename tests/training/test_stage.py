@@ -28,7 +28,7 @@ def fresh_accelerate():
 
 @pytest.fixture
 def run(tmp_path):
-    tiny_store(tmp_path / "tiny" / "data")
+    tiny_store(tmp_path / "tiny" / "data", taps=True)
     return tmp_path / "tiny"
 
 

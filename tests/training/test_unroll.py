@@ -12,10 +12,16 @@ import pytest
 import torch
 
 from coral_core.training import attention, unroll
-from tests.training.helpers import HIDDEN, tiny_batch, tiny_drafter, tiny_lent
+from tests.training.helpers import HIDDEN, TAPS, tiny_batch, tiny_drafter, tiny_lent
 
 ROOT = Path(__file__).parents[2]
 BATCH = tiny_batch([14, 9, 12], answers=[(5, 14), (1, 9), (8, 11)], pad_to=17)
+SHAPES = {
+    "eagle2": {},
+    "eagle3": {"taps": TAPS},
+    "eagle3.1": {"taps": TAPS, "norm_output": True, "fc_norm": True},
+    "eagle3 norm first": {"taps": TAPS, "norm_before_residual": True},
+}
 
 
 class DraftCache:
@@ -43,25 +49,28 @@ def draft_chain(drafter, lent, ids_T, feature_TD, root, steps):
     """Outputs [D] of `steps` drafting steps: rows 0 to root read the target's features, later ones the last output."""
     cache, outs = DraftCache(), []
     rows = torch.arange(root + 1)
-    feature_1KD = feature_TD[None, : root + 1]
+    state_1KD = drafter.read(feature_TD[None, : root + 1])
     for _ in range(steps):
         embed_1KD = lent.embed(ids_T[rows + 1])[None]
-        out_1KD = drafter(embed_1KD, feature_1KD, drafter.rope(rows[None], embed_1KD.dtype), cache.attend)
-        outs.append(out_1KD[0, -1])
-        rows, feature_1KD = rows[-1:] + 1, out_1KD[:, -1:]
+        out_1KD = drafter(embed_1KD, state_1KD, drafter.rope(rows[None], embed_1KD.dtype), cache.attend)
+        outs.append(drafter.hidden(out_1KD)[0, -1])
+        rows, state_1KD = rows[-1:] + 1, out_1KD[:, -1:]
     return outs
 
 
+@pytest.mark.parametrize(
+    ("shape", "kv_heads"), [("eagle2", 1), *((shape, 2) for shape in SHAPES), ("eagle2", 4), ("eagle3", 4)]
+)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_step_f_equals_the_fth_drafting_step(steps, kv_heads):
-    drafter, lent = tiny_drafter(kv_heads=kv_heads), tiny_lent()
+def test_step_f_equals_the_fth_drafting_step(steps, shape, kv_heads):
+    drafter, lent = tiny_drafter(kv_heads=kv_heads, **SHAPES[shape]), tiny_lent()
     with torch.no_grad():
         hiddens = unroll.unroll(drafter, lent, BATCH, steps)
         assert len(hiddens) == steps
         compared = 0
         for sequence, length in enumerate(BATCH.valid_BT.sum(1).tolist()):
-            ids_T, feature_TD = BATCH.ids_BT[sequence, :length], BATCH.feature_BTD[sequence, :length]
+            ids_T = BATCH.ids_BT[sequence, :length]
+            feature_TD = BATCH.read_by(taps=shape != "eagle2")[sequence, :length]
             for root in range(length - steps):
                 chain = draft_chain(drafter, lent, ids_T, feature_TD, root, steps)
                 for step, out_D in enumerate(chain):
@@ -211,6 +220,32 @@ def test_streams_are_detached_but_their_keys_learn():
     assert grad.abs().max() > 0
 
 
+def test_gradients_run_through_all_steps_where_that_is_asked_for():
+    """Every weight's gradient is that of finite differences, which detached streams would miss; so are the outputs."""
+    lent, batch = tiny_lent(), BATCH
+    drafter = tiny_drafter(taps=TAPS).double()
+    double = dataclasses.replace(batch, tap_BTX=batch.tap_BTX.double())
+    lent = dataclasses.replace(lent, embed_VD=lent.embed_VD.double(), head_VD=lent.head_VD.double())
+
+    def loss(attend=attention.attend_eager):
+        embed_BRD, read_BRX = lent.embed(double.ids_BT[:, 1:]), double.tap_BTX[:, :-1]
+        rows = [double.valid_BT[:, 1:]] * 3
+        outs = unroll.unroll_rows(drafter, (embed_BRD, drafter.read(read_BRX)), rows, attend, through=True)
+        return outs[-1][double.valid_BT[:, 1:]].square().mean() + outs[-1][0, 4, 3]
+
+    loss().backward()
+    for name in ("fc.weight", "layers.0.self_attn.k_proj.weight", "layers.0.hidden_norm.weight", "norm.weight"):
+        weight = drafter.get_parameter(name)
+        direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).double()
+        slope = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                weight += sign * 1e-5 * direction
+                slope.append(float(loss()))
+                weight -= sign * 1e-5 * direction
+        assert (weight.grad * direction).sum() == pytest.approx((slope[0] - slope[1]) / 2e-5, rel=1e-4), name
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_computing_only_what_is_needed_changes_no_wanted_row_and_no_gradient(steps):
     lent, wanted_BR = tiny_lent(), unroll.loss_rows(BATCH)
@@ -257,7 +292,8 @@ def test_noise_depends_on_a_sequence_s_own_length_not_on_its_padding():
     generator = torch.Generator().manual_seed(0)
     lengths = [4, 8]
     batch = tiny_batch(lengths, [(1, 3), (1, 3)], pad_to=400)
-    noise_BRD = unroll.feature_noise(batch, 0.2, generator)
-    for noise_RD, length in zip(noise_BRD, lengths, strict=True):
-        assert noise_RD.abs().max() == pytest.approx(0.1 * 512 / length, rel=0.01)
-    assert noise_BRD.shape == (2, 399, HIDDEN)
+    noise_BRX = unroll.feature_noise(batch, 0.2, generator)
+    for noise_RX, length in zip(noise_BRX, lengths, strict=True):
+        assert noise_RX.abs().max() == pytest.approx(0.1 * 512 / length, rel=0.01)
+    assert noise_BRX.shape == (2, 399, HIDDEN)
+    assert unroll.feature_noise(batch, 0.2, generator, taps=True).shape == (2, 399, 3 * HIDDEN)

@@ -35,7 +35,7 @@ class BatchDrafting:
         column_BT = past_B1 + torch.arange(token_BT.shape[1], device=token_BT.device)
         end = max(past) + token_BT.shape[1]
         sees_BTK = torch.arange(end, device=token_BT.device) <= column_BT[:, :, None]
-        return self._forward(token_BT, feature_BTD, column_BT, column_BT, sees_BTK)
+        return self._forward(token_BT, self.drafter.read(feature_BTD), column_BT, column_BT, sees_BTK)
 
     def grow(self, roots: list[int], hidden_BD: torch.Tensor, past: list[int], picker: Picker) -> list[tree.Draft]:
         """Draft a tree below each root, from the drafted feature that follows it."""
@@ -76,7 +76,7 @@ class BatchDrafting:
         self, hidden_ND: torch.Tensor, picker: Picker, widths: list[int], position: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Drafting.propose` for several seats, each with its number of rows and the position that is proposed for."""
-        found, vocab = self.head.candidates(hidden_ND), self.lent.head_VD.shape[0]
+        found, vocab = self.head.candidates(self.drafter.hidden(hidden_ND)), self.lent.head_VD.shape[0]
         token_NC = found.token_C if found.token_C.dim() == 2 else found.token_C.expand_as(found.logit_NC)
         aheads = [picker.ahead(place, 1, vocab, token_NC.device) for place in position]
         parts = zip(aheads, found.logit_NC.split(widths), token_NC.split(widths), strict=True)

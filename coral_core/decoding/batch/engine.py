@@ -88,7 +88,7 @@ class _Batch:
         prompt_T = torch.tensor(prompt, device=target.device)
         history = History(prompt_T, len(prompt) + stop.remaining + self.shape.nodes)
         feature_TD = prefill(target, prompt_T, self.cache.seat(place))
-        root_1 = self.sampler.pick(target.lent.logits(feature_TD[-1:]), len(prompt), history.row())
+        root_1 = self.sampler.pick(target.logits(feature_TD[-1:]), len(prompt), history.row())
         new_ids = stop.cut(root_1.tolist())
         if not stop.done:
             history.extend(root_1)
@@ -153,7 +153,7 @@ class _Batch:
             # Filled up with a token that the row holds anyway: how often it stands there does not matter.
             past_NL = torch.stack([torch.cat((row_L, row_L[-1:].expand(widest - row_L.numel()))) for row_L in pasts])
         picked_BM = torch.full_like(forest.token_M, tree.NO_TOKEN)
-        picked_BM[valid_BM] = self.sampler.pick(self.target.lent.logits(feature_BMD[valid_BM]), position_N, past_NL)
+        picked_BM[valid_BM] = self.sampler.pick(self.target.logits(feature_BMD[valid_BM]), position_N, past_NL)
         return picked_BM
 
     def _keep(self, paths: list[list[int]], past: list[int]) -> None:

@@ -1,0 +1,154 @@
+"""The inputs of three layers beside the features: what is stored, and that words are never answered twice for them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coral_core.data import stage as module
+from coral_core.data.estimate import estimate
+from coral_core.data.job import Job, standing
+from coral_core.data.stage import prepare
+from coral_core.errors import TargetError
+from coral_core.store.batches import batch_of
+from coral_core.store.shard import shard_name
+from coral_core.store.store import Store
+from coral_core.target.capture import tap
+from tests.data.helpers import contents, make_job, make_target
+
+LAYERS = 4
+TAPS = (1, 2, 3)
+
+
+def deep_job(folder: Path, **data: object) -> Job:
+    return make_job(folder, make_target(layers=LAYERS), **{"feature_dtype": "float32", "shape": "eagle3", **data})
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store without taps."""
+    job = deep_job(tmp_path_factory.mktemp("plain"), shape="eagle2")
+    prepare(job)
+    return job.folder
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the shards whose dialogues the target was asked to answer."""
+    asked: list[int] = []
+
+    def answer(target, dialogues, *rest):
+        asked.append(len(dialogues))
+        return real(target, dialogues, *rest)
+
+    real = module.answer
+    monkeypatch.setattr(module, "answer", answer)
+    return asked
+
+
+def copied(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_a_store_holds_what_the_layers_read(tmp_path: Path) -> None:
+    job = deep_job(tmp_path)
+    store = prepare(job)
+    assert store.taps == TAPS
+    assert store.manifest.inputs["taps"] == "1 2 3"
+    sample = store[3]
+    with torch.no_grad():
+        out = job.target.model(sample.ids_T[None], output_hidden_states=True)
+    wanted_TX = torch.cat([out.hidden_states[layer][0] for layer in TAPS], dim=-1)
+    torch.testing.assert_close(sample.tap_TX, wanted_TX, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample.feature_TD, out.hidden_states[-1][0], rtol=0, atol=1e-5)
+    assert standing(job).store is not None
+
+
+def test_a_store_without_them_is_tapped_anew_and_nothing_is_answered(
+    plain: Path, tmp_path: Path, answered: list[int]
+) -> None:
+    job = deep_job(tmp_path)
+    fresh = prepare(deep_job(tmp_path / "fresh"))
+    answered.clear()
+    copied(plain, job.folder)
+    found = standing(job)
+    assert found.words
+    assert found.changed == ("the layers tapped were none, are 1 2 3",)
+    assert contents(prepare(job).folder) == contents(fresh.folder)
+    assert answered == []
+
+
+def test_a_damaged_shard_s_words_are_answered_again(plain: Path, tmp_path: Path, answered: list[int]) -> None:
+    job = deep_job(tmp_path)
+    fresh = contents(prepare(deep_job(tmp_path / "fresh")).folder)
+    answered.clear()
+    path = copied(plain, job.folder) / shard_name(1)
+    path.write_bytes(path.read_bytes()[:-8] + b"\0\1\2\3\4\5\6\7")
+    assert contents(prepare(job).folder) == fresh
+    assert len(answered) == 1
+
+
+def test_a_store_with_them_serves_a_recipe_that_asks_for_none(tmp_path: Path) -> None:
+    prepare(deep_job(tmp_path))
+    assert standing(deep_job(tmp_path, shape="eagle2")).store is not None
+    changed = standing(deep_job(tmp_path, shape="eagle2", max_samples=15))
+    assert changed.store is None
+    assert not changed.words
+
+
+@pytest.mark.parametrize("kept", [{"features": "online"}, {"feature_dtype": "fp8"}], ids=str)
+def test_other_features_of_the_same_words_are_tapped_too(
+    plain: Path, tmp_path: Path, answered: list[int], kept: dict[str, str]
+) -> None:
+    job = deep_job(tmp_path, **kept)
+    old = Store.open(copied(plain, job.folder))
+    words = [old[index].ids_T.tolist() for index in range(len(old))]
+    store = prepare(job)
+    assert [store[index].ids_T.tolist() for index in range(len(store))] == words
+    assert store.taps == TAPS
+    assert answered == []
+
+
+def test_fp8_taps_have_scales_of_their_own(plain: Path, tmp_path: Path) -> None:
+    """A tap is a hundred times as large as another: one scale for both would leave nothing of the smaller."""
+    job = deep_job(tmp_path, feature_dtype="fp8")
+    exact = prepare(deep_job(tmp_path / "exact"))
+    coarse = prepare(job)
+    for index in range(5):
+        error_TX = (coarse[index].tap_TX - exact[index].tap_TX).abs()
+        parts = zip(error_TX.split(16, 1), exact[index].tap_TX.split(16, 1), strict=True)
+        assert all(bool((error_TD <= tap_TD.abs().amax(1, keepdim=True) / 16).all()) for error_TD, tap_TD in parts)
+
+
+def test_online_taps_are_the_stored_ones(tmp_path: Path) -> None:
+    stored = prepare(deep_job(tmp_path / "stored"))
+    job = deep_job(tmp_path / "online", features="online")
+    prepare(job)
+
+    def ask(ids_BT, valid_BT):
+        found = tap(job.target.tapping(TAPS), ids_BT, valid_BT)
+        return found.feature_BTD, found.tap_BTX
+
+    online = Store.open(job.folder, tap=ask)
+    assert online.taps == TAPS
+    kept, asked = batch_of(stored, [0, 4, 2]), batch_of(online, [0, 4, 2])
+    torch.testing.assert_close(asked.tap_BTX, kept.tap_BTX, rtol=0, atol=1e-5)
+    torch.testing.assert_close(asked.feature_BTD, kept.feature_BTD, rtol=0, atol=1e-5)
+
+
+def test_the_bytes_are_told_beforehand(tmp_path: Path) -> None:
+    job = deep_job(tmp_path, feature_dtype="bfloat16")
+    expected = estimate(job)
+    store = prepare(job)
+    assert store.manifest.facts["bytes"] <= expected.size_bytes + 1000 * len(store.manifest.facts["shards"])
+    plain = estimate(deep_job(tmp_path, feature_dtype="bfloat16", shape="eagle2"))
+    assert expected.size_bytes - plain.size_bytes == expected.tokens * 3 * 16 * 2
+
+
+def test_a_target_of_two_layers_is_refused_before_it_answers(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="the target has 2 layers, and train.shape=eagle3 reads three"):
+        prepare(make_job(tmp_path, shape="eagle3"))
+    assert not (tmp_path / ".data.partial").exists()
