@@ -5,6 +5,8 @@ Nothing heavy is imported here: `coral --help` must answer at once.
 """
 
 import atexit
+import errno
+import io
 import os
 import sys
 import warnings
@@ -126,7 +128,33 @@ def main() -> None:
     """Entry point of the console script."""
     warnings.formatwarning = _one_line
     atexit.register(_leave_at_once)
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of ASCII shows ? in place of a letter it lacks
+    try:
+        app()
+    except SystemExit as done:
+        sys.exit(_flushed(done.code))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(_not_written())
+
+
+def _flushed(code: str | int | None) -> str | int | None:
+    """The exit code, once what was printed is written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return _not_written()
+    return code
+
+
+def _not_written() -> int:
+    """Say that the answer could not be printed. Python would try once more at the end, and end in a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    typer.echo("error: the output cannot be written: no space is left there, or nobody reads it", err=True)
+    return 1
 
 
 if __name__ == "__main__":

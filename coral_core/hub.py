@@ -1,5 +1,8 @@
 """Whether the Hugging Face Hub answers. Asked before its client is: without a network that one tries for minutes."""
 
+import contextlib
+from collections.abc import Iterator
+
 PATIENCE_S = 5.0
 """A Hub that has not answered after so many seconds is taken for absent."""
 
@@ -25,6 +28,19 @@ def answers() -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def offline_where_absent() -> Iterator[None]:
+    """Where the Hub does not answer, its clients take what is in their caches, or fail at once."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = not answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def unreachable() -> str:

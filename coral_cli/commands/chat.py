@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coral_cli.options import RUNS, Arguments, RunsOption, engine_of, look_at_run
-from coral_core.errors import CoralError, DataError
+from coral_core.errors import ArtifactError, CoralError, DataError
 
 if TYPE_CHECKING:
     from coral_cli.talk.session import Session
@@ -68,7 +68,10 @@ def _session(run: Run, speculative: bool) -> Session:
     target = run.target()
 
     def engine() -> Engine:
-        found = engine_of(run, target)
+        try:
+            found = engine_of(run, target)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}, or chat without a drafter: --no-speculative") from error
         err.print(f"drafter and head from {run.made}", style="dim", markup=False, soft_wrap=True)
         return found
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from coral_core import embedded
+from coral_core import embedded, hub
 from coral_core.artifacts import check_files
 from coral_core.bench.catalogue import PUBLISHED, SPEED_BENCH_MASK
 from coral_core.errors import ArtifactError, DataError
@@ -96,7 +96,10 @@ def from_hub(bench: str) -> list[Question]:
     level = client.level
     client.setLevel(logging.ERROR)  # without a network it tells of each retry, and the failure is told below
     try:
-        rows = datasets.load_dataset(source.dataset, source.configuration, data_files=source.file, split=source.split)
+        with hub.offline_where_absent():
+            rows = datasets.load_dataset(
+                source.dataset, source.configuration, data_files=source.file, split=source.split
+            )
     except Exception as error:  # the Hub client raises many kinds; the reason is passed on
         raise DataError(
             f"cannot fetch {bench} from the Hub dataset {source.dataset} ({type(error).__name__}); "
@@ -150,7 +153,7 @@ def _question(row: dict[str, Any], name: str, bench: str) -> Question:
         raise TypeError("not a JSON object")
     templated = PUBLISHED[bench].words(row) if bench in PUBLISHED else None
     turns = templated or row.get("turns") or row.get("prompt") or row["question"]
-    turns = (turns,) if isinstance(turns, str) else tuple(turns)
+    turns = (turns,) if isinstance(turns, str) else tuple(turns) if isinstance(turns, list) else ()
     if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError("a turn is empty or not text")
     tests, entry_point = row.get("test"), row.get("entry_point")

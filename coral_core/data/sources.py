@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from coral_core import hub
 from coral_core.errors import DataError
 
 SELF = "self"
@@ -238,7 +239,8 @@ def _hub(name: str, seed: int) -> Iterator[tuple[str, Any]]:
     configuration = rest[0] if len(rest) > 1 else None
     number = 0
     try:
-        stream = datasets.load_dataset(dataset, configuration, split=split, streaming=True)
+        with hub.offline_where_absent():  # else it is tried for minutes
+            stream = datasets.load_dataset(dataset, configuration, split=split, streaming=True)
         for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
             number += 1
             yield f"{name} row {number}", row

@@ -96,8 +96,8 @@ def check_room(job: Job, tokens: int) -> None:
     needed, free = bytes_at_most(job, tokens), shutil.disk_usage(existing_parent(job.folder)).free
     if needed > free:
         raise ArtifactError(
-            f"{job.folder} takes up to {needed / 1e9:,.1f} GB for {tokens:,} tokens, and its disk has "
-            f"{free / 1e9:,.1f} GB free. Lower data.max_samples or data.max_length, or choose another disk with --runs"
+            f"{job.folder} takes up to {needed / 1e6:,.1f} MB for {tokens:,} tokens, and its disk has "
+            f"{free / 1e6:,.1f} MB free. Lower data.max_samples or data.max_length, or choose another disk with --runs"
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from coral_core import embedded
 from coral_core.drafter.config import first_line
 from coral_core.errors import ArtifactError, CoralError
+from coral_core.hub import offline_where_absent
 
 READ = ("*.json", "*.safetensors", "pytorch_model*.bin", "head/*")
 """What a drafter's repository may hold that is read; a folder for an engine, in a folder of its own, is not."""
@@ -26,7 +27,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(READ)))
+        with offline_where_absent():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(READ)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(f"no folder {name}, and the Hub does not give it: {first_line(error)}.") from error
 

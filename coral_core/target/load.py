@@ -143,7 +143,10 @@ def pick_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        kind, _, number = device.partition(":")
+        if kind not in ("cpu", "cuda", "mps", "xpu") or (number and not number.isdigit()):
+            raise TargetError(f"target.device is {device!r}; it must be auto, cpu, cuda or cuda:NUMBER") from error
+        reason = str(error).splitlines()[0].rstrip(".")
         raise TargetError(f"target.device is {device!r}, which this machine lacks ({reason}); try auto") from error
 
 

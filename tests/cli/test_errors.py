@@ -115,3 +115,21 @@ def test_a_reader_that_leaves_early_gets_no_complaint(body):
         run.stdout.readline()
         run.stdout.close()
         assert run.stderr.read() == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_terminal_that_lacks_letters_shows_question_marks(encoding):
+    """A histogram's bars and ⟦ ⟧ ended in a traceback where the terminal knows ASCII alone."""
+    done = fake("out.print('█ ⟦é⟧')", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Traceback" not in fake("raise ArtifactError('no ⟦é⟧')", PYTHONIOENCODING=encoding).stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")  # noqa: PTH110
+@pytest.mark.parametrize("body", ["out.print('a')", "print_json({'a': 'b' * 100000})"])
+def test_an_output_that_takes_nothing_is_one_line(body):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        command = [sys.executable, "-c", FAKE.format(body=body)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written: no space is left there, or nobody reads it\n"

@@ -168,6 +168,9 @@ def test_the_hub_is_asked_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.bind(("127.0.0.1", 0))  # bound and never listening: a connection is refused
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         assert not hub.answers()
+        with hub.offline_where_absent():
+            assert constants.HF_HUB_OFFLINE
+        assert not constants.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not hub.answers() and hub.unreachable() == "HF_HUB_OFFLINE is set"
 
