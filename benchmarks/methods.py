@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks import replay
+from benchmarks.clock import busy_s
 from benchmarks.paired import Counts, ratio, ratio_ci95, tau, tau_ci95
 from benchmarks.record import record
 from coral_cli.options import read_recipe
@@ -237,7 +238,7 @@ def _measure(variant: Variant) -> Row:
 def step_costs(bench: Bench) -> dict[str, float]:
     """Seconds of a step of each method with each number of passes, by "METHOD PASSES", measured once.
 
-    All take the same batch in turns, and the least of TURNS counts: a neighbour on the machine only ever adds time.
+    All take the same batch in turns, and the least of TURNS counts.
     """
     specs = {
         f"{method} {passes}": bench.spec(Variant("cost", method, 0, 1, (("unroll_steps", passes),)))
@@ -260,13 +261,12 @@ def step_costs(bench: Bench) -> dict[str, float]:
 
 
 def _step_seconds(trainer: Trainer, micro: MicroBatch) -> float:
-    begun_s = time.perf_counter()
+    begun_s = busy_s()
     loss, _ = trainer.loss(micro)
     trainer.accelerator.backward(loss / micro.rows)
-    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.spec.clip_norm)
+    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.spec.clip_norm)
     trainer.update()
-    float(norm)  # waits for the device
-    return time.perf_counter() - begun_s
+    return busy_s() - begun_s
 
 
 def training_seconds(spec: TrainSpec, costs: dict[str, float]) -> float:
