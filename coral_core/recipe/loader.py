@@ -18,7 +18,7 @@ import yaml
 from coral_core import embedded
 from coral_core.artifacts import fingerprint
 from coral_core.errors import RecipeError
-from coral_core.recipe.schema import PRESETS, Recipe
+from coral_core.recipe.schema import ADDED, PRESETS, Recipe
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
@@ -66,6 +66,9 @@ def dump_yaml(recipe: Recipe) -> str:
 def section_fingerprint(recipe: Recipe, *sections: str, **inputs: str) -> str:
     """Fingerprint of the named sections (or top keys, as "seed") and of upstream artifacts' fingerprints."""
     mapping = to_mapping(recipe)
+    for section, keys in ADDED.items():
+        values = mapping[section]
+        mapping[section] = {key: value for key, value in values.items() if key not in keys or value != keys[key]}
     return fingerprint({"recipe": {name: mapping[name] for name in sections}, "inputs": inputs})
 
 

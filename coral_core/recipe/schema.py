@@ -273,3 +273,7 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
     "coral3": {**_EAGLE3, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75},
 }
 """The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""
+
+ADDED: dict[str, dict[str, int | float]] = {"train": _WHOLE}
+"""Keys by section that were added since runs were first made, at the value with which a recipe means what it meant
+without them. A fingerprint leaves them out there, so that what was made before is still known as finished."""

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from coral_core import embedded
+from coral_core.artifacts import fingerprint
 from coral_core.errors import RecipeError
 from coral_core.recipe.loader import dump_yaml, load_recipe, section_fingerprint, to_mapping
-from coral_core.recipe.schema import PRESETS, Recipe
+from coral_core.recipe.schema import ADDED, PRESETS, Recipe
 
 
 @pytest.fixture
@@ -189,6 +190,15 @@ def test_a_fingerprint_depends_on_what_is_named_and_nothing_else():
 
     assert of() == of("decode.draft_depth=3", "name=other")
     assert len({of(), of("train.steps=7"), of("seed=7"), of(data="e")}) == 4
+
+
+def test_a_key_that_was_added_later_leaves_old_fingerprints_as_they_were():
+    """A run that was made before `train.candidates` was a key is finished today too, with the whole vocabulary."""
+    recipe = load_recipe(None, ["train.preset=coral"])
+    train = {key: value for key, value in to_mapping(recipe)["train"].items() if key not in ADDED["train"]}
+    assert section_fingerprint(recipe, "train") == fingerprint({"recipe": {"train": train}, "inputs": {}})
+    others = [load_recipe(None, [f"train.{pair}"]) for pair in ("candidates=9", "unroll_growth=0.5")]
+    assert len({section_fingerprint(other, "train") for other in (recipe, *others)}) == 3
 
 
 def test_a_recipe_without_a_name_takes_its_files(tmp_path):
