@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coral_cli import hints
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_cli.options import RUNS, Arguments, RunsOption, look_at_run, open_run
 from coral_cli.tapped import Tapped
 
 if TYPE_CHECKING:
@@ -21,9 +22,15 @@ def train(
     restart: Annotated[
         bool, typer.Option("--restart", help="Drop an unfinished training, of other settings too, and begin anew.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take: steps, tokens, memory, minutes. Train nothing.")
+    ] = False,
     runs: RunsOption = RUNS,
 ) -> None:
     """Train the drafter on the tapped features."""
+    if dry_run:
+        _print_estimate(arguments, runs)
+        return
     from coral_cli.console import err, progress_bars
     from coral_core.artifacts import drop_unfinished
     from coral_core.processes import processes
@@ -45,6 +52,27 @@ def train(
             _print_summary(manifest)
             next_step = hints.pasteable("coral group-head")
             err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
+
+
+def _print_estimate(arguments: list[str] | None, runs: Path) -> None:
+    from coral_cli.console import duration_text, print_table, size_text
+    from coral_core.training.estimate import estimate
+    from coral_core.training.stage import open_data
+
+    run = look_at_run(arguments, runs)
+    tapped = Tapped(run, "")
+    tapped.check()
+    recipe = run.recipe
+    expected = estimate(recipe.train, open_data(recipe, run.folder, tapped.tap), recipe.seed)
+    rows = [
+        ("steps", f"{expected.steps:,}"),
+        ("epochs", f"{expected.epochs:.1f}"),
+        ("tokens", f"{expected.tokens:,}"),
+        ("parameters of the drafter", f"{expected.parameters:,}"),
+        ("memory", size_text(expected.peak_bytes)),
+        ("time, at most", duration_text(expected.elapsed_s)),
+    ]
+    print_table(("to expect", recipe.name), rows)
 
 
 def _acceptance(tapped: Tapped, progress: Progress) -> Measure:

@@ -7,7 +7,7 @@ from coral_cli.main import app
 OPTIONS = {
     "coral": ["--help", "--install-completion", "--show-completion", "--version"],
     "prepare-data": ["--dry-run", "--help", "--restart", "--runs", "--show"],
-    "train": ["--help", "--restart", "--runs"],
+    "train": ["--dry-run", "--help", "--restart", "--runs"],
     "group-head": ["--help", "--runs"],
     "eval": [
         *("--bench", "--drafter", "--head", "--help", "--json", "--limit", "--questions", "--resume", "--run-code"),
