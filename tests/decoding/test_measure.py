@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from coral_core.decoding import measure
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.policy.costs import Costs, rising
+from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from tests.decoding.policy.test_adaptive import PLAIN_CPU
 from tests.decoding.test_lossless import ids_of
@@ -105,7 +107,8 @@ def test_a_machine_that_wavers_is_not_believed(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(measure, "_now", wavering)
     costs = tuned(engine, tmp_path, {}).costs
-    assert costs == dataclasses.replace(measure.TYPICAL, step_s=1.0)
+    assert costs == measure.typical(engine, 1.0)
+    assert costs.level[1] > measure.OVERHEAD + 0.3, "drafter and head are a third of a model of two layers and more"
     monkeypatch.setattr(measure, "measure_costs", lambda engine: pytest.fail("measured again"))
     monkeypatch.setattr(measure, "step_s", lambda engine: 0.5)
     assert tuned(engine, tmp_path, {}).costs == costs, "the next evaluation has the same trees"
@@ -115,3 +118,23 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(measure, "measure_costs", lambda engine: PLAIN_CPU)
     assert tuned(tiny_engine(tiny_target()), tmp_path / "no", {}).costs == PLAIN_CPU
     assert not (tmp_path / "no").exists()
+
+
+def test_what_a_round_takes_outside_of_its_parts_is_a_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same parts, and rounds that take 5 plain steps by the clock: the base makes up for the difference."""
+    engine, now = tiny_engine(tiny_target()), [0.0]
+    decode, steps = Engine.decode, measure.plain
+
+    def slow(rounds: Iterator[Round], seconds: float) -> Iterator[Round]:
+        for event in rounds:
+            now[0] += seconds
+            yield event
+
+    monkeypatch.setattr(Engine, "decode", lambda *args: slow(decode(*args), 5.0))
+    monkeypatch.setattr(measure, "plain", lambda *args: slow(steps(*args), 1.0))
+    monkeypatch.setattr(measure, "_now", lambda device: now[0])
+    costs = measure._whole(engine, PLAIN_CPU)
+    shape = measure.ROUND
+    paid = costs.base + (shape.depth - 1) * costs.expanded(shape.topk)[-1] + costs.verified(shape.nodes)[-1]
+    assert paid == pytest.approx(5.0, abs=1e-3)
+    assert dataclasses.replace(costs, base=PLAIN_CPU.base) == PLAIN_CPU

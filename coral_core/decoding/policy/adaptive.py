@@ -139,6 +139,9 @@ class Paying:
         return drafts
 
     def width(self, score_N: torch.Tensor) -> int:
+        """None in a small trial: a first token that is right says enough, and costs little when it is wrong."""
+        if self.trials.small:
+            return 0
         first, wide = min(self.expanded, self.bounds.nodes), score_N.numel()
         cost_N = self.level_W[: wide + 1] + self.verify_R[first : first + wide + 1] - self.verify[first]
         width = best_prefix(self._probable(score_N) * self.goes_on, cost_N * self.trials.rate)

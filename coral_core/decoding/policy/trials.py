@@ -5,7 +5,8 @@ FORGET = 0.95
 RATE, SPENT = 1.5, 2.0
 """The rate that is believed before anything was seen, and the plain steps that it weighs."""
 REST, LONGEST_REST = 4, 64
-"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them."""
+"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them; one
+that does halves them, so that a drafter that is right now and then is not tried all the time."""
 
 
 class Trials:
@@ -15,6 +16,8 @@ class Trials:
         self.tokens, self.spent = RATE * SPENT, SPENT
         self.rest = REST
         self.plain_left = 0
+        self.small = False
+        """Whether the next draft should be a small one: the last did not pay."""
 
     @property
     def rate(self) -> float:
@@ -32,7 +35,10 @@ class Trials:
         """A drafted round brought so many tokens for so many plain steps."""
         self.tokens = FORGET * self.tokens + tokens
         self.spent = FORGET * self.spent + spent
-        if self.tokens >= self.spent or tokens >= spent:
+        self.small = self.tokens < self.spent and tokens < spent
+        if self.small:
+            self.plain_left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        elif self.tokens >= self.spent:
             self.rest = REST
         else:
-            self.plain_left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+            self.rest = max(REST, self.rest // 2)

@@ -298,6 +298,7 @@ def test_trials_are_further_and_further_apart_and_one_that_pays_ends_the_rest() 
             plan.learn(draft, judge(draft, torch.tensor([9, 9])))
     rests = [len(list(run)) for drafts, run in itertools.groupby(rounds) if not drafts]
     assert rests[:5] == [4, 8, 16, 32, LONGEST_REST] and set(rests[5:-1]) == {LONGEST_REST}
+    assert plan.trials.small and plan.width(torch.tensor([0.9]).log()) == 0, "a trial is one level deep"
     plan = Paying(PLAIN_CPU, BOUNDS, CPU)
     for picks in [[9, 9]] * 20:
         plan.learn(draft, judge(draft, torch.tensor(picks)))
@@ -305,3 +306,5 @@ def test_trials_are_further_and_further_apart_and_one_that_pays_ends_the_rest() 
     assert plan.drafts()
     plan.learn(draft, judge(draft, torch.tensor([1, 9])))
     assert plan.trials.rate == 1.0 and plan.drafts(), "two tokens for 1.15 steps"
+    assert plan.width(torch.tensor([0.9]).log()) == 1, "and the next draft is a whole one"
+    assert plan.trials.rest == LONGEST_REST // 2, "one trial that paid is not yet trusted"
