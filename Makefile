@@ -1,4 +1,5 @@
 # make demo    install into .venv, then the whole job on the embedded model: data, drafter, head, measurement
+# make real    install likewise, then fetch SmolLM2-135M, measure it with coral's drafter, and let it answer a question
 # make test    install likewise, then run the tests (no network, no GPU)
 # make lint    ruff and mypy
 # make wheel   dist/*.whl
@@ -14,7 +15,7 @@ CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint wheel docs clean
+.PHONY: demo real test lint wheel docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -26,6 +27,20 @@ demo: .venv/installed
 	@echo "The drafter and the head are in runs/demo. To talk with the model, drafted and plain:"
 	@echo "    $(BIN)/coral chat recipes/demo.yaml --speculative"
 	@echo "    $(BIN)/coral chat recipes/demo.yaml --no-speculative"
+
+REAL := runs/models/smollm2-135m.gguf
+TALK := chat recipes/smollm2-135m.yaml target.model=$(REAL)
+
+real: .venv/real
+	$(BIN)/python -m recipes.real.fetch --to $(dir $(REAL))
+	@if test -d coral_core/shipped/smollm2-135m/drafter || test -d runs/smollm2-135m/drafter; then set -e; \
+		$(BIN)/coral eval recipes/smollm2-135m.yaml target.model=$(REAL) --limit 4; \
+		echo "What is the capital of France?" | $(BIN)/coral $(TALK) --speculative; \
+		echo "To talk with it: $(BIN)/coral $(TALK) --speculative"; \
+	else \
+		echo "This checkout has no drafter for SmolLM2-135M: it answers plainly. recipes/smollm2-135m.yaml makes one."; \
+		echo "What is the capital of France?" | $(BIN)/coral $(TALK) --no-speculative; \
+	fi
 
 test: .venv/tested
 	$(BIN)/python -m pytest -q
@@ -58,6 +73,10 @@ clean:
 		$(PIP) --quiet --retries 0 install --no-compile --no-deps --index-url $(CPU_TORCH) '$(TORCH)' || true
 	$(PIP) install --no-compile '$(TORCH)'
 	$(PIP) install --no-compile --editable .
+	@touch $@
+
+.venv/real: .venv/installed
+	$(PIP) install --no-compile --editable '.[gguf]'
 	@touch $@
 
 .venv/tested: .venv/installed

@@ -174,7 +174,7 @@ class Manifest:
 
 def remedy(folder: Path, command: str) -> str:
     """What makes a damaged or missing folder anew, as the end of a message."""
-    if embedded.FOLDER in (folder, *folder.parents):
+    if embedded.holds(folder):
         return "Install coral anew: pip install --force-reinstall coral-decoding"
     return f"Run: {command}"
 

@@ -1,4 +1,4 @@
-"""pico, the model that coral ships: the one place that knows its name and where it lies."""
+"""What coral ships: pico, a whole model, and drafters of published ones. The one place that knows where they lie."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ NAME = "pico"
 FOLDER = Path(__file__).parent / "pico"
 """A run: the target, the drafter and the head trained for it, and their recipe."""
 RECIPE = FOLDER / "recipe.yaml"
+SHIPPED = Path(__file__).parent / "shipped"
+"""Drafters of published models, by the name of their run: each a run with head, recipe and held-out prompts."""
 
 
 def model_source(model: str) -> str:
@@ -14,5 +16,13 @@ def model_source(model: str) -> str:
 
 
 def made_in(run: Path, model: str, artifact: str = "drafter") -> Path:
-    """The run that holds an artifact: `run` itself, or coral's own where the target is pico and `run` has none."""
-    return FOLDER if model == NAME and not (run / artifact).exists() else run
+    """The run that holds an artifact: `run` itself, or, where it has none, the one of coral's own for this target."""
+    if (run / artifact).exists():
+        return run
+    own = FOLDER if model == NAME else SHIPPED / run.name
+    return own if own.is_dir() else run
+
+
+def holds(folder: Path) -> bool:
+    """Whether a folder is a part of the package, which no command makes anew."""
+    return any(own in (folder, *folder.parents) for own in (FOLDER, SHIPPED))

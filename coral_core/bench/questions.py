@@ -173,14 +173,14 @@ def _reference(given: Any) -> str:
 
 
 def held_out(run: Path, model: str) -> list[Question]:
-    """The prompts that a run's drafter was never trained on; for the embedded pico, the ones that coral ships.
+    """The prompts that a run's drafter was never trained on; for a drafter that coral ships, those beside it.
 
     Raises ArtifactError when the run has none.
     """
     path = run / "data" / "holdout.json"
     check_files(path.parent, [path.name], "coral prepare-data, or name a --bench")
-    if embedded.made_in(run, model, "data/holdout.json") != run:
-        path = embedded.FOLDER / "holdout.json"
+    if (own := embedded.made_in(run, model, "data/holdout.json")) != run:
+        path = own / "holdout.json"
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

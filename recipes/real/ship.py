@@ -1,0 +1,42 @@
+"""Put a run's drafter and head into the package, in bfloat16, where its recipe finds them in a new installation.
+
+python -m recipes.real.ship runs/smollm2-135m        # writes coral_core/shipped/smollm2-135m
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from coral_core import embedded
+from coral_core.artifacts import Manifest
+from coral_core.drafter.model import Drafter
+
+PROMPTS = 40
+"""Held-out prompts that go along: what `coral eval` measures on."""
+
+
+def ship(run: Path, to: Path) -> None:
+    """Copy drafter, head, recipe and some held-out prompts; the drafter is rounded to bfloat16."""
+    shutil.rmtree(to, ignore_errors=True)
+    (to / "drafter").mkdir(parents=True)
+    manifest = Manifest.read(run / "drafter", "drafter", "coral train")
+    Drafter.load(run / "drafter").to(torch.bfloat16).save(to / "drafter")
+    manifest.sealed(to / "drafter").write(to / "drafter")
+    if (run / "head").exists():
+        shutil.copytree(run / "head", to / "head")
+    shutil.copyfile(run / "recipe.yaml", to / "recipe.yaml")
+    prompts = json.loads((run / "data" / "holdout.json").read_text(encoding="utf-8"))[:PROMPTS]
+    (to / "holdout.json").write_text(json.dumps(prompts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    run = parser.parse_args().run
+    folder = embedded.SHIPPED / run.resolve().name
+    ship(run, folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")

@@ -1,0 +1,49 @@
+"""Which run holds a drafter: one's own first, then what coral ships for it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from coral_core import embedded
+from coral_core.artifacts import Manifest
+from coral_core.bench.questions import held_out
+from coral_core.drafter.model import Drafter
+from recipes.real import ship
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pico's drafter, as a run named some-model that was shipped."""
+    run = tmp_path / "trained" / "some-model"
+    for part in ("drafter", "head"):
+        shutil.copytree(embedded.FOLDER / part, run / part)
+    (run / "data").mkdir()
+    (run / "recipe.yaml").write_text("name: some-model\n")
+    (run / "data" / "holdout.json").write_text(json.dumps([[5, 6, 7]] * 50))
+    monkeypatch.setattr(embedded, "SHIPPED", tmp_path / "shipped")
+    ship.ship(run, embedded.SHIPPED / "some-model")
+    return embedded.SHIPPED / "some-model"
+
+
+def test_a_run_uses_what_is_shipped_until_it_has_its_own(tmp_path: Path, shipped: Path) -> None:
+    run = tmp_path / "runs" / "some-model"
+    assert embedded.made_in(run, "some/model") == shipped
+    assert embedded.made_in(run.with_name("other"), "some/model") == run.with_name("other")
+    assert len(held_out(run, "some/model")) == ship.PROMPTS
+    (run / "drafter").mkdir(parents=True)
+    assert embedded.made_in(run, "some/model") == run
+    assert embedded.holds(shipped / "drafter") and not embedded.holds(run)
+
+
+def test_what_is_shipped_is_whole_and_in_bfloat16(shipped: Path) -> None:
+    drafter, own = Drafter.load(shipped / "drafter"), Drafter.load(embedded.FOLDER / "drafter")
+    assert drafter.fc.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(drafter.fc.weight.float(), own.fc.weight.float(), rtol=2e-2, atol=1e-4)
+    made, before = (
+        Manifest.read(folder / "drafter", "drafter", "coral train") for folder in (shipped, embedded.FOLDER)
+    )
+    assert made.fingerprint == before.fingerprint and not made.damaged(shipped / "drafter")
+    assert Manifest.read(shipped / "head", "head", "coral group-head").inputs["drafter"] == made.fingerprint
