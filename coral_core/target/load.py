@@ -20,7 +20,7 @@ from coral_core.errors import DataError, TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import checkpoint, gguf_file, kin, norms
+from coral_core.target import checkpoint, gguf_file, kin, norms, precision
 
 MASKED_TYPES = {"full_attention", "sliding_attention"}
 """Layer types that an explicit mask fully describes; others keep a state that a rejected draft would spoil."""
@@ -150,20 +150,14 @@ def pick_device(device: str) -> torch.device:
         raise TargetError(f"target.device is {device!r}, which this machine lacks ({reason}); try auto") from error
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU, float32 on a CPU."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-
-
 def load_target(spec: TargetSpec) -> Target:
     """Load model and tokenizer. Raises TargetError for what is not there or cannot be sped up."""
     device = pick_device(spec.device)
     if spec.graphs and device.type != "cuda":
         raise TargetError(f"target.graphs records CUDA graphs, and the target is on {device.type}; set it to false")
-    dtype = pick_dtype(spec.dtype, device)
     file = None if spec.model == embedded.NAME else gguf_file.find(spec.model, spec.revision)
+    folder = Path(embedded.model_source(spec.model)).expanduser()
+    dtype = precision.pick_dtype(spec.dtype, device, file or (folder if folder.is_dir() else None))
     source, options = _source(spec) if file is None else (str(gguf_file.unpack(file, dtype)), {})
     options = checkpoint.reachable(spec.model, source, options)
     config = checkpoint.load_config(spec.model, source, options)
