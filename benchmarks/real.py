@@ -12,6 +12,7 @@ results/real.json is written anew; figures of other models in it stay.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -65,9 +66,8 @@ class Drafted:
 
     def engine(self, target: Target, head: str, tree: str) -> Engine:
         """The run's own recipe on this target; the tree is the one that pays (auto), or always as large (fixed)."""
-        recipe = load_recipe(self.folder / "recipe.yaml", [f"decode.tree={tree}", *PAPERS_TREE])
-        spec = dataclasses.replace(recipe.head, kind=head)
-        return Run(dataclasses.replace(recipe, head=spec), self.folder).engine(target)
+        keys = [f"decode.tree={tree}", f"head.kind={head}", *PAPERS_TREE]
+        return Run(load_recipe(self.folder / "recipe.yaml", keys), self.folder).engine(target)
 
 
 def drafted(text: str) -> Drafted:
@@ -213,7 +213,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     plains = [name for name in rows[0]["lanes"] if name.split()[0] in ("plain", "generate")]
     found: dict[str, Any] = {"questions": len(greedy), "tau": {}}
     for method in methods:
-        found["tau"][method] = by_bench(greedy, lambda part, method=method: tau(counts(part, method, "full")))
+        found["tau"][method] = by_bench(greedy, functools.partial(tau_of, method=method))
     if coral:
         found["speedup_greedy"] = by_bench(greedy, lambda part: fastest(part, coral) / fastest(part, plains))
     if {"coral", "hass"} <= set(methods):
@@ -253,6 +253,11 @@ def counts(rows: Sequence[Row], method: str, head: str) -> Counts:
     return tokens, rounds
 
 
+def tau_of(rows: Sequence[Row], method: str) -> float:
+    """Tokens per round of a method with the full head, over its seeds."""
+    return tau(counts(rows, method, "full"))
+
+
 def speed(rows: Sequence[Row], name: str) -> float:
     """Tokens after the first, per second after the prefill."""
     found = [row["lanes"][name] for row in rows]
@@ -266,8 +271,8 @@ def llama_figures(rows: Sequence[Row]) -> dict[str, float]:
         return {}
     found = {}
     for kind in ("q4", "q4 ngram", "bf16"):
-        rate = by_bench(greedy, lambda part, kind=kind: speed(part, f"llamacpp {kind}"))
-        found[f"{kind.replace(' ', '_')}_tokens_per_s"] = rate
+        rate = functools.partial(speed, name=f"llamacpp {kind}")
+        found[f"{kind.replace(' ', '_')}_tokens_per_s"] = by_bench(greedy, rate)
     if "plain bfloat16" in greedy[0]["lanes"]:
         found["plain_over_llamacpp_same_bits"] = by_bench(
             greedy, lambda part: speed(part, "plain bfloat16") / speed(part, "llamacpp bf16")
