@@ -21,10 +21,10 @@ import torch
 from benchmarks.record import record
 from coral_core.bench.questions import held_out
 from coral_core.bench.race import first_prompt
-from coral_core.decoding.batch.engine import BatchEngine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.table import Request, decode_all
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
 from coral_core.target.load import Target, load_target
@@ -46,9 +46,9 @@ def collect(count: int, events: Iterable[tuple[int, Round]]) -> Decoded:
     return answers, emitted
 
 
-def batched(engine: BatchEngine, prompts: Answers) -> Decoded:
-    """All prompts in the engine's seats."""
-    return collect(len(prompts), engine.decode(prompts, Sampler(), NEW))
+def batched(engine: Engine, seats: int, prompts: Answers) -> Decoded:
+    """All prompts on so many seats."""
+    return collect(len(prompts), decode_all(engine, [Request(ids, Sampler(), NEW) for ids in prompts], seats))
 
 
 def one_by_one(prompts: Answers, decode: Callable[[list[int]], Iterable[Round]]) -> Decoded:
@@ -104,7 +104,7 @@ def main() -> None:
         "engine": lambda: one_by_one(prompts, lambda ids: engine.decode(ids, Sampler(), NEW)),
     }
     for seats in options.seats:
-        lanes[f"batch {seats}"] = functools.partial(batched, BatchEngine(engine, seats), prompts)
+        lanes[f"batch {seats}"] = functools.partial(batched, engine, seats, prompts)
         lanes[f"generate {seats}"] = functools.partial(generated, target, prompts, seats)
     rows = race(lanes, options.repeats)
     speed = {str(row["lane"]): row["tokens_per_s"] for row in rows}

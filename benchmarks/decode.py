@@ -97,7 +97,9 @@ def race(found: list[Form], options: argparse.Namespace) -> Iterator[Row]:
 def cost(found: list[Form], options: argparse.Namespace) -> Iterator[Row]:
     for form in found:
         first = next(iter(form.methods.values())).engine
-        heads = {method.facts["head"]["kind"]: method.engine.head for method in reversed(form.methods.values())}
+        methods = reversed(form.methods.values())
+        heads = {method.facts["head"]["kind"]: method.engine.head for method in methods if method.engine.head}
+        assert first.drafter is not None
         parts = Parts(form.target, first.drafter, heads, first.shape, decode_cost.CONTEXT)
         yield from decode_cost.measure(parts, options.repeats)
 
@@ -105,6 +107,7 @@ def cost(found: list[Form], options: argparse.Namespace) -> Iterator[Row]:
 def oracle(found: list[Form], options: argparse.Namespace) -> Iterator[Row]:
     for form in found:
         engine = next(iter(form.methods.values())).engine
+        assert engine.drafter is not None
         some = form.prompts[: max(1, len(form.prompts) // 4)]
         yield from decode_oracle.measure(form.target, engine.drafter, decode_oracle.TREE, some, options.tokens)
 

@@ -15,8 +15,7 @@ import torch
 from benchmarks.decode_race import per_round
 from coral_core.bench.race import Lane, run_lane
 from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter

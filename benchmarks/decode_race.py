@@ -18,8 +18,7 @@ from benchmarks.decode_compiled import Compiled
 from benchmarks.paired import ratio_ci95
 from coral_core.bench.methods import Method
 from coral_core.bench.race import Decode, Lane, run_lane
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target
 

@@ -18,9 +18,8 @@ import torch
 from coral_core.decoding import masks, replayed
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting, TreeShape
-from coral_core.decoding.engine import Engine
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.graphs import Graphs, padded_rows
-from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Clock, Round, prefill
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.tree import Draft

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "store": NOUNS,
     "drafter": NOUNS,
     "head": NOUNS,
-    "data": NOUNS | {"target", "store"},
+    "data": NOUNS | {"target", "store", "decoding"},
     "inspection": NOUNS | {"store"},
     "training": NOUNS | {"store", "drafter", "head"},
     "grouping": NOUNS | {"store", "drafter", "head", "training"},

@@ -26,9 +26,9 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is the whole network.")] = LOCAL[0],
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     active: Annotated[
-        int, typer.Option("--active", min=1, help="Requests answered in turn; each holds its own caches.")
+        int, typer.Option("--active", min=1, help="Requests answered at once, in rounds that they share.")
     ] = 8,
-    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait for their turn.")] = 64,
+    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait for a place.")] = 64,
     runs: RunsOption = RUNS,
 ) -> None:
     """Answer OpenAI's chat and completions API with speculative decoding; Ctrl-C stops."""
@@ -85,9 +85,8 @@ def _listen(host: str, port: int) -> socket.socket:
 def _service(run: Run) -> Service:
     from coral_core.serve.answer import Service
 
-    target = run.target()
-    engine = engine_of(run, target)
-    return Service(run.recipe.name, target, engine.decode, run.sampler, run.recipe.decode.max_new_tokens)
+    engine = engine_of(run, run.target())
+    return Service(run.recipe.name, engine, run.sampler, run.recipe.decode.max_new_tokens)
 
 
 def _log_config(theirs: dict[str, Any]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class Session:
 
         They go on from the caches as they are, so that this costs no second prefill; the next turn cuts them off.
         """
-        from coral_core.decoding.plain import plain
+        from coral_core.decoding.engine import plain
 
         if not self.drafted.tokens or self.plain.tokens or self.sampled.tokens:
             return
@@ -190,7 +190,7 @@ class Session:
         return fast / slow, f"{measured.tokens:,} plain tokens of this session"
 
     def _decode(self, prompt: list[int]) -> Iterator[Round]:
-        from coral_core.decoding.plain import plain
+        from coral_core.decoding.engine import plain
 
         if self.speculative:
             assert self._engine is not None

@@ -15,7 +15,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from coral_core.bench.race import PLAIN, Decode, Lane, run_lane
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.load import Target
 

@@ -73,6 +73,7 @@ class _CountingHead:
 
 def rows_read(engine: Engine, prompt: list[int]) -> float:
     """LM-head rows that the drafter reads per level of the tree, the mean over a short greedy answer; not timed."""
+    assert engine.head is not None
     head = _CountingHead(engine.head)
     for _ in dataclasses.replace(engine, head=head).decode(prompt, Sampler(), PROBE_TOKENS):
         pass

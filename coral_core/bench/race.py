@@ -11,8 +11,7 @@ from typing import Any
 
 from coral_core.bench.divergence import diverges
 from coral_core.bench.questions import Question
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError

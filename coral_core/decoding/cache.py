@@ -8,12 +8,17 @@ A worked example, five rows of which three are committed and two are drafted sib
     truncate(3)        rows a b c . .      length 3
     reserve(8)         rows a b c . . . . .
 
-For a recorded forward (graphs.py), whose shapes may not depend on the length, `place` says in a tensor where the next
-rows go.
+A cache may have several seats, for answers side by side; `seat` is one of them as a cache of its own, on the same
+storage. Answers differ in length, so that a pass over several writes to other columns in each seat, as `place` says:
+
+    seat 0   a b c d x y .      new rows x y at columns 4 5
+    seat 1   a b x y . . .      new rows x y at columns 2 3
+
+A recorded forward (graphs.py), whose shapes may not depend on the length, is told its columns in the same way.
 
 Layers that look alike share one block of memory, so that a path is kept in all of them by one gather: with a storage
 each, 24 layers took 160 small operations a round, and 32 would take some 130 launches on a GPU.
-Axes: L layer's keys, then its values, B batch, G key/value head, K cached position, E head dimension.
+Axes: L layer's keys, then its values, B seat, G key/value head, T new row, K cached position, E head dimension.
 """
 
 import contextlib
@@ -23,7 +28,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from coral_core.decoding.graphs import Graphs
+from coral_core.decoding.graphs import Graphs, columns
 
 
 class Slots(CacheLayerMixin):
@@ -33,20 +38,22 @@ class Slots(CacheLayerMixin):
     keys: torch.Tensor | None
     values: torch.Tensor | None
 
-    def __init__(self, capacity: int, graphs: Graphs | None = None) -> None:
+    def __init__(self, capacity: int, graphs: Graphs | None = None, seats: int = 1) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.seats = capacity, seats
         self.length = 0
         self.graphs = graphs
         """Recordings of forwards over this storage; none where forwards run as they come."""
-        self.placed: tuple[torch.Tensor, int] | None = None
+        self.placed: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate once the first rows show heads, width, dtype and device."""
-        for name, states_BGTE in (("keys", key_states), ("values", value_states)):
-            batch, heads, _, width = states_BGTE.shape
-            setattr(self, name, states_BGTE.new_zeros(batch, heads, self.capacity, width))
+        self.keys, self.values = self._empty(key_states), self._empty(value_states)
         self.is_initialized = True
+
+    def _empty(self, states_BGTE: torch.Tensor) -> torch.Tensor:
+        _, heads, _, width = states_BGTE.shape
+        return states_BGTE.new_zeros(self.seats, heads, self.capacity, width)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -56,10 +63,7 @@ class Slots(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         if self.placed is not None:
-            column_T, end = self.placed
-            self.keys.index_copy_(2, column_T, key_states)
-            self.values.index_copy_(2, column_T, value_states)
-            return self.keys[:, :, :end], self.values[:, :, :end]
+            return self._write(self.keys, key_states), self._write(self.values, value_states)
         end = self.length + key_states.shape[-2]
         assert end <= self.capacity, f"cache of {self.capacity} rows cannot hold {end}"
         self.keys[:, :, self.length : end] = key_states
@@ -67,11 +71,27 @@ class Slots(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def _write(self, whole_BGKE: torch.Tensor, states_BGTE: torch.Tensor) -> torch.Tensor:
+        """Rows to the columns that `place` said, of the first seats; these seats' columns that are read."""
+        assert self.placed is not None
+        column_XT, end, seat_B = self.placed
+        if column_XT.dim() == 1:
+            whole_BGKE.index_copy_(2, column_XT, states_BGTE)
+            return whole_BGKE[:, :, :end]
+        batch = states_BGTE.shape[0]
+        rows_B = torch.arange(batch, device=column_XT.device) if seat_B is None else seat_B
+        whole_BGKE[rows_B[:, None], :, column_XT] = states_BGTE.transpose(1, 2)
+        return whole_BGKE[:batch, :, :end] if seat_B is None else whole_BGKE[:, :, :end].index_select(0, seat_B)
+
     @contextlib.contextmanager
-    def place(self, column_T: torch.Tensor, end: int) -> Iterator[None]:
-        """Within, new rows go to these columns and are read with all below `end`; `length` stays as it is."""
+    def place(self, column_XT: torch.Tensor, end: int, seat_B: torch.Tensor | None = None) -> Iterator[None]:
+        """Within, new rows go to these columns and are read with all below `end`; `length` stays as it is.
+
+        The columns are [T] of the only seat, or [B,T] of the seats in `seat_B`; without it, of the first ones, which
+        are read in place.
+        """
         assert end <= self.capacity, f"cache of {self.capacity} rows has no column {end - 1}"
-        self.placed = column_T, end
+        self.placed = column_XT, end, seat_B
         try:
             yield
         finally:
@@ -96,37 +116,34 @@ class Slots(CacheLayerMixin):
             return
         if self.graphs is not None:
             self.graphs.forget()
-        keys, values = self.keys, self.values
-        if keys is not None and values is not None:
-            self.keys, self.values = self._grown(keys, capacity), self._grown(values, capacity)
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = _grown(self.keys, capacity), _grown(self.values, capacity)
         self.capacity = capacity
 
-    def _grown(self, states_BGKE: torch.Tensor, capacity: int) -> torch.Tensor:
-        batch, heads, _, width = states_BGKE.shape
-        grown_BGKE = states_BGKE.new_zeros(batch, heads, capacity, width)
-        grown_BGKE[:, :, : self.length] = states_BGKE[:, :, : self.length]
-        return grown_BGKE
-
     def get_seq_length(self) -> int:
-        return self.length
+        return self.placed[1] if self.placed else self.length
 
     def get_max_length(self) -> int:
         return self.capacity
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return (self.placed[1] if self.placed else self.length + query_length), 0
 
 
 class SlotCache(Cache):
     """The target's cache: one `Slots` per layer, what a Hugging Face model takes as its cache."""
 
+    whole: "SlotCache | None" = None
+    """Of one seat: the cache that it is a part of."""
     _block_LBGKE: torch.Tensor | None = None
     """What all layers' keys and values are views of; none before the first rows, nor where layers differ in shape."""
 
-    def __init__(self, layers: int, capacity: int, graphs: Graphs | None = None) -> None:
-        super().__init__(layers=[Slots(capacity) for _ in range(layers)])
+    def __init__(self, layers: int, capacity: int, graphs: Graphs | None = None, seats: int = 1) -> None:
+        super().__init__(layers=[Slots(capacity, seats=seats) for _ in range(layers)])
         self.graphs = graphs
         """As in `Slots`."""
+        self._lent: dict[int, SlotCache] = {}
+        """The seats that were asked for."""
 
     @property
     def length(self) -> int:
@@ -143,31 +160,51 @@ class SlotCache(Cache):
         """Rows that there is room for."""
         return self.layers[0].capacity
 
+    def seat(self, number: int) -> "SlotCache":
+        """One seat as the cache of one answer, with a length of its own, on this cache's storage."""
+        if number not in self._lent:
+            self._lent[number] = SlotCache(len(self.layers), self.capacity)
+            self._lent[number].whole = self
+            self._lend(number)
+        return self._lent[number]
+
+    def _lend(self, number: int) -> None:
+        """Point one seat at the storage as it is now."""
+        seat, block_LBGKE = self._lent[number], self._block_LBGKE
+        seat._block_LBGKE = None if block_LBGKE is None else block_LBGKE[:, number : number + 1]
+        for own, part in zip(self.layers, seat.layers, strict=True):
+            part.capacity, part.is_initialized = own.capacity, own.is_initialized
+            if own.is_initialized:
+                part.keys, part.values = own.keys[number : number + 1], own.values[number : number + 1]
+
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`Slots.update` of one layer."""
         layer = self.layers[layer_idx]
         if not layer.is_initialized:
-            self._place(layer_idx, key_states, value_states)
+            (self if self.whole is None else self.whole)._allot(layer_idx, key_states, value_states)
         rows: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states)
         return rows
 
-    def _place(self, number: int, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> None:
-        """Storage for a layer that has none yet, if it looks like the first one."""
+    def _allot(self, number: int, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> None:
+        """Storage for a layer that has none yet: in the block, if it looks like the first one."""
         layer = self.layers[number]
-        batch, heads, _, width = key_BGTE.shape
-        shape = (batch, heads, layer.capacity, width)
+        _, heads, _, width = key_BGTE.shape
+        shape = (layer.seats, heads, layer.capacity, width)
         if not any(other.is_initialized for other in self.layers):
             self._block_LBGKE = key_BGTE.new_zeros(2 * len(self.layers), *shape)
         block_LBGKE = self._block_LBGKE
-        if block_LBGKE is None:
-            return
-        alike = block_LBGKE.shape[1:] == shape and key_BGTE.shape == value_BGTE.shape
-        if alike and (block_LBGKE.dtype, block_LBGKE.device) == (value_BGTE.dtype, value_BGTE.device):
-            self._view(number, block_LBGKE)
-        else:
-            self._part()
+        if block_LBGKE is not None:
+            alike = block_LBGKE.shape[1:] == shape and key_BGTE.shape == value_BGTE.shape
+            if alike and (block_LBGKE.dtype, block_LBGKE.device) == (value_BGTE.dtype, value_BGTE.device):
+                self._view(number, block_LBGKE)
+            else:
+                self._part()
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_BGTE, value_BGTE)
+        for lent in self._lent:
+            self._lend(lent)
 
     def _view(self, number: int, block_LBGKE: torch.Tensor) -> None:
         layer = self.layers[number]
@@ -182,11 +219,11 @@ class SlotCache(Cache):
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
     @contextlib.contextmanager
-    def place(self, column_T: torch.Tensor, end: int) -> Iterator[None]:
+    def place(self, column_XT: torch.Tensor, end: int, seat_B: torch.Tensor | None = None) -> Iterator[None]:
         """`Slots.place` in every layer."""
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
-                stack.enter_context(layer.place(column_T, end))
+                stack.enter_context(layer.place(column_XT, end, seat_B))
             yield
 
     def keep(self, rows_N: torch.Tensor, start: int) -> None:
@@ -205,19 +242,36 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.truncate(length)
 
+    def move(self, source: int, target: int) -> None:
+        """Give the rows of one seat to another."""
+        length = self.seat(source).length
+        for states_BGKE in (states for layer in self.layers if length for states in (layer.keys, layer.values)):
+            states_BGKE[target, :, :length] = states_BGKE[source, :, :length]
+        self.seat(target).length = length
+
     def reserve(self, capacity: int) -> None:
-        """`Slots.reserve` in every layer."""
-        if self.graphs is not None and capacity > self.capacity:
-            self.graphs.forget()
-        old_LBGKE = self._block_LBGKE
-        if old_LBGKE is None or capacity <= old_LBGKE.shape[3]:
-            for layer in self.layers:
-                layer.reserve(capacity)
+        """`Slots.reserve` in every layer; of a cache with seats, for all of them."""
+        if capacity <= self.capacity:
             return
-        sides, batch, heads, _, width = old_LBGKE.shape
-        block_LBGKE = old_LBGKE.new_zeros(sides, batch, heads, capacity, width)
-        block_LBGKE[:, :, :, : self.length] = old_LBGKE[:, :, :, : self.length]
-        self._block_LBGKE = block_LBGKE
+        if self.whole is not None:
+            self.whole.reserve(columns(capacity))  # few steps: every one copies all seats
+            return
+        if self.graphs is not None:
+            self.graphs.forget()
+        if self._block_LBGKE is not None:
+            self._block_LBGKE = _grown(self._block_LBGKE, capacity)
         for number, layer in enumerate(self.layers):
+            if self._block_LBGKE is None:
+                layer.reserve(capacity)
             layer.capacity = capacity
-            self._view(number, block_LBGKE)
+            if self._block_LBGKE is not None and layer.is_initialized:
+                self._view(number, self._block_LBGKE)
+        for lent in self._lent:
+            self._lend(lent)
+
+
+def _grown(states_XKE: torch.Tensor, capacity: int) -> torch.Tensor:
+    *axes, rows, width = states_XKE.shape
+    grown_XKE = states_XKE.new_zeros(*axes, capacity, width)
+    grown_XKE[..., :rows, :] = states_XKE
+    return grown_XKE

@@ -2,17 +2,20 @@
 
 The drafter's cache holds a row per committed position, then, while a tree grows, a row per expanded node; those are
 cut again when the draft is done, because verified features replace drafted ones (EAGLE-2).
-Axes: B batch, T position, D hidden, L level, N beam node, R proposed token, S drafted row, C candidate, K cached row,
-H query head, G key/value head, E head dimension.
+Several answers are drafted for at once, with a tree each: only the networks see a batch.
+Axes: B seat, T position, D hidden, L level, N beam node, W beam node of the widest beam, R proposed token, S drafted
+row, C candidate, K cached row, H query head, G key/value head, E head dimension.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from coral_core.decoding import masks, tree
-from coral_core.decoding.cache import Slots
+from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.policy.adaptive import Plan
 from coral_core.decoding.rounds import PREFILL_ROWS, Clock
 from coral_core.decoding.sampling import Ahead, Picker
@@ -65,7 +68,7 @@ class TreeShape:
         return None if self.confidence else self
 
     def drafts(self) -> bool:
-        return True
+        return self.nodes > 0
 
     def width(self, score_N: torch.Tensor) -> int:
         return int((score_N >= self.floor).sum()) if self.confidence else score_N.numel()
@@ -77,10 +80,16 @@ class TreeShape:
         """A fixed tree learns nothing."""
 
 
+ROOT_ONLY = TreeShape(depth=0, nodes=0, topk=0)
+"""The plan of plain decoding."""
+FEW_ROWS = 16
+"""Rows that a batch feeds together, for each answer at most; a prompt is fed alone."""
+
+
 class Drafting:
     """The drafter, its head and its cache, for one answer."""
 
-    def __init__(self, drafter: Drafter, lent: Lent, head: Head, plan: Plan, slots: Slots) -> None:
+    def __init__(self, drafter: Drafter, lent: Lent, head: Head, plan: Plan, slots: Slots | SlotCache) -> None:
         self.drafter, self.lent, self.head, self.plan = drafter, lent, head, plan
         self.slots = slots
 
@@ -173,3 +182,151 @@ class Drafting:
 
         embed_BTD = self.lent.embed(token_T)[None]
         return self.drafter(embed_BTD, feature_TD[None], turn, attend)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stem:
+    """What a tree is drafted below, in a batch: one answer's rows that the drafter has not read, and its plan."""
+
+    drafting: Drafting
+    """Over a seat of the batch's cache."""
+    seat: int
+    token_T: torch.Tensor
+    feature_TD: torch.Tensor
+    picker: Picker
+    plan: Plan
+
+
+class BatchDrafting:
+    """The drafts of several answers, a level at a time: one pass of the drafter and of the head for all of them."""
+
+    def __init__(self, stems: Sequence[Stem]) -> None:
+        first = stems[0].drafting
+        assert isinstance(first.slots, SlotCache) and first.slots.whole is not None, "a batch shares a cache"
+        self.drafter, self.lent, self.head, self.cache = first.drafter, first.lent, first.head, first.slots.whole
+        self.stems, self.device = stems, self.lent.head_VD.device
+        seats = [stem.seat for stem in stems]
+        self.seat_B = None if seats == list(range(len(seats))) else torch.tensor(seats, device=self.device)
+        self.topk = max(stem.plan.topk for stem in stems)
+
+    def draft(self, clock: Clock) -> list[tree.Draft]:
+        """As `Drafting.draft`, for each stem."""
+        hidden_BD = self.feed()
+        clock.lap("draft")
+        drafts = self.grow(hidden_BD)
+        clock.lap("draft")
+        return drafts
+
+    def feed(self) -> torch.Tensor:
+        """Append each answer's committed rows; the drafted feature [B,D] after the last of them.
+
+        Shorter ones are filled up with their last row, written again to the same place.
+        """
+        tokens, features = [], []
+        for stem in self.stems:
+            token_T, feature_TD = stem.token_T, stem.feature_TD
+            if token_T.numel() > FEW_ROWS:
+                stem.drafting.feed(token_T[:-1], feature_TD[:-1])
+                token_T, feature_TD = token_T[-1:], feature_TD[-1:]
+            tokens.append(token_T)
+            features.append(feature_TD)
+        past, new = self._committed(), [token_T.numel() for token_T in tokens]
+        widest = max(new)
+        index_BT = torch.arange(widest, device=self.device).minimum(torch.tensor(new, device=self.device)[:, None] - 1)
+        column_BT = torch.tensor(past, device=self.device)[:, None] + index_BT
+        token_BT = pad_sequence(tokens, batch_first=True).gather(1, index_BT)
+        feature_BTD = pad_sequence(features, batch_first=True).take_along_dim(index_BT[..., None], dim=1)
+        sees_BTK = torch.arange(max(map(sum, zip(past, new, strict=True))), device=self.device) <= column_BT[:, :, None]
+        hidden_BTD = self._forward(token_BT, self.drafter.read(feature_BTD), column_BT, column_BT, sees_BTK)
+        for stem, rows in zip(self.stems, new, strict=True):
+            stem.drafting.slots.length += rows
+        return hidden_BTD[:, -1]
+
+    def _committed(self) -> list[int]:
+        return [stem.drafting.slots.length for stem in self.stems]
+
+    def grow(self, hidden_BD: torch.Tensor) -> list[tree.Draft]:
+        """A tree below each root, from the drafted feature that follows it."""
+        past, stems = self._committed(), self.stems
+        vocab = self.lent.head_VD.shape[0]
+        aheads = [
+            stem.picker.ahead(rows + 1, stem.plan.depth, vocab, self.device)
+            for stem, rows in zip(stems, past, strict=True)
+        ]
+        columns = max(past) + max(stem.plan.depth for stem in stems) * self.topk
+        proposed = zip(stems, past, *self._propose(hidden_BD, aheads, [1] * len(stems), 0), strict=True)
+        beams = [
+            tree.plant(logprob_1C[0], token_1C[0], stem.plan.topk, masks.committed(rows, columns, hidden_BD))
+            for stem, rows, logprob_1C, token_1C in proposed
+        ]
+        firsts, starts, hidden_ND = past, list(range(len(stems))), hidden_BD
+        for level in range(1, max(stem.plan.depth for stem in stems)):
+            beams = [self._narrow(stem, beam, level) for stem, beam in zip(stems, beams, strict=True)]
+            widths = [beam.token_N.numel() for beam in beams]
+            if not any(widths):
+                break
+            feature_ND = torch.cat([hidden_ND[start + beam.row_N] for start, beam in zip(starts, beams, strict=True)])
+            for first, width, beam in zip(firsts, widths, beams, strict=True):
+                tree.settle(beam, torch.arange(first, first + width, device=self.device))
+            hidden_ND = self._level(beams, feature_ND, firsts, [rows - 1 + level for rows in past])
+            proposals = zip(stems, beams, *self._propose(hidden_ND, aheads, widths, level), strict=True)
+            beams = [
+                tree.extend(beam, logprob_WC, token_WC, stem.plan.topk) if len(token_WC) else beam
+                for stem, beam, logprob_WC, token_WC in proposals
+            ]
+            starts = [sum(widths[:seat]) for seat in range(len(widths))]
+            firsts = [first + width for first, width in zip(firsts, widths, strict=True)]
+        return [tree.rerank(beam, stem.token_T[-1:], stem.plan.count) for stem, beam in zip(stems, beams, strict=True)]
+
+    def _narrow(self, stem: Stem, beam: tree.Beam, level: int) -> tree.Beam:
+        wide = level < stem.plan.depth and beam.token_N.numel()
+        return tree.narrow(beam, stem.plan.width(beam.score_N) if wide else 0)
+
+    def _propose(
+        self, hidden_ND: torch.Tensor, aheads: list[Ahead], widths: list[int], level: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """`Drafting.propose` for all answers, each with its number of rows."""
+        found = self.head.candidates(self.drafter.hidden(hidden_ND))
+        if all(ahead.noise_LV is None and ahead.sampler == aheads[0].sampler for ahead in aheads):
+            logprob_NC = aheads[0].rank(level, found.logit_NC, found.token_C)
+        else:
+            tokens = [found.token_C] * len(aheads) if found.token_C.dim() == 1 else found.token_C.split(widths)
+            parts = zip(aheads, found.logit_NC.split(widths), tokens, strict=True)
+            logprob_NC = torch.cat([ahead.rank(level, logit_NC, token_C) for ahead, logit_NC, token_C in parts])
+        logprob_NR, token_NR = Candidates(logprob_NC, found.token_C).best(self.topk)
+        shifted = [
+            (part_NR + stem.plan.shift).clamp_max(0) if stem.plan.shift else part_NR
+            for stem, part_NR in zip(self.stems, logprob_NR.split(widths), strict=True)
+        ]
+        return shifted, list(token_NR.split(widths))
+
+    def _level(
+        self, beams: list[tree.Beam], feature_ND: torch.Tensor, firsts: list[int], position: list[int]
+    ) -> torch.Tensor:
+        """The drafted features [N,D] of all beams' nodes: for each seat, its first column and its nodes' position."""
+        device, widths = self.device, [beam.token_N.numel() for beam in beams]
+        valid_BW = torch.arange(max(widths), device=device) < torch.tensor(widths, device=device)[:, None]
+        token_BW = torch.zeros(valid_BW.shape, dtype=torch.long, device=device)
+        token_BW[valid_BW] = torch.cat([beam.token_N for beam in beams])
+        feature_BWD = feature_ND.new_zeros(*valid_BW.shape, feature_ND.shape[1])
+        feature_BWD[valid_BW] = feature_ND
+        column_BW = torch.tensor(firsts, device=device)[:, None] + torch.arange(max(widths), device=device)
+        sees_BWK = pad_sequence([beam.sees_NK for beam in beams], batch_first=True)[:, :, : max(firsts) + max(widths)]
+        position_B1 = torch.tensor(position, device=device)[:, None]
+        return self._forward(token_BW, feature_BWD, position_B1, column_BW, sees_BWK)[valid_BW]
+
+    def _forward(
+        self,
+        token_BT: torch.Tensor,
+        feature_BTD: torch.Tensor,
+        position_BT: torch.Tensor,
+        column_BT: torch.Tensor,
+        sees_BTK: torch.Tensor,
+    ) -> torch.Tensor:
+        def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
+            key_BGKE, value_BGKE = self.cache.update(key_BGTE, value_BGTE)
+            return grouped(query_BHTE, key_BGKE, value_BGKE, sees_BTK[:, None])
+
+        turn = self.drafter.rope(position_BT, feature_BTD.dtype)
+        with self.cache.place(column_BT, sees_BTK.shape[-1], self.seat_B):
+            return self.drafter(self.lent.embed(token_BT), feature_BTD, turn, attend)

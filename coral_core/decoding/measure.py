@@ -23,16 +23,15 @@ from typing import Any
 import torch
 
 from coral_core.artifacts import fingerprint, versions, write_text
-from coral_core.decoding import replayed, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting, TreeShape
-from coral_core.decoding.engine import Engine
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.graphs import Graphs
-from coral_core.decoding.history import History
-from coral_core.decoding.plain import plain
 from coral_core.decoding.policy.costs import Costs, rising
 from coral_core.decoding.rounds import Clock, prefill
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.step import verify_one
 
 FILE = "tree.json"
 FORM = 4
@@ -232,7 +231,6 @@ class _Bench:
         self.ids_T = torch.arange(1, self.context + ROWS[-1] + 1, device=self.device) * 7919 % vocab
         layers, recorded = target.model.config.get_text_config().num_hidden_layers, target.graphs
         self.cache = SlotCache(layers, self.context + ROWS[-1], Graphs() if recorded else None)
-        self.history = History(self.ids_T[: self.context], self.context)
         self.feature_TD = prefill(target, self.ids_T[: self.context], self.cache)
         self.slots = Slots(self.context + FED + (1 + LEVELS) * WIDTHS[-1], Graphs() if recorded else None)
         self._drafting(1, 1).feed(self.ids_T[: self.context], self.feature_TD)
@@ -249,8 +247,9 @@ class _Bench:
 
     def _drafting(self, depth: int, width: int) -> Drafting:
         """Of as many nodes on every level, and one of them verified."""
-        engine, shape = self.engine, TreeShape(depth=depth, nodes=1, topk=width)
-        return replayed.drafting(engine.drafter, engine.target.lent, engine.head, shape, self.slots)
+        drafting = self.engine.drafting(TreeShape(depth=depth, nodes=1, topk=width), self.slots)
+        assert drafting is not None, "costs are those of drafts"
+        return drafting
 
     def _bushy(self, rows: int) -> tree.Draft:
         """A tree in which every node has two children."""
@@ -266,8 +265,9 @@ class _Bench:
         )
 
     def _verify(self, draft: tree.Draft) -> None:
-        verdict, _ = self.engine.verify(draft, self.cache, Sampler(), self.history, Clock())
-        verdict.new_A.tolist()
+        _, logits_MV = verify_one(self.engine.target, self.cache, draft, Clock())
+        verdict = Sampler().judge(draft, logits_MV, self.context + 1)
+        self.cache.keep(verdict.path_A, self.context)
         self.cache.truncate(self.context)
 
     def _draft(self, drafting: Drafting) -> None:

@@ -24,11 +24,12 @@ class Memory:
     anywhere, by Ctrl-C in the middle of a layer too, leaves a memory that can go on.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, cache: SlotCache | None = None, slots: Slots | SlotCache | None = None) -> None:
+        """With caches of its own, unless seats of shared ones are given."""
         self.ids: list[int] = []
         layers = target.model.config.get_text_config().num_hidden_layers
-        self.cache = SlotCache(layers, 0, Graphs() if target.graphs else None)
-        self.slots = Slots(0, Graphs() if target.graphs else None)
+        self.cache = cache or SlotCache(layers, 0, Graphs() if target.graphs else None)
+        self.slots = slots or Slots(0, Graphs() if target.graphs else None)
         """The drafter's rows; they lag behind after plain answers."""
 
     def recall(self, prompt: list[int], capacity: int, draft_rows: int | None = None) -> int:

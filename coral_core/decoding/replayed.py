@@ -55,7 +55,7 @@ def verify(target: Target, cache: SlotCache, draft: Draft) -> tuple[torch.Tensor
     return feature_MD[:rows], logits_MV[:rows]
 
 
-def drafting(drafter: Drafter, lent: Lent, head: Head, plan: Plan, slots: Slots) -> Drafting:
+def drafting(drafter: Drafter, lent: Lent, head: Head, plan: Plan, slots: Slots | SlotCache) -> Drafting:
     """The drafting of one answer, recorded where all of it can be: one shape of tree, a head that waits for nothing."""
     recorded = slots.graphs is not None and head.recordable and plan.shape is not None
     return (_Recorded if recorded else Drafting)(drafter, lent, head, plan, slots)

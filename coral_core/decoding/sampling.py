@@ -9,6 +9,7 @@ Axes: N row, V vocabulary, M tree row, C candidate token, L token of a row's own
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -172,3 +173,21 @@ class Sampler:
             return self._rows.at(position, 1, vocab, device)
         distinct_P, row_N = position.unique(return_inverse=True)
         return gumbel(self.seed, distinct_P, torch.arange(vocab, device=device))[row_N]
+
+
+def pick_together(samplers: Sequence[Sampler], logits_BV: torch.Tensor, position: Sequence[int]) -> torch.Tensor:
+    """`pick` of one row by each sampler [B], at the row's position, where no sampler looks back."""
+    if all(sampler.temperature == 0 for sampler in samplers):
+        return logits_BV.float().argmax(-1)
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        alike.setdefault((sampler.temperature, sampler.top_p, sampler.top_k, sampler.min_p), []).append(row)
+    picked_B = torch.empty(len(samplers), dtype=torch.long, device=logits_BV.device)
+    for rows in alike.values():
+        sampler, some_B = samplers[rows[0]], torch.tensor(rows, device=logits_BV.device)
+        scores_BV = logits_BV[some_B] if len(alike) > 1 else logits_BV
+        if sampler.temperature:
+            noise = [samplers[row]._noise(position[row], logits_BV) for row in rows]
+            scores_BV = sampler.warp(scores_BV) + torch.cat(noise)
+        picked_B[some_B] = scores_BV.float().argmax(-1)
+    return picked_B

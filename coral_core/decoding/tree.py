@@ -6,7 +6,7 @@ cache.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -151,13 +151,17 @@ NO_TOKEN = -1
 """The token of a row that only fills up a batch; nobody picks it."""
 
 
-def pad(drafts: list[Draft], rows: int = 0) -> Draft:
+def pad(drafts: Sequence[Draft], rows: int = 0) -> Draft:
     """The trees of several answers with an axis B in front, filled up with rows that see themselves alone.
 
     To the largest tree's rows, or to `rows` when that is more.
     """
     rows = max(rows, *(draft.token_M.numel() for draft in drafts))
     first = drafts[0]
+    if all(draft.token_M.numel() == rows for draft in drafts):
+        fields = ("token_M", "parent_M", "depth_M", "sees_MM", "score_M")
+        stacked = {name: torch.stack([getattr(draft, name) for draft in drafts]) for name in fields}
+        return Draft(**stacked, levels=max(draft.levels for draft in drafts))
     padded = Draft(
         token_M=first.token_M.new_full((len(drafts), rows), NO_TOKEN),
         parent_M=first.parent_M.new_zeros(len(drafts), rows),

@@ -4,18 +4,18 @@ All of it runs in the worker's thread: model and tokenizer have one user.
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from coral_core.api.stream import TextStream
+from coral_core.decoding.engine import Engine
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.table import Request
 from coral_core.errors import DataError
 from coral_core.serve.protocol import Ask, Refusal
 from coral_core.target.load import Target
 from coral_core.target.template import Message, prompt_ids, shown_fields
-
-Decode = Callable[[list[int], Sampler, int], Iterable[Round]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,14 @@ class Service:
     """What answers: a model under a name, and the recipe's settings for what a request leaves open."""
 
     name: str
-    target: Target
-    decode: Decode
+    engine: Engine
     sampler: Sampler
     max_new_tokens: int
+
+    @property
+    def target(self) -> Target:
+        """Whose answers they are."""
+        return self.engine.target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +80,36 @@ class StopText:
         return any(stop.startswith(end) for stop in self.stops)
 
 
-def answer(service: Service, ask: Ask) -> Generator[Refusal | Opened | Piece, None, None]:
-    """A Refusal alone; or Opened, then a Piece per round and a last one with `finish`."""
-    try:
-        prompt = _prompt(service, ask)
-        limit = _limit(service, ask, len(prompt))
-    except Refusal as refusal:
-        yield refusal
-        return
-    yield Opened(len(prompt))
-    sampler = dataclasses.replace(service.sampler, **ask.sampling)
-    yield from _pieces(service, service.decode(prompt, sampler, limit), ask.stops)
+class Answer:
+    """What the worker makes of one request's rounds: pieces of text, up to the first stop string."""
+
+    def __init__(self, service: Service, ask: Ask) -> None:
+        self.service, self.ask = service, ask
+        self.stream, self.stop = TextStream(service.target.tokenizer), StopText(ask.stops)
+
+    def open(self) -> tuple[Request | None, Refusal | Opened]:
+        """What is to be decoded, and how many tokens the prompt has; or why nothing is."""
+        try:
+            prompt = _prompt(self.service, self.ask)
+            limit = _limit(self.service, self.ask, len(prompt))
+        except Refusal as refusal:
+            return None, refusal
+        sampler = dataclasses.replace(self.service.sampler, **self.ask.sampling)
+        return Request(prompt, sampler, limit), Opened(len(prompt))
+
+    def feed(self, event: Round, last: bool) -> tuple[Piece, bool]:
+        """What a round added, and whether the answer is done: at a stop string, or after its `last` round."""
+        text, drafted = "", event.kind != "prefill"
+        for count, token in enumerate(event.new_ids, start=1):
+            text += self.stop.feed(self.stream.feed([token]))
+            if self.stop.hit:
+                return Piece(text, count, drafted, "stop"), True
+        if not last:
+            return Piece(text, len(event.new_ids), drafted), False
+        text += self.stop.feed(self.stream.rest())
+        ended = self.stop.hit or event.new_ids[-1] in self.service.target.stop_ids
+        text = text if self.stop.hit else text + self.stop.held
+        return Piece(text, len(event.new_ids), drafted, "stop" if ended else "length"), True
 
 
 def _prompt(service: Service, ask: Ask) -> list[int]:
@@ -124,19 +147,3 @@ def _limit(service: Service, ask: Ask, prompt: int) -> int:
             code="context_length_exceeded" if prompt else None,
         )
     return ask.max_new_tokens or min(service.max_new_tokens, context - prompt)
-
-
-def _pieces(service: Service, rounds: Iterable[Round], stops: Sequence[str]) -> Generator[Piece, None, None]:
-    stream, stop = TextStream(service.target.tokenizer), StopText(stops)
-    last = -1
-    for event in rounds:
-        text = ""
-        for count, last in enumerate(event.new_ids, start=1):
-            text += stop.feed(stream.feed([last]))
-            if stop.hit:
-                yield Piece(text, count, event.kind != "prefill", "stop")
-                return
-        yield Piece(text, len(event.new_ids), event.kind != "prefill")
-    text = stop.feed(stream.rest())
-    ended = stop.hit or last in service.target.stop_ids
-    yield Piece(text if stop.hit else text + stop.held, 0, False, "stop" if ended else "length")

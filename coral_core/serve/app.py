@@ -20,7 +20,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from coral_core.serve.answer import Opened, Piece, Service, answer
+from coral_core.decoding.table import Table
+from coral_core.serve.answer import Answer, Opened, Piece, Service
 from coral_core.serve.protocol import Ask, Fields, Form, Refusal, Usage, parse, read_chat, read_completion
 from coral_core.serve.worker import Ended, FullError, Job, Worker
 
@@ -33,11 +34,11 @@ SEED_BITS = 32
 
 
 def make_app(service: Service, active: int, waiting: int) -> Starlette:
-    """The app: `active` requests are answered in turn, `waiting` more may wait, others are told to retry."""
+    """The app: `active` requests are answered at once, `waiting` more may wait, others are told to retry."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.worker = Worker(active, waiting)
+        app.state.worker = Worker(lambda: Table(service.engine, active), active, waiting)
         yield
         await anyio.to_thread.run_sync(app.state.worker.close)
 
@@ -115,7 +116,7 @@ class Reply(Response):
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(told.put_nowait, value)
 
-        return self.worker.submit(answer(self.service, self.ask), tell)
+        return self.worker.submit(Answer(self.service, self.ask), tell)
 
     async def _reply(self, told: asyncio.Queue[Any], scope: Scope, receive: Receive, send: Send) -> None:
         opened = await told.get()

@@ -1,15 +1,19 @@
-"""One thread that works for everybody: a step of each active job in turn, the others wait in line.
+"""One thread that decodes for everybody: a round of all active requests at a time, the others wait in line.
 
-A step of an answer is a round. A model has one device, so more threads would gain nothing; taking turns gives each
-client its share, and a short answer does not wait for a long one. Nothing here knows what a job computes.
+A model has one device, so more threads would gain nothing; a round of several costs little more than a round of one.
+Requests join and leave between rounds, and a short answer does not wait for a long one.
 """
 
 import dataclasses
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from coral_core.decoding.rounds import Round
+from coral_core.decoding.seat import Seat
+from coral_core.decoding.table import Request, Table
 
 log = logging.getLogger("coral.serve")
 
@@ -25,35 +29,49 @@ class FullError(Exception):
     """As many jobs wait as may, or the worker is closing."""
 
 
+class Answer(Protocol):
+    """What is made of one request's rounds."""
+
+    def open(self) -> tuple[Request | None, Any]:
+        """What is to be decoded, and what the owner is told first; None where nothing is decoded."""
+        ...
+
+    def feed(self, event: Round, last: bool) -> tuple[Any, bool]:
+        """What the owner is told of a round, and whether the answer is done, which may be before its last round."""
+        ...
+
+
 @dataclasses.dataclass(eq=False)
 class Job:
-    """Steps to take, and whom to tell what came of each. `tell` is called in the worker's thread and must not block."""
+    """An answer, and whom to tell what came of each round. `tell` runs in the worker's thread and must not block."""
 
-    steps: Generator[Any, None, None]
+    answer: Answer
     tell: Callable[[Any], None]
     cancelled: bool = False
 
 
 class Worker:
-    """Runs at most `active` jobs in turn while at most `waiting` wait; made in one thread, used from any."""
+    """Decodes for as many jobs as `table` has places while at most `waiting` wait; used from any thread."""
 
-    def __init__(self, active: int, waiting: int) -> None:
-        self.most_active, self.most_waiting = active, waiting
-        self.active: deque[Job] = deque()
+    def __init__(self, table: Callable[[], Table], active: int, waiting: int) -> None:
+        """`table` makes one with `active` places; it is dropped with its caches when nobody is left."""
+        self.new_table, self.most_active, self.most_waiting = table, active, waiting
+        self.table: Table | None = None
+        self.active: dict[Seat, Job] = {}
+        self.joining: Job | None = None
         self.waiting: deque[Job] = deque()
-        self.current: Job | None = None
         self.closing = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="coral-worker", daemon=True)
         self.thread.start()
 
-    def submit(self, steps: Generator[Any, None, None], tell: Callable[[Any], None]) -> Job:
-        """Put a job at the end of the line; it is told each step's value, then Ended. Raises FullError."""
+    def submit(self, answer: Answer, tell: Callable[[Any], None]) -> Job:
+        """Put a job at the end of the line; it is told each round's value, then Ended. Raises FullError."""
         with self.changed:
             free = self.most_active - self.counts()[0]
             if self.closing or len(self.waiting) >= self.most_waiting + max(0, free):
                 raise FullError
-            job = Job(steps, tell)
+            job = Job(answer, tell)
             self.waiting.append(job)
             self.changed.notify()
         return job
@@ -67,50 +85,94 @@ class Worker:
 
     def counts(self) -> tuple[int, int]:
         """Jobs that are active, and jobs that wait."""
-        return len(self.active) + (self.current is not None), len(self.waiting)
+        return len(self.active) + (self.joining is not None), len(self.waiting)
 
     def close(self) -> None:
-        """End after the step under way; jobs that are left are told so."""
+        """End after the round under way; jobs that are left are told so."""
         with self.changed:
             self.closing = True
             self.changed.notify()
         self.thread.join()
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            if job.cancelled or self._step(job):
-                job.steps.close()  # its caches are freed now
-                self.current = None
-                del job  # an idle worker holds no caches
-        for left in (*self.active, *self.waiting):
-            left.steps.close()
-            self._tell(left, Ended(FullError()))
+        while self._wait():
+            while (job := self._next()) is not None:
+                self._join(job)
+            for seat in [seat for seat, job in self.active.items() if job.cancelled]:
+                self._leave(seat)
+            if self.active:
+                self._round()
+        self.table = None
+        for job in (*self.active.values(), *self.waiting):
+            self._tell(job, Ended(FullError()))
+
+    def _wait(self) -> bool:
+        """Wait for work; False when the worker closes."""
+        if not self.active:
+            self.table = None  # an idle worker holds no caches
+        with self.changed:
+            while not (self.closing or self.active or self.waiting):
+                self.changed.wait()
+            return not self.closing
 
     def _next(self) -> Job | None:
-        """Take a job whose turn it is; None when the worker closes."""
+        """The next in line, if there is a place for it."""
         with self.changed:
-            while not (self.closing or self.current or self.active or self.waiting):
-                self.changed.wait()
-            while self.waiting and self.counts()[0] < self.most_active:
-                self.active.append(self.waiting.popleft())
-            if self.current is not None:
-                self.active.append(self.current)
-            self.current = None if self.closing else self.active.popleft()
-            return self.current
+            free = len(self.active) < self.most_active and not self.closing
+            self.joining = self.waiting.popleft() if self.waiting and free else None
+            return self.joining
 
-    def _step(self, job: Job) -> bool:
-        """Take one step; whether it was the last. What a job raises ends that job and no other."""
+    def _join(self, job: Job) -> None:
+        """Read a request's prompt. What fails here ends this job and no other."""
         try:
-            value = next(job.steps)
-        except StopIteration:
-            self._tell(job, Ended())
-        except Exception as error:  # a bug in one answer must not stop the others
+            request, opened = job.answer.open()
+            self._tell(job, opened)
+            if request is None or job.cancelled:
+                self._tell(job, Ended())
+                return
+            self.table = self.table or self.new_table()
+            seat, event = self.table.sit(request)
+            self.active[seat] = job
+        except Exception as error:
             log.exception("an answer failed")
             self._tell(job, Ended(error))
-        else:
-            self._tell(job, value)
-            return False
-        return True
+            return
+        finally:
+            self.joining = None
+        self._heard(seat, event)
+
+    def _round(self) -> None:
+        """One round of all active jobs. A bug in it ends them all: nobody knows what their caches hold."""
+        assert self.table is not None
+        try:
+            events = self.table.step()
+        except Exception as error:
+            log.exception("a round failed")
+            ended, self.active, self.table = list(self.active.values()), {}, None
+            for job in ended:
+                self._tell(job, Ended(error))
+            return
+        for seat, event in events:
+            self._heard(seat, event)
+
+    def _heard(self, seat: Seat, event: Round) -> None:
+        """Tell a job's owner of its round. A bug in one answer must not stop the others."""
+        job, last = self.active[seat], seat.stop.done
+        try:
+            value, done = job.answer.feed(event, last)
+        except Exception as error:
+            log.exception("an answer failed")
+            value, done = Ended(error), True
+        self._tell(job, value)
+        if done or last:
+            if not isinstance(value, Ended):
+                self._tell(job, Ended())
+            self._leave(seat)
+
+    def _leave(self, seat: Seat) -> None:
+        del self.active[seat]
+        if self.table is not None and seat in self.table.seats:
+            self.table.leave(seat)
 
     def _tell(self, job: Job, value: Any) -> None:
         if not job.cancelled:

@@ -7,7 +7,7 @@ import torch
 
 from coral_core.bench import divergence
 from coral_core.bench.divergence import diverges
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from tests.tiny import tiny_target
 

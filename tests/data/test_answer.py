@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from coral_core.data.answer import Sampling, _widen, derive_seed, pick, write
+from coral_core.data.answer import Sampling, derive_seed, write
 from coral_core.target.load import Target
 from tests.tiny import FAMILIES, VOCAB, tiny_target
 
@@ -73,29 +73,6 @@ def test_progress_counts_each_row_and_token_once() -> None:
     )
     assert sum(rows for rows, _ in calls) == 10
     assert sum(tokens for _, tokens in calls) == sum(map(len, written))
-
-
-def test_pick_is_the_inverse_of_the_cumulative_distribution() -> None:
-    """p = 0.5, 0.25, 0, 0.25: a uniform number falls in one of four drawers, and never in the empty one."""
-    logits_BV = torch.tensor([0.5, 0.25, 0.0, 0.25]).log().expand(6, 4)
-    uniform_B = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 0.9999999])
-    assert pick(logits_BV, 1.0, uniform_B).tolist() == [0, 0, 1, 1, 3, 3]
-    assert pick(logits_BV, 0.0, uniform_B).tolist() == [0] * 6
-
-
-def test_pick_follows_the_distribution() -> None:
-    """100,000 draws within 3 sigma, at a temperature."""
-    logits_V = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    p_V = (logits_V / 0.7).softmax(-1)
-    uniform_B = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    drawn_V = pick(logits_V.expand(100_000, 4), 0.7, uniform_B).bincount(minlength=4) / 100_000
-    assert ((drawn_V - p_V).abs() < 3 * (p_V * (1 - p_V) / 100_000).sqrt()).all()
-
-
-def test_widen_pads_in_front() -> None:
-    one, other = _widen(torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5, 6]]), dim=1)
-    assert one.tolist() == [[0, 0, 1, 2]]
-    assert other.tolist() == [[3, 4, 5, 6]]
 
 
 def test_seeds_of_parts_differ() -> None:

@@ -3,18 +3,18 @@
 import dataclasses
 import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from coral_core.decoding import masks, tree
-from coral_core.decoding.batch.cache import BatchCache
-from coral_core.decoding.batch.engine import BatchEngine
+from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.table import Request, decode_all
 from coral_core.decoding.verify import judge, on_path
 from coral_core.errors import DataError
 from coral_core.target.load import Target
@@ -31,11 +31,22 @@ SAMPLERS = {
 }
 
 
-def batch_of(target: Target, seats: int, shape: TreeShape = WIDE) -> BatchEngine:
-    return BatchEngine(Engine(target, tiny_drafter(target), PlainHead(target), shape), seats)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """An engine, and so many seats."""
+
+    engine: Engine
+    seats: int
+
+    def decode(self, prompts: list[list[int]], sampler: Sampler, new: int) -> Iterator[tuple[int, Round]]:
+        return decode_all(self.engine, [Request(prompt, sampler, new) for prompt in prompts], self.seats)
 
 
-def decode(batch: BatchEngine, prompts: list[list[int]], sampler: Sampler, new: int) -> list[list[Round]]:
+def batch_of(target: Target, seats: int, shape: TreeShape = WIDE) -> Batch:
+    return Batch(Engine(target, tiny_drafter(target), PlainHead(target), shape), seats)
+
+
+def decode(batch: Batch, prompts: list[list[int]], sampler: Sampler, new: int) -> list[list[Round]]:
     rounds: list[list[Round]] = [[] for _ in prompts]
     for number, event in batch.decode(prompts, sampler, new):
         rounds[number].append(event)
@@ -155,19 +166,29 @@ def test_rows_that_fill_up_a_batch_are_never_on_a_path() -> None:
 
 
 def test_cache_rows_are_written_kept_and_moved_per_seat() -> None:
-    """The drawing on top of batch/cache.py, one head of width one, its numbers the rows' names."""
-    cache = BatchCache(layers=1, seats=2, capacity=7)
+    """The drawing on top of cache.py, one head of width one, its numbers the rows' names."""
+    cache = SlotCache(layers=1, seats=2, capacity=7)
 
     def rows(*names: list[float]) -> torch.Tensor:
         return torch.tensor(names)[:, None, :, None]
 
     for number, names in enumerate(([1.0, 2, 3, 4], [11.0, 12])):
-        cache.seat(number).layers[0].update(rows(names), rows(names))
-    cache.place(torch.tensor([[4, 5], [2, 3]]), 6)
+        cache.seat(number).update(rows(names), rows(names))
     new = rows([5.0, 6], [13.0, 14])
-    keys, _ = cache.layers[0].update(new, new)
+    with cache.place(torch.tensor([[4, 5], [2, 3]]), 6):
+        keys, _ = cache.update(new, new)
     assert keys[:, 0, :, 0].tolist() == [[1, 2, 3, 4, 5, 6], [11, 12, 13, 14, 0, 0]]
-    cache.keep(torch.tensor([[5], [2]]), torch.tensor([[4], [2]]))
+    for number, (length, kept) in enumerate(((6, 1), (4, 0))):
+        cache.seat(number).length = length
+        cache.seat(number).keep(torch.tensor([kept]), length - 2)
     assert keys[:, 0, :, 0].tolist() == [[1, 2, 3, 4, 6, 6], [11, 12, 13, 14, 0, 0]]
-    cache.move(1, 0, 3)
+    with cache.place(torch.tensor([[3]]), 4, torch.tensor([1])):
+        alone, _ = cache.update(rows([15.0]), rows([15.0]))
+    assert alone[:, 0, :, 0].tolist() == [[11, 12, 13, 15]], "one seat of several"
+    cache.move(1, 0)
     assert keys[0, 0, :, 0].tolist() == [11, 12, 13, 4, 6, 6]
+    assert cache.seat(0).length == 3
+    cache.seat(0).reserve(9)
+    assert cache.seat(1).capacity >= 9
+    more, _ = cache.seat(1).update(rows([16.0]), rows([16.0]))
+    assert more[0, 0, :, 0].tolist() == [11, 12, 13, 16]

@@ -10,14 +10,13 @@ import transformers
 from benchmarks import decode_gpu
 from coral_core.api.generate import Speculate
 from coral_core.decoding import graphs
-from coral_core.decoding.batch.engine import BatchEngine
 from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.engine import Engine
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.measure import measure_costs
-from coral_core.decoding.plain import plain
 from coral_core.decoding.policy.constant import Steady
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.table import Request, decode_all
 from coral_core.grouping.clustering import by_id
 from coral_core.head.candidates import Head
 from coral_core.head.full import FullHead
@@ -151,7 +150,7 @@ def test_a_batch_says_what_it_says_on_the_host(sampler: Sampler) -> None:
     expected = [ids_of(plain(on_host(), prompt, sampler, 8)) for prompt in prompts]
     said: list[list[int]] = [[] for _ in prompts]
     with pretend.Device():
-        for number, event in BatchEngine(on_device(), 2).decode(prompts, sampler, 8):
+        for number, event in decode_all(on_device(), [Request(prompt, sampler, 8) for prompt in prompts], 2):
             said[number] += event.new_ids
     assert said == expected
 

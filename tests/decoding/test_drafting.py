@@ -7,9 +7,8 @@ tokens are accepted, and that is all.
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from coral_core.decoding.batch.drafting import BatchDrafting
-from coral_core.decoding.cache import Slots
-from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.cache import SlotCache, Slots
+from coral_core.decoding.drafting import BatchDrafting, Drafting, Stem, TreeShape
 from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.tree import Draft
@@ -79,12 +78,15 @@ def test_one_draft() -> None:
 
 def test_drafts_of_a_batch() -> None:
     target, drafter = lively()
-    drafting = BatchDrafting(drafter, target.lent, FullHead(target.lent), SHAPE, len(ROWS), max(ROWS))
-    given = [committed(target, rows) for rows in ROWS]
-    hidden_BD = torch.cat([drafting.alone(seat).feed(*rows) for seat, rows in enumerate(given)])
-    roots = [int(token_T[-1]) for token_T, _ in given]
-    for rows, draft in zip(ROWS, drafting.grow(roots, hidden_BD, list(ROWS), Sampler()), strict=True):
-        check(target, drafter, rows, draft)
+    cache = SlotCache(1, max(ROWS) + SHAPE.rows, seats=len(ROWS) + 1)
+    for seats in ((0, 1), (2, 1)):  # the first ones, which are read in place, and others
+        stems = []
+        for rows, seat in zip(ROWS, seats, strict=True):
+            cache.seat(seat).length = 0
+            drafting = Drafting(drafter, target.lent, FullHead(target.lent), SHAPE, cache.seat(seat))
+            stems.append(Stem(drafting, seat, *committed(target, rows), Sampler(), SHAPE))
+        for rows, draft in zip(ROWS, BatchDrafting(stems).draft(Clock()), strict=True):
+            check(target, drafter, rows, draft)
 
 
 class Hopeful(TreeShape):

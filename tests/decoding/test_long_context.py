@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.drafting import Drafting
+from coral_core.decoding.engine import plain
 from coral_core.decoding.memory import Memory
-from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter

@@ -10,9 +10,8 @@ import torch
 from coral_core.decoding import tree
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.engine import Engine
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.memory import Memory
-from coral_core.decoding.plain import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError

@@ -23,7 +23,7 @@ def make_service(stopping: bool = False) -> Service:
     target = make_target()
     if not stopping:
         target = dataclasses.replace(target, stop_ids=frozenset())
-    return Service("tiny", target, tiny_engine(target, depth=2, nodes=3, topk=2).decode, Sampler(), 24)
+    return Service("tiny", tiny_engine(target, depth=2, nodes=3, topk=2), Sampler(), 24)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The server as OpenAI's own client sees it."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -8,9 +7,10 @@ import openai
 import pytest
 
 from coral_core.api.stream import TextStream
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
+from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.serve.answer import Service, StopText
+from coral_core.serve.answer import Answer, Piece, Service, StopText
 from coral_core.target.template import prompt_ids
 from tests.serve.helpers import JSON, ask, make_service, running
 
@@ -188,16 +188,19 @@ def test_a_body_that_never_comes_is_given_up(address: str, monkeypatch: pytest.M
     assert ask(address, "/v1/completions", slowly(), headers=JSON)[0] == 408
 
 
-def test_a_bug_in_one_answer_is_500_and_the_next_one_is_answered(service: Service) -> None:
-    def broken(prompt: list[int], sampler: Sampler, limit: int) -> Iterator[object]:
-        rounds = iter(service.decode(prompt, sampler, limit))
-        yield next(rounds)
-        if limit == 7:
-            raise ValueError("a bug")
-        yield from rounds
+def test_a_bug_in_one_answer_is_500_and_the_next_one_is_answered(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = Answer.feed
 
+    def broken(answer: Answer, event: Round, last: bool) -> tuple[Piece, bool]:
+        if event.kind != "prefill" and answer.ask.max_new_tokens == 7:
+            raise ValueError("a bug")
+        return feed(answer, event, last)
+
+    monkeypatch.setattr(Answer, "feed", broken)
     fields = {"model": "tiny", "prompt": "x", "max_tokens": 7}
-    with running(dataclasses.replace(service, decode=broken)) as address:
+    with running(service) as address:
         status, failed = ask(address, "/v1/completions", fields)
         assert status == 500 and failed["error"]["type"] == "server_error"
         assert "a bug" not in str(failed)

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import gc
 import json
 import random
@@ -17,35 +16,34 @@ import openai
 import pytest
 
 from coral_core.decoding.cache import Slots
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.serve.answer import Service
+from coral_core.decoding.seat import Seat
+from coral_core.decoding.table import Table
 from tests.serve.helpers import PATIENCE_S, ask, make_service, running
 
 LONG = {"model": "tiny", "prompt": "x", "max_tokens": 200}
 
 
-@dataclasses.dataclass
-class Slow:
-    """A service whose rounds take a while, and are counted."""
+class Slow(Table):
+    """Rounds that take a while, and are counted."""
 
-    service: Service
-    rounds: int = 0
+    rounds = 0
 
-    def decode(self, prompt: list[int], sampler: Sampler, limit: int) -> Iterator[Round]:
-        for event in self.service.decode(prompt, sampler, limit):
-            time.sleep(0.01)
-            self.rounds += 1
-            yield event
+    def step(self) -> list[tuple[Seat, Round]]:
+        time.sleep(0.01)
+        type(self).rounds += 1
+        return super().step()
 
 
 @pytest.fixture
-def slow() -> Iterator[tuple[Slow, str]]:
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Slow], str]]:
     """One active request, one that may wait."""
-    slow = Slow(make_service())
-    with running(dataclasses.replace(slow.service, decode=slow.decode), active=1, waiting=1) as address:
-        yield slow, address
+    monkeypatch.setattr(Slow, "rounds", 0)
+    monkeypatch.setattr("coral_core.serve.app.Table", Slow)
+    with running(make_service(), active=1, waiting=1) as address:
+        yield Slow, address
 
 
 def wire(address: str, data: bytes) -> socket.socket:
@@ -82,7 +80,7 @@ def settled(address: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("abruptly", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_place(slow: tuple[Slow, str], stream: bool, abruptly: bool) -> None:
+def test_a_client_that_leaves_frees_its_place(slow: tuple[type[Slow], str], stream: bool, abruptly: bool) -> None:
     counted, address = slow
     connection = wire(address, asked(stream=stream))
     if stream:
@@ -95,7 +93,7 @@ def test_a_client_that_leaves_frees_its_place(slow: tuple[Slow, str], stream: bo
     assert ask(address, "/v1/completions", LONG | {"max_tokens": 3})[0] == 200
 
 
-def test_one_too_many_is_told_to_try_again_and_does(slow: tuple[Slow, str]) -> None:
+def test_one_too_many_is_told_to_try_again_and_does(slow: tuple[type[Slow], str]) -> None:
     counted, address = slow
     active = wire(address, asked())
     while counted.rounds == 0:
@@ -111,13 +109,13 @@ def test_one_too_many_is_told_to_try_again_and_does(slow: tuple[Slow, str]) -> N
     active.close()
 
 
-def test_shutting_down_ends_what_is_under_way() -> None:
+def test_shutting_down_ends_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers that are not done in time are cut; `running` itself checks that the server ends."""
-    slow = Slow(make_service())
-    endless = dataclasses.replace(slow.service, decode=slow.decode)
-    with running(endless, active=1, waiting=2) as address:
+    monkeypatch.setattr(Slow, "rounds", 0)
+    monkeypatch.setattr("coral_core.serve.app.Table", Slow)
+    with running(make_service(), active=1, waiting=2) as address:
         connections = [wire(address, asked(stream=True)) for _ in range(3)]
-        while slow.rounds == 0:
+        while Slow.rounds == 0:
             time.sleep(0.005)
         begun_s = time.monotonic()
     assert time.monotonic() - begun_s < 10

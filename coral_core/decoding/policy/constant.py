@@ -46,10 +46,11 @@ class Steady:
 
     shift = 0.0
 
-    def __init__(self, costs: Costs, bounds: TreeShape) -> None:
-        self.tree = fixed(bounds, costs, 1)
+    def __init__(self, costs: Costs, bounds: TreeShape, seats: int = 1) -> None:
+        self.tree = fixed(bounds, costs, seats)
         self.depth, self.topk, self.shape = self.tree.depth, self.tree.topk, self.tree.shape
-        self.spent = prices(bounds, costs, 1)(self.tree.depth, self.tree.nodes)
+        plain = costs.verified(seats)[seats - 1]
+        self.spent = prices(bounds, costs, seats)(self.tree.depth, self.tree.nodes) / plain
         self.trials = Trials()
 
     def drafts(self) -> bool:

@@ -10,9 +10,8 @@ import torch
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting, TreeShape
-from coral_core.decoding.engine import Engine
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.memory import Memory
-from coral_core.decoding.plain import plain
 from coral_core.decoding.policy.adaptive import Paying, best_prefix
 from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.policy.trials import LONGEST_REST

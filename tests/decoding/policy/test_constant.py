@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
-from coral_core.decoding.batch.engine import BatchEngine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.policy.constant import Steady, fixed, prices
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.table import Request, decode_all
 from coral_core.decoding.verify import judge
 from tests.decoding.policy.test_adaptive import BOUNDS, CHEAP, PLAIN_CPU, chain
 from tests.decoding.test_lossless import ids_of, some_prompt
@@ -48,6 +48,6 @@ def test_a_batch_says_what_one_says() -> None:
     engine = dataclasses.replace(tiny_engine(endless, depth=4, nodes=40, topk=8), costs=PLAIN_CPU)
     prompts = [some_prompt(seed, 3 + seed) for seed in range(4)]
     said: list[list[int]] = [[] for _ in prompts]
-    for number, event in BatchEngine(engine, 3).decode(prompts, Sampler(), 20):
+    for number, event in decode_all(engine, [Request(prompt, Sampler(), 20) for prompt in prompts], 3):
         said[number] += event.new_ids
     assert said == [ids_of(list(plain(endless, prompt, Sampler(), 20))) for prompt in prompts]

@@ -1,0 +1,162 @@
+"""`coral serve` under several clients at once: tokens per second in all, and the time to the first token.
+
+    python -m benchmarks.serve                                  # pico on its held-out prompts
+    python -m benchmarks.serve --old ../before my.yaml          # beside the server of another checkout, in turns
+
+Each client asks one question after the other and reads the stream. Both servers run at once, and only one of them is
+asked at a time, so that a machine that slows down favours neither. Half of the questions are answered greedily, half
+at temperature 1; answers of the two servers are compared. With the turns of `--old`, an answer takes its turn round by
+round; here, a round is shared by all.
+"""
+
+import argparse
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import record
+from coral_core.bench.questions import held_out
+from coral_core.recipe.loader import load_recipe
+from coral_core.recipe.schema import Recipe
+
+ROOT = Path(__file__).parent.parent
+QUESTIONS = 2
+"""Of each client, in one run."""
+START_S = 600.0
+"""A server that takes longer to load its model does not come up at all."""
+
+
+@contextlib.contextmanager
+def server(checkout: Path, arguments: Sequence[str], active: int) -> Iterator[str]:
+    """The address of a server that is up, of that checkout's code."""
+    command = [sys.executable, "-m", "coral_cli.main", "serve", *arguments, "--port", "0", "--active", str(active)]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stderr is not None
+            address = next((part for line in process.stderr for part in line.split() if part.startswith("http")), "")
+            if not address:
+                raise SystemExit(f"the server of {checkout} does not start; try: {' '.join(command)}")
+            yield address.removeprefix("http://").split("/")[0]
+        finally:
+            process.terminate()
+
+
+def ask(address: str, body: dict[str, Any]) -> tuple[str, int, float, float]:
+    """(text, tokens, seconds to the first text, seconds in all) of one streamed completion."""
+    connection = http.client.HTTPConnection(address, timeout=START_S)
+    begun_s, first_s, text, tokens = time.perf_counter(), 0.0, "", 0
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        for line in connection.getresponse():
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            piece = "".join(choice["text"] for choice in chunk["choices"])
+            first_s = first_s or (time.perf_counter() - begun_s if piece else 0.0)
+            text += piece
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+    return text, tokens, first_s, time.perf_counter() - begun_s
+
+
+def load(address: str, clients: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What so many clients saw, each with its own QUESTIONS of `bodies`."""
+
+    def client(number: int) -> list[tuple[str, int, float, float]]:
+        own = itertools.islice(itertools.cycle(bodies), number * QUESTIONS, (number + 1) * QUESTIONS)
+        return [ask(address, body) for body in own]
+
+    begun_s = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [answer for own in pool.map(client, range(clients)) for answer in own]
+    elapsed_s = time.perf_counter() - begun_s
+    return {
+        "tokens_per_s": sum(answer[1] for answer in answers) / elapsed_s,
+        "first_s": [answer[2] for answer in answers],
+        "texts": [answer[0] for answer in answers],
+    }
+
+
+def make_bodies(recipe: Recipe, run: Path, tokens: int) -> list[dict[str, Any]]:
+    """Held-out prompts, as requests."""
+    body = {"model": recipe.name, "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+    prompts = [list(question.ids) for question in held_out(run, recipe.target.model)]
+    return [body | {"prompt": ids, "temperature": number % 2, "seed": number} for number, ids in enumerate(prompts)]
+
+
+def race(
+    addresses: dict[str, str], clients: Sequence[int], bodies: Sequence[dict[str, Any]], repeats: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each lane and number of clients: medians over the repeats, the lanes in turns."""
+    for address in addresses.values():
+        load(address, 1, bodies)  # warms up
+    for count in clients:
+        seen: dict[str, list[dict[str, Any]]] = {lane: [] for lane in addresses}
+        for repeat in range(repeats):
+            for lane in list(addresses)[:: -1 if repeat % 2 else 1]:
+                seen[lane].append(load(addresses[lane], count, bodies))
+        first = next(iter(seen.values()))[0]["texts"]
+        for lane, runs in seen.items():
+            first_s = sorted(value for one in runs for value in one["first_s"])
+            yield {
+                "lane": lane,
+                "clients": count,
+                "tokens_per_s": statistics.median(one["tokens_per_s"] for one in runs),
+                "first_token_median_s": statistics.median(first_s),
+                "first_token_p95_s": first_s[min(len(first_s) - 1, int(0.95 * len(first_s)))],
+                "answers": len(first),
+                "equal": sum(own == other for own, other in zip(runs[0]["texts"], first, strict=True)),
+            }
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ratios that a reader looks for; none where a row is missing."""
+    speed = {(row["lane"], row["clients"]): row["tokens_per_s"] for row in rows}
+
+    def over(one: tuple[str, int], other: tuple[str, int]) -> float | None:
+        return speed[one] / speed[other] if one in speed and other in speed else None
+
+    return {
+        "serve8_over_turns": over(("shared", 8), ("turns", 8)),
+        "serve8_over_one": over(("shared", 8), ("shared", 1)),
+        "serve1_over_turns": over(("shared", 1), ("turns", 1)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, help="a checkout whose server takes turns")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--name", default="serve", help="of the file in results/")
+    options, rest = parser.parse_known_args()
+    files = [Path(text) for text in rest if "=" not in text]
+    recipe = load_recipe(files[0] if files else None, [text for text in rest if "=" in text])
+    bodies = make_bodies(recipe, options.runs / recipe.name, options.tokens)
+    arguments, active = [*rest, "--runs", str(options.runs)], max(options.clients)
+    with contextlib.ExitStack() as stack:
+        addresses = {"shared": stack.enter_context(server(ROOT, arguments, active))}
+        if options.old:
+            addresses["turns"] = stack.enter_context(server(options.old, arguments, active))
+        rows = []
+        for row in race(addresses, options.clients, bodies, options.repeats):
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            rows.append({"model": recipe.name} | row)
+    print(json.dumps(figures(rows), indent=1))
+    print(record(options.name, figures(rows), rows))
+
+
+if __name__ == "__main__":
+    main()

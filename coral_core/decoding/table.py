@@ -1,0 +1,102 @@
+"""Answers side by side: they join and leave between rounds, each with its own sampler, seed and stop rule.
+
+Each has a seat of the same two caches, so that a round is one pass of the target for all of them. A prompt is read
+alone when it sits down.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from coral_core.decoding.cache import SlotCache
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.memory import Memory
+from coral_core.decoding.rounds import Clock, Round, room
+from coral_core.decoding.sampling import Picker
+from coral_core.decoding.seat import Seat
+from coral_core.decoding.step import sit, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One answer that is wanted."""
+
+    prompt: list[int]
+    sampler: Picker
+    max_new_tokens: int
+
+
+class Table:
+    """So many places over one storage; the first ones are taken."""
+
+    def __init__(self, engine: Engine, places: int) -> None:
+        assert places >= 1
+        self.engine, self.places = engine, places
+        self.seats: list[Seat] = []
+        layers = engine.target.model.config.get_text_config().num_hidden_layers
+        self.cache, self.drafted = SlotCache(layers, 0, seats=places), SlotCache(1, 0, seats=places)
+        self.clock = Clock()
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody can sit down."""
+        return len(self.seats) == self.places
+
+    def sit(self, request: Request) -> tuple[Seat, Round]:
+        """Read a prompt into the first free place, which it keeps unless its first token is its last.
+
+        Raises DataError for a prompt that is empty or does not fit the target's context.
+        """
+        assert not self.full
+        memory = self._memory(len(self.seats))
+        memory.forget()
+        self.clock.restart()
+        seat, event = sit(self.engine, memory, request.prompt, request.sampler, request.max_new_tokens, self.clock)
+        if not seat.stop.done:
+            self.seats.append(seat)
+        return seat, event
+
+    def step(self) -> list[tuple[Seat, Round]]:
+        """One round of every answer under way; those that it ends leave."""
+        events = list(zip(self.seats, step(self.engine, self.seats, self.clock), strict=True))
+        for seat, _ in events:
+            if seat.stop.done:
+                self.leave(seat)
+        return events
+
+    def leave(self, seat: Seat) -> None:
+        """Free a place. The last answer moves up, so that the first places are the taken ones."""
+        place, last = self.seats.index(seat), self.seats.pop()
+        if last is seat:
+            return
+        for cache in (self.cache, self.drafted):
+            cache.move(len(self.seats), place)
+        memory = self._memory(place)
+        memory.ids, last.memory = last.memory.ids, memory
+        if last.drafting is not None:
+            last.drafting.slots = memory.slots
+        self.seats[place] = last
+
+    def _memory(self, place: int) -> Memory:
+        return Memory(self.engine.target, self.cache.seat(place), self.drafted.seat(place))
+
+
+def decode_all(engine: Engine, requests: Sequence[Request], places: int) -> Iterator[tuple[int, Round]]:
+    """Yield (number of the request, round) as rounds are done: of each request in order, of all interleaved.
+
+    Joined per request, the ids are those of `Engine.decode`. A round's seconds are the table's, shared out evenly.
+    Raises DataError, before anything is decoded, for a prompt that is empty or does not fit the target's context.
+    """
+    for request in requests:
+        room(engine.target, request.prompt, request.max_new_tokens)
+    table, number_of = Table(engine, max(1, min(places, len(requests)))), dict[Seat, int]()
+    waiting = deque(enumerate(requests))
+    while waiting or table.seats:
+        while waiting and not table.full:
+            number, request = waiting.popleft()
+            seat, event = table.sit(request)
+            number_of[seat] = number
+            yield number, event
+        if table.seats:
+            for seat, event in table.step():
+                yield number_of[seat], event
