@@ -1,7 +1,7 @@
 """How large the house is: code lines, modules, what one must read to follow a round, recipe keys.
 
     python -m benchmarks.house                    # this checkout
-    python -m benchmarks.house CHECKOUT ...       # others too, such as a git worktree of an older commit; writes nothing
+    python -m benchmarks.house CHECKOUT ...       # others, such as a git worktree of an older commit
 
 A code line is a line that is neither blank, nor a comment, nor part of a docstring. A round's modules are those of
 `decoding/` that its engine imports, directly or not, at import or in a function, without the rooms behind it. An arrow
