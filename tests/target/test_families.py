@@ -14,8 +14,7 @@ import transformers
 
 from coral_core.api.generate import Speculate
 from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import TargetError
 from coral_core.target.load import Target, wrap

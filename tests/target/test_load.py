@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter

@@ -10,7 +10,7 @@ import transformers
 
 from coral_core.api.generate import Speculate
 from coral_core.data.answer import Sampling, write
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError, TargetError
 from coral_core.target.capture import tap
