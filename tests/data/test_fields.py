@@ -13,7 +13,7 @@ from coral_core.data.kept import Kept
 from coral_core.data.plan import Plan
 from coral_core.data.prompts import Dialogue, parse
 from coral_core.data.stage import prepare
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
 from coral_core.serve.answer import Opened, Refusal, answer
