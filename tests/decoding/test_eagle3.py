@@ -8,13 +8,12 @@ import dataclasses
 import pytest
 import torch
 
-from coral_core.decoding.batch.engine import BatchEngine
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.table import Request, decode_all
 from coral_core.errors import TargetError
 from coral_core.target.load import Target, tap_layers
 from tests.decoding.test_lossless import SAMPLERS, ids_of, some_prompt
@@ -57,7 +56,7 @@ def test_a_batch_says_what_each_prompt_alone_says(kind: dict[str, bool]) -> None
     prompts = [some_prompt(seed, length) for seed, length in ((0, 5), (1, 11), (2, 3))]
     alone = [list(engine.decode(prompt, Sampler(), 12)) for prompt in prompts]
     found: dict[int, list] = {number: [] for number in range(len(prompts))}
-    for number, event in BatchEngine(engine, 2).decode(prompts, Sampler(), 12):
+    for number, event in decode_all(engine, [Request(prompt, Sampler(), 12) for prompt in prompts], 2):
         found[number].append(event)
     assert [ids_of(rounds) for rounds in found.values()] == [ids_of(rounds) for rounds in alone]
     assert [[event.accepted_drafts for event in rounds] for rounds in found.values()] == [

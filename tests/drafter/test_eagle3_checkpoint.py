@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from coral_core.artifacts import Manifest
 from coral_core.decoding.drafting import TreeShape, whole_head
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.checkpoint import read_checkpoint
 from coral_core.drafter.model import Drafter
