@@ -32,8 +32,7 @@ from coral_core.artifacts import Manifest, fingerprint
 from coral_core.bench.baseline import generate_lane
 from coral_core.bench.questions import Question, from_file
 from coral_core.bench.race import Lane, first_prompt, run_lane
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.plain import plain
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
