@@ -137,6 +137,7 @@ def typical(engine: Engine, step_s: float) -> Costs:
     target, head = engine.target, engine.target.lent.head_VD
     body = sum(weight.numel() for weight in target.model.base_model.parameters())
     read = body - target.lent.embed_VD.numel() + head.numel()
+    assert engine.drafter is not None, "costs are those of drafts"
     drafted = sum(weight.numel() for weight in engine.drafter.parameters()) + head.numel()
     level = round(OVERHEAD + drafted / read, 4)
     return Costs(step_s=step_s, verify=TYPICAL_VERIFY, level={1: level, 8: level}, base=round(level + OVERHEAD, 4))
