@@ -195,7 +195,8 @@ def open_bench(recipe: Recipe, run: Path, prompts: int) -> Bench:
         print(f"{prompts} plain answers, once", file=sys.stderr, flush=True)
         made = list(replay.plain_answers(target, chosen, sampler(recipe), recipe.decode.max_new_tokens))
         write_text(path, json.dumps(made) + "\n")
-    repeating = [replay.repeating(target, p, a) for p, a in zip(chosen, json.loads(path.read_text()), strict=True)]
+    answers = zip(chosen, json.loads(path.read_text()), strict=True)
+    repeating = [replay.repeating(target, prompt, answer, store.taps) for prompt, answer in answers]
     return Bench(recipe, run, store, target, chosen, repeating)
 
 

@@ -31,11 +31,14 @@ def plain_answers(
         yield [token for event in plain(target, prompt, sampler, max_new_tokens) for token in event.new_ids]
 
 
-def repeating(target: Target, prompt: list[int], answer: list[int]) -> Target:
-    """The target, its model replaced by the features of this prompt and answer; good for this one alone."""
+def repeating(target: Target, prompt: list[int], answer: list[int], taps: tuple[int, ...] = ()) -> Target:
+    """The target, its model replaced by the features and taps of this prompt and answer; good for this one alone."""
     ids_T = torch.tensor([*prompt, *answer], device=target.device)
     cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, ids_T.numel())
-    return dataclasses.replace(target, model=_Repeating(prefill(target, ids_T, cache)))
+    given_TX = prefill(target.tapping(taps), ids_T, cache)
+    width = target.lent.head_VD.shape[1]
+    parts = dict(zip(taps, given_TX.split(width, dim=-1), strict=False))
+    return dataclasses.replace(target, model=_Repeating(given_TX[:, -width:], parts), taps=taps)
 
 
 class _Repeating:
@@ -43,8 +46,8 @@ class _Repeating:
 
     num_hidden_layers = 1
 
-    def __init__(self, feature_TD: torch.Tensor) -> None:
-        self.feature_TD = feature_TD
+    def __init__(self, feature_TD: torch.Tensor, taps: dict[int, torch.Tensor]) -> None:
+        self.feature_TD, self.taps = feature_TD, taps
         self.config = self
 
     def get_text_config(self) -> Any:
@@ -54,4 +57,5 @@ class _Repeating:
         row_BGTE = self.feature_TD.new_zeros(1, 1, position_ids.shape[1], 1)
         past_key_values.update(row_BGTE, row_BGTE, 0)
         known_BT = position_ids.clamp_max(len(self.feature_TD) - 1)  # drafts beyond the answer's end are never emitted
-        return SimpleNamespace(last_hidden_state=self.feature_TD[known_BT])
+        tapped = {layer: tap_TD[known_BT] for layer, tap_TD in self.taps.items()}
+        return SimpleNamespace(last_hidden_state=self.feature_TD[known_BT], hidden_states=tapped)

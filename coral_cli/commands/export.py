@@ -22,12 +22,15 @@ MEASURED_PROMPTS = 16
 
 def export(
     to: Annotated[
-        str, typer.Option("--to", help="vllm, sglang, eagle (its authors' code) or hf (coral's own, whole).")
+        str,
+        typer.Option(
+            "--to", help="vllm, sglang, speculators, gguf (llama.cpp), eagle (its own code) or hf (coral's own)."
+        ),
     ],
     arguments: Arguments = None,
     map_size: Annotated[
         int | None,
-        typer.Option("--map-size", min=1, help="Tokens of SGLang's token map; by default as many as the head reads."),
+        typer.Option("--map-size", min=1, help="Draft from so many frequent tokens (SGLang, or EAGLE-3's shape)."),
     ] = None,
     runs: RunsOption = RUNS,
 ) -> None:
@@ -40,21 +43,24 @@ def export(
 
     if to not in FORMATS:
         raise typer.BadParameter(f"--to is '{to}'; it must be one of {', '.join(FORMATS)}")
-    if map_size and to != "sglang":
-        raise CoralError(f"--map-size {map_size}: only SGLang reads a token map. Leave it out, or export --to sglang")
     with open_run(arguments, runs) as run:
         target = run.target()
         source = open_source(run.recipe, run.folder, target)
+        wide = bool(source.drafter.config.taps)
+        if map_size and (to == HF or not (wide or to == "sglang")):
+            raise CoralError(f"--map-size {map_size}: {to} reads no token map. Leave it out, or export --to sglang")
         if to == HF:
             folder = export_hf(source, run.folder)
             next_step = hints.pasteable("coral publish --repo ORG/NAME")
             err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
             return
-        token_map = _token_map(run, source, target, map_size) if to == "sglang" else None
+        mapped = map_size if wide else to == "sglang"
+        token_map = _token_map(run, source, target, map_size) if mapped else None
         folder = export_engine(to, source, target, run.folder, token_map)
         err.print(f"written to {folder}, and read back. Serve it with:", markup=False, soft_wrap=True)
         model = embedded.model_source(run.recipe.target.model)
-        typer.echo(serve_command(to, run.recipe, model, str(folder), with_map=token_map is not None))
+        with_map = token_map is not None and not wide
+        typer.echo(serve_command(to, run.recipe, source.drafter.config, (model, str(folder)), with_map=with_map))
 
 
 def _token_map(run: Run, source: Source, target: Target, size: int | None) -> torch.Tensor | None:

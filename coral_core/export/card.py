@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from coral_core.export.layouts import LAYOUTS
+from coral_core.export.run import engine_name
 from coral_core.recipe.schema import Recipe
 
 TAGS = ["speculative-decoding", "coral", "eagle", "draft-model"]
@@ -133,7 +133,7 @@ def _use(facts: CardFacts) -> str:
         f'generator = Generator(target, Drafter.from_pretrained("{facts.repo}"))\n'
         'for text in generator.stream("Hello!"):\n    print(text, end="", flush=True)\n```'
     )
-    served = [f"{LAYOUTS[to].engine}:\n\n    {command}" for to, command in facts.serve.items()]
+    served = [f"{engine_name(to)}:\n\n    {command}" for to, command in facts.serve.items()]
     fetch = [f"    hf download {facts.repo} --local-dir {facts.repo.split('/')[1]}"] if served else []
     return "## Use\n\n" + "\n\n".join([code, *fetch, *served])
 

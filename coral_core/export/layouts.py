@@ -9,6 +9,8 @@ Axes: V vocabulary, D hidden.
 import dataclasses
 from typing import Any, Literal
 
+import torch
+
 from coral_core.drafter.config import DrafterConfig
 
 _YARN = {
@@ -44,6 +46,8 @@ class Layout:
     """The command, with {target}, {folder} and {depth}, {topk}, {nodes} of the recipe's tree."""
     free_head_dim: bool = True
     """Whether heads may be of another size than hidden / heads."""
+    unread: tuple[str, ...] = ()
+    """Keys of EAGLE-3's shape that the engine does not follow."""
     scales_logits: bool = False
     """Whether the drafter's class applies a factor on the logits."""
 
@@ -128,6 +132,15 @@ def tensor_shapes(layout: Layout, config: DrafterConfig) -> dict[str, tuple[int,
     if layout.fc_bias == "always" or (layout.fc_bias == "as is" and config.fc_bias):
         shapes["fc.bias"] = (hidden,)
     return shapes
+
+
+def narrow(embed_VD: torch.Tensor) -> torch.Tensor:
+    """The embedding on the CPU in the narrowest dtype that holds it exactly; float32 is mostly how it was read."""
+    embed_VD = embed_VD.detach().cpu().contiguous()
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(embed_VD.to(dtype).to(embed_VD.dtype), embed_VD):
+            return embed_VD.to(dtype)
+    return embed_VD
 
 
 def llama_keys(config: DrafterConfig) -> dict[str, Any]:

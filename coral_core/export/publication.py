@@ -11,8 +11,7 @@ import yaml
 from coral_core.artifacts import MANIFEST, Manifest, write_text
 from coral_core.errors import ArtifactError
 from coral_core.export.card import CardFacts, card_text, hub_target
-from coral_core.export.layouts import LAYOUTS
-from coral_core.export.run import TOKEN_MAP, Source, export_hf, open_source
+from coral_core.export.run import TOKEN_MAP, Source, export_hf, formats, open_source
 from coral_core.export.serve import serve_command
 from coral_core.recipe.loader import load_recipe, to_mapping
 from coral_core.recipe.schema import Recipe
@@ -51,13 +50,15 @@ def prepare(recipe: Recipe, run: Path, repo: str, licence: str) -> Publication:
         trained=source.manifest.facts,
         head=Manifest.read(source.head, "head", "coral group-head").facts if source.head else None,
         results=results,
-        serve={to: _serve(to, made_by, repo, folder / to) for to in engines},
+        serve={to: _serve(to, made_by, source, repo, folder / to) for to in engines},
     )
     card = card_text(facts)
     write_text(folder / "README.md", card)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
-    return Publication(folder, card, files, _warnings(facts, engines))
+    return Publication(
+        folder, card, files, _warnings(facts, [to for to in formats(source.drafter) if to not in engines])
+    )
 
 
 def size_text(size_bytes: int) -> str:
@@ -68,10 +69,11 @@ def size_text(size_bytes: int) -> str:
     return f"{size_bytes / 1e3:,.1f} kB"
 
 
-def _serve(to: str, recipe: Recipe, repo: str, made: Path) -> str:
+def _serve(to: str, recipe: Recipe, source: Source, repo: str, made: Path) -> str:
     """From where `hf download` puts it."""
-    folder, with_map = f"{repo.split('/')[1]}/{to}", (made / TOKEN_MAP).exists()
-    return serve_command(to, recipe, hub_target(recipe) or "TARGET", folder, with_map=with_map)
+    places = hub_target(recipe) or "TARGET", f"{repo.split('/')[1]}/{to}"
+    with_map = (made / TOKEN_MAP).exists()
+    return serve_command(to, recipe, source.drafter.config, places, with_map=with_map)
 
 
 def _results(run: Path, source: Source) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _results(run: Path, source: Source) -> dict[str, Any]:
 def _copy_engines(run: Path, folder: Path, source: Source) -> list[str]:
     """The engines' folders of this drafter, one of each; older ones are left behind."""
     found = []
-    for to in LAYOUTS:
+    for to in formats(source.drafter):
         shutil.rmtree(folder / to, ignore_errors=True)
         made = run / "export" / to
         if not (made / MANIFEST).exists():
@@ -119,7 +121,7 @@ def _made_by(recipe: Recipe, run: Path, source: Source) -> str:
     return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
 
 
-def _warnings(facts: CardFacts, engines: list[str]) -> list[str]:
+def _warnings(facts: CardFacts, missing: list[str]) -> list[str]:
     warnings = []
     if not facts.licence:
         warnings.append("no licence is said: give --licence, such as apache-2.0; the target's terms come first")
@@ -128,6 +130,6 @@ def _warnings(facts: CardFacts, engines: list[str]) -> list[str]:
     for key, value in (("target.model", facts.recipe.target.model), ("data.prompts", facts.recipe.data.prompts)):
         if Path(value).is_absolute():
             warnings.append(f"card and recipe show a path of this machine: {key}={value}")
-    if missing := [to for to in LAYOUTS if to not in engines]:
+    if missing:
         warnings.append(f"not among the files: folders for {', '.join(missing)}; coral export --to … makes them")
     return warnings

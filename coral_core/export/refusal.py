@@ -3,7 +3,8 @@
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.export.layouts import Layout
-from coral_core.target.load import Target
+from coral_core.export.wide import WIDE
+from coral_core.target.load import Target, tap_layers
 
 OURS = "Serve it with coral, or run: coral export --to hf"
 
@@ -13,6 +14,13 @@ def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:
     config = target.model.config.get_text_config()
     refuse_target(layout, config.model_type, target)
     refuse_drafter(layout, drafter)
+    if drafter.config.taps and layout is not WIDE["vllm"] and len(drafter.config.taps) != 3:
+        raise ArtifactError(f"{layout.engine} reads three layers; this drafter {len(drafter.config.taps)}. {OURS}")
+    if layout is WIDE["eagle"] and drafter.config.taps != tap_layers(config):
+        raise ArtifactError(
+            f"{layout.engine} reads layers {tap_layers(config)} of such a target, and this drafter "
+            f"{drafter.config.taps}. {OURS}"
+        )
     if misfit := drafter.config.misfit(tuple(target.lent.embed_VD.shape)):
         raise ArtifactError(f"the drafter {misfit}. Export it with its own target")
 
@@ -33,6 +41,9 @@ def refuse_target(layout: Layout, model_type: str, target: Target) -> None:
 def refuse_drafter(layout: Layout, drafter: Drafter) -> None:
     """Raises ArtifactError when the engine would compute something else with these weights."""
     config = drafter.config
+    for key in layout.unread:
+        if getattr(config, key):
+            raise ArtifactError(f"{layout.engine} has no {key}, which this drafter was trained with. {OURS}")
     if layout.fc_bias == "never" and config.fc_bias and drafter.fc.bias.count_nonzero():
         raise ArtifactError(f"the drafter's fc has a bias that is not zero, and {layout.engine}'s has none. {OURS}")
     rope = config.rope_parameters

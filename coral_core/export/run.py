@@ -10,9 +10,11 @@ from coral_core import embedded
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint, stage
 from coral_core.drafter.model import FILES, Drafter
 from coral_core.errors import CoralError
+from coral_core.export import gguf_file
 from coral_core.export.folder import write_folder
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.refusal import refuse
+from coral_core.export.wide import WIDE, layout_of, with_rows
 from coral_core.head.load import load_head
 from coral_core.head.static import StaticHead
 from coral_core.recipe.schema import HeadSpec, Recipe
@@ -20,8 +22,16 @@ from coral_core.target.load import Target
 
 HF = "hf"
 """Coral's own format: the drafter, and its grouped head whole, as Drafter.from_pretrained reads them."""
-FORMATS = (*LAYOUTS, HF)
+GGUF = "gguf"
+"""One file for llama.cpp."""
+FORMATS = (*WIDE, GGUF, HF)
+DRAFTER_FILE = "drafter.gguf"
 TOKEN_MAP = "token_map.pt"
+
+
+def engine_name(to: str) -> str:
+    """What people call the reader of a format."""
+    return "llama.cpp" if to == GGUF else WIDE[to].engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,25 +65,48 @@ def _head_of(folder: Path, drafter: Manifest) -> Path | None:
     return folder if made_for == drafter.fingerprint else None
 
 
-def export_engine(to: str, source: Source, target: Target, run: Path, token_map: torch.Tensor | None = None) -> Path:
-    """Publish RUN/export/TO, a folder that the engine loads as it is. `token_map` [K] is SGLang's: ids it drafts from.
+def formats(drafter: Drafter) -> tuple[str, ...]:
+    """The engines' formats that there are for a drafter of this shape."""
+    return (*WIDE, GGUF) if drafter.config.taps else tuple(LAYOUTS)
 
-    Raises TargetError or ArtifactError with the reason when the engine could not serve it; nothing is written then.
+
+def export_engine(to: str, source: Source, target: Target, run: Path, token_map: torch.Tensor | None = None) -> Path:
+    """Publish RUN/export/TO, a folder that the engine loads as it is.
+
+    `token_map` [K] are the ids that it drafts from: SGLang's token map, or an LM head of the drafter's own where that
+    has EAGLE-3's shape. Raises TargetError or ArtifactError with the reason when the engine could not serve it; nothing
+    is written then.
     """
-    layout = LAYOUTS[to]
-    refuse(layout, source.drafter, target)
+    drafter = _with_map(source.drafter, target, token_map)
+    if to != GGUF:
+        layout = layout_of(to, drafter.config)
+        refuse(layout, drafter, target)
+    else:
+        gguf_file.refuse(drafter)
     final = run / "export" / to
     inputs = {"target": target.fingerprint, "drafter": source.manifest.fingerprint}
     ids = None if token_map is None else sorted(token_map.tolist())
     name = fingerprint({"format": to, **inputs, "token_map": ids})
     with stage(final, name) as work:
-        write_folder(layout, source.drafter, target.lent, work)
-        if ids is not None:
+        if to == GGUF:
+            gguf_file.write_gguf(drafter, work / DRAFTER_FILE)
+        else:
+            write_folder(layout, drafter, target.lent, work, str(target.model.config._name_or_path))
+        if ids is not None and not drafter.config.taps:
             # SGLang reads nothing else: a pickled list of plain integers, loaded there with weights_only.
             torch.save(ids, work / TOKEN_MAP)
         facts = {"format": to, "token_map": len(ids) if ids else None}
         Manifest(kind="export", fingerprint=name, inputs=inputs, recipe={}, facts=facts).sealed(work).write(work)
     return final
+
+
+def _with_map(drafter: Drafter, target: Target, token_map: torch.Tensor | None) -> Drafter:
+    """With rows of its own for these tokens, where its shape has such. Raises CoralError when it has some already."""
+    if token_map is None or not drafter.config.taps:
+        return drafter
+    if rows := drafter.config.draft_vocab_size:
+        raise CoralError(f"the drafter has an LM head of its own already, of {rows} rows. Leave out --map-size")
+    return with_rows(drafter, target.lent, token_map)
 
 
 def frequent_tokens(source: Source, recipe: Recipe, target: Target, size: int | None) -> torch.Tensor:

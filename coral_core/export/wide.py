@@ -1,0 +1,175 @@
+"""EAGLE-3's shape as each engine's loader reads it: vLLM 0.33.0, SGLang 0.5.23, EAGLE's cnets.py, speculators 0.9.0.
+
+One engine's list of tapped layers counts the layers whose inputs are read (top of config.json); SGLang's, within
+eagle_config, those whose outputs are, one layer earlier. SGLang lends the target's LM head where draft_vocab_size is
+null; the others get its rows written out. Axes: K row of the drafter's own LM head, V vocabulary, D hidden.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from coral_core.drafter.config import DrafterConfig
+from coral_core.drafter.eagle3 import LIST
+from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
+from coral_core.export.layouts import LAYOUTS, Layout, llama_keys, narrow
+from coral_core.lent import Lent
+
+_TARGETS = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss"})
+"""Types whose classes in both engines hand out the inputs of their layers."""
+_VLLM, _SGLANG, _EAGLE = (LAYOUTS[name] for name in ("vllm", "sglang", "eagle"))
+
+WIDE = {
+    "vllm": dataclasses.replace(
+        _VLLM,
+        architecture="LlamaForCausalLMEagle3",
+        targets=_TARGETS,
+        refused={},
+        unread=("norm_output", "fc_norm"),
+        serve=_VLLM.serve.replace('"eagle"', '"eagle3"'),
+    ),
+    "sglang": dataclasses.replace(
+        _SGLANG,
+        architecture="LlamaForCausalLMEagle3",
+        fc_bias="never",
+        targets=_TARGETS,
+        refused={},
+        unread=("norm_before_residual", "norm_output", "fc_norm"),
+        serve=_SGLANG.serve.replace("algorithm EAGLE ", "algorithm EAGLE3 "),
+    ),
+    "eagle": dataclasses.replace(
+        _EAGLE,
+        architecture="LlamaForCausalLMEagle3",
+        fc_bias="never",
+        unread=("norm_before_residual", "norm_output", "fc_norm"),
+        serve=_EAGLE.serve.replace("use_eagle3=False", "use_eagle3=True"),
+    ),
+    "speculators": Layout(
+        engine="speculators",
+        architecture="Eagle3DraftModel",
+        fc_bias="never",
+        rope=_VLLM.rope,
+        targets=_TARGETS,
+        refused={},
+        serve="vllm serve {folder}",
+    ),
+}
+"""Format -> its folder for EAGLE-3's shape."""
+
+
+def layout_of(to: str, config: DrafterConfig) -> Layout:
+    """The engine's folder for this drafter. Raises ArtifactError when the engine reads EAGLE-3's shape only."""
+    if config.taps:
+        return WIDE[to]
+    if to not in LAYOUTS:
+        raise ArtifactError(
+            f"{WIDE[to].engine} reads EAGLE-3's shape only, and this drafter has EAGLE-2's. "
+            "Train one with: coral train train.preset=coral3"
+        )
+    return LAYOUTS[to]
+
+
+def with_rows(drafter: Drafter, lent: Lent, token_K: torch.Tensor) -> Drafter:
+    """The drafter with an LM head of its own: the target's rows of these tokens, in their dtype's exact values."""
+    token_K = token_K.sort().values.to(lent.head_VD.device)
+    config = dataclasses.replace(drafter.config, draft_vocab_size=len(token_K))
+    head_KD = lent.head_VD[token_K].cpu().to(drafter.fc.weight.dtype)
+    weights = drafter.state_dict() | {"lm_head.weight": head_KD, "d2t": token_K.cpu() - torch.arange(len(token_K))}
+    return Drafter.build(config, weights, source="the drafter", remedy="Choose other tokens")
+
+
+def wide_tensors(layout: Layout, drafter: Drafter, lent: Lent) -> dict[str, torch.Tensor]:
+    """Every tensor of the folder but the embedding."""
+    layer = "layers.0." if layout is WIDE["speculators"] else "midlayer."
+    weights = {name.replace("layers.0.", layer, 1): value for name, value in drafter.state_dict().items()}
+    if drafter.config.draft_vocab_size:
+        drafted_V = torch.zeros(drafter.config.vocab_size, dtype=torch.bool)
+        weights["t2d"] = drafted_V.index_fill(0, drafter.draft_tokens.cpu(), True)
+    elif layout is not WIDE["sglang"]:
+        weights["lm_head.weight"] = narrow(lent.head_VD)
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+
+
+def wide_shapes(layout: Layout, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the folder."""
+    hidden, inner, rows = config.hidden_size, config.intermediate_size, config.draft_vocab_size
+    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = "layers.0." if layout is WIDE["speculators"] else "midlayer."
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocab_size, hidden),
+        "fc.weight": (hidden, len(config.taps) * hidden),
+        f"{layer}self_attn.q_proj.weight": (query, 2 * hidden),
+        f"{layer}self_attn.k_proj.weight": (key, 2 * hidden),
+        f"{layer}self_attn.v_proj.weight": (key, 2 * hidden),
+        f"{layer}self_attn.o_proj.weight": (hidden, query),
+        f"{layer}mlp.gate_proj.weight": (inner, hidden),
+        f"{layer}mlp.up_proj.weight": (inner, hidden),
+        f"{layer}mlp.down_proj.weight": (hidden, inner),
+        "norm.weight": (hidden,),
+    }
+    norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    shapes |= {f"{layer}{norm}.weight": (hidden,) for norm in norms}
+    if config.fc_norm:
+        shapes |= {f"fc_norm.{tap}.weight": (hidden,) for tap in range(len(config.taps))}
+    if rows:
+        shapes |= {"lm_head.weight": (rows, hidden), "d2t": (rows,), "t2d": (config.vocab_size,)}
+    elif layout is not WIDE["sglang"]:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def wide_values(
+    layout: Layout, config: DrafterConfig, *, dtype: str, logit_scale: float, target: str
+) -> dict[str, Any]:
+    """config.json of the folder. Every key is written, since a guess of an engine's can be wrong in silence."""
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}
+    llama = {
+        **llama_keys(config),
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "num_hidden_layers": 1,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": dtype,
+    }
+    if layout is not WIDE["eagle"]:  # its config class is older than this key
+        llama["rope_parameters"] = {key: float(v) if key == "factor" else v for key, v in rope.items()}
+    rows = config.draft_vocab_size or (None if layout is WIDE["sglang"] else config.vocab_size)
+    values: dict[str, Any] = {
+        "architectures": [layout.architecture],
+        "draft_vocab_size": rows,
+        "target_hidden_size": config.hidden_size,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_output": config.norm_output,
+        "fc_norm": config.fc_norm,
+    }
+    if layout.scales_logits and logit_scale != 1.0:
+        values["logit_scale"] = logit_scale
+    if layout is WIDE["speculators"]:
+        return values | _speculators(config, llama, target)
+    if layout is WIDE["sglang"]:
+        layers = [layer - 1 for layer in config.taps]
+        return {**llama, **values, "eagle_config": {LIST: layers, "use_aux_hidden_state": True}}
+    return {**llama, **values, LIST: list(config.taps), "num_aux_hidden_states": len(config.taps)}
+
+
+def _speculators(config: DrafterConfig, llama: dict[str, Any], target: str) -> dict[str, Any]:
+    proposal = {"proposal_type": "greedy", "speculative_tokens": 3}
+    return {
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": target, "architectures": []},
+        },
+        "norm_before_fc": False,
+        "embed_requires_grad": False,
+        LIST: list(config.taps),
+        "transformer_layer_config": llama,
+        "torch_dtype": llama["torch_dtype"],
+    }
