@@ -12,6 +12,7 @@ Axes: S unroll step, M feature, N = S·M row, D hidden, K one of the most likely
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -20,6 +21,7 @@ import torch
 from coral_core.drafter.model import Drafter
 from coral_core.head.groups import Groups
 from coral_core.head.router import Router
+from coral_core.kernels.precision import bfloat16_is_faster
 from coral_core.lent import Lent
 from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import HeadSpec
@@ -35,6 +37,8 @@ ROWS = 1024
 """Rows of one router step."""
 CHUNK = 2048
 """Rows whose vocabulary-sized probabilities exist at once."""
+CANDIDATES = 96
+"""Tokens that bfloat16 names for the TOP most likely ones: its logits are off by up to 2^-8 of themselves."""
 TOP = 64
 """Of the tokens after each feature, so many are kept: the labels of any grouping come from them."""
 
@@ -46,6 +50,12 @@ class Source:
     drafter: Drafter
     lent: Lent
     steps: int
+
+    @functools.cached_property
+    def quick(self) -> Lent:
+        """The head in bfloat16, where this device is faster in it: it finds candidates for the most likely tokens."""
+        device = self.lent.head_VD.device
+        return self.lent.to(device, torch.bfloat16) if device.type != "cpu" or bfloat16_is_faster() else self.lent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +82,29 @@ def collect(source: Source, samples: Iterable[Batch]) -> Iterator[Rows]:
         outputs = unroll(source.drafter, source.lent, batch, source.steps, wanted_BR=wanted_BR)
         feature_MD = batch.feature_BTD[:, 1:][wanted_BR]
         hidden_SMD = torch.stack([out_BRD[wanted_BR] for out_BRD in outputs])
-        own = [_most_likely(source.lent, hidden_MD) for hidden_MD in hidden_SMD]
+        own = [_most_likely(source, hidden_MD) for hidden_MD in hidden_SMD]
         own_prob_SMK, own_token_SMK = (torch.stack(part) for part in zip(*own, strict=True))
-        yield Rows(hidden_SMD, feature_MD, *_most_likely(source.lent, feature_MD), own_prob_SMK, own_token_SMK)
+        yield Rows(hidden_SMD, feature_MD, *_most_likely(source, feature_MD), own_prob_SMK, own_token_SMK)
 
 
-def _most_likely(lent: Lent, hidden_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prob_MK, token_MK), best first."""
-    found = []
-    for part_ND in hidden_MD.split(CHUNK):
-        prob_NK, token_NK = lent.logits(part_ND).float().softmax(-1).topk(min(TOP, lent.head_VD.shape[0]))
-        found.append((prob_NK / prob_NK.sum(-1, keepdim=True), token_NK))
+def _most_likely(source: Source, hidden_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prob_MK, token_MK), best first, of the TOP most likely tokens, to whose sum the probabilities are normalised.
+
+    In float32. Where the head is quicker in bfloat16, that names some more candidates, and they are scored again.
+    """
+    lent, quick, found = source.lent, source.quick, []
+    vocabulary = lent.head_VD.shape[0]
+    for part_ND in hidden_MD.split(CHUNK if quick is lent else CHUNK // 8):
+        logit_NV = quick.logits(part_ND.to(quick.head_VD.dtype))
+        if quick is lent:
+            logit_NK, token_NK = logit_NV.topk(min(TOP, vocabulary))
+        else:
+            token_NC = logit_NV.topk(min(CANDIDATES, vocabulary), sorted=False).indices
+            raw_NC = torch.einsum("nd,ncd->nc", part_ND, lent.head_VD[token_NC])
+            bias = 0.0 if lent.head_bias_V is None else lent.head_bias_V[token_NC]
+            logit_NK, best_NK = lent.transform(raw_NC + bias).topk(min(TOP, vocabulary))
+            token_NK = token_NC.gather(-1, best_NK)
+        found.append((logit_NK.float().softmax(-1), token_NK))
     prob_MK, token_MK = (torch.cat(part) for part in zip(*found, strict=True))
     return prob_MK, token_MK
 

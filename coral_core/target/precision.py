@@ -1,18 +1,14 @@
 """Which dtype `target.dtype: auto` means. Answers in bfloat16 may differ from those in float32: the output names it."""
 
-import functools
-import time
 from pathlib import Path
 
 import torch
 
+from coral_core.kernels.precision import bfloat16_is_faster
+
 LARGE_BYTES = 100_000_000
 """A checkpoint below this is decoded in float32 on a processor: its weights stay in the caches, and bfloat16 gains
 nothing (pico, 44 MB: a plain step takes 16.5 ms in float32 and 16.3 in bfloat16)."""
-GAIN = 1.1
-"""How much faster bfloat16 must be."""
-SIZE, MATRICES, ROWS, TURNS = 2048, 4, (1, 8), 4
-"""Products that are timed: 64 MB of weights in float32, for a plain step and for a small tree."""
 
 
 def pick_dtype(dtype: str, device: torch.device, checkpoint: Path | None) -> torch.dtype:
@@ -32,22 +28,3 @@ def _is_large(checkpoint: Path | None) -> bool:
         return True
     files = checkpoint.glob("*.safetensors") if checkpoint.is_dir() else [checkpoint]
     return sum(file.stat().st_size for file in files) > LARGE_BYTES * (1 if checkpoint.is_dir() else 0.3)
-
-
-@functools.cache
-def bfloat16_is_faster() -> bool:
-    """Time products of few rows in both dtypes on this processor, once per process: some 0.1 s.
-
-    AVX-512 with bfloat16, and AMX, are faster; a processor that converts every weight first is slower.
-    """
-    spent = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    weights = {dtype: [torch.ones(SIZE, SIZE, dtype=dtype) for _ in range(MATRICES)] for dtype in spent}
-    for _ in range(TURNS):
-        for dtype, matrices in weights.items():
-            begun = time.thread_time()
-            for rows in ROWS:
-                row_RD = torch.ones(rows, SIZE, dtype=dtype)
-                for matrix_DD in matrices:
-                    torch.nn.functional.linear(row_RD, matrix_DD)
-            spent[dtype] = min(spent[dtype], time.thread_time() - begun)
-    return spent[torch.bfloat16] * GAIN < spent[torch.float32]

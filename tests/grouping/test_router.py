@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from coral_core.grouping import router
 from coral_core.grouping.clustering import by_id
 from coral_core.grouping.router import (
     Rows,
@@ -100,3 +101,18 @@ def test_recall_by_hand() -> None:
     rows = Rows(hidden_SMD, hidden_SMD[0], prob_MK, token_MK, prob_MK[None], token_MK[None])
     found = recall(router, rows, groups, 2, torch.tensor([[True, False]]))  # type: ignore[arg-type]
     assert found == {"argmax": 0.5, "top10": 0.5, "mass": 0.625, "kept": 1.0}
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_the_most_likely_tokens_are_those_of_float32(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 is faster it only names candidates: neither order nor probabilities are its own."""
+    monkeypatch.setattr(router, "bfloat16_is_faster", lambda: faster)
+    generator = torch.Generator().manual_seed(3)
+    head_VD, hidden_MD = (torch.randn(rows, 64, generator=generator) / 4 for rows in (3000, 40))
+    lent = Lent(head_VD, head_VD, torch.randn(3000, generator=generator), logit_scale=0.5, logit_softcap=9.0)
+    source = Source(tiny_drafter(), lent, 1)
+    assert (source.quick is lent) != faster
+    prob_MK, token_MK = router._most_likely(source, hidden_MD)
+    logit_MK, wanted_MK = lent.logits(hidden_MD).topk(router.TOP)
+    assert torch.equal(token_MK, wanted_MK)
+    torch.testing.assert_close(prob_MK, logit_MK.softmax(-1), rtol=0, atol=1e-6)

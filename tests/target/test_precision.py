@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from coral_core import embedded
+from coral_core.kernels import precision as kernel
 from coral_core.target import precision
 from coral_core.target.precision import pick_dtype
 
@@ -43,5 +44,5 @@ def test_the_faster_one_is_told_by_its_time(monkeypatch: pytest.MonkeyPatch) -> 
             call = next(calls)  # type: ignore[call-overload]
             return 100.0 * (call // 2) + (call % 2) * seconds[call // 2 % 2]
 
-        monkeypatch.setattr(precision.time, "thread_time", clock)
-        assert precision.bfloat16_is_faster.__wrapped__() is faster
+        monkeypatch.setattr(kernel.time, "thread_time", clock)
+        assert kernel.bfloat16_is_faster.__wrapped__() is faster
