@@ -61,9 +61,8 @@ def generated(target: Target, prompt: list[int], max_new_tokens: int, model: Any
         ids_BT,
         attention_mask=torch.ones_like(ids_BT),
         max_new_tokens=min(max_new_tokens, target.max_positions - len(prompt)),
-        do_sample=False,
         streamer=puts,
-        **options,
+        **{"do_sample": False, **options},
     )
     ended_s = time.perf_counter()
     first_s = puts.at_s[1]  # the first call hands over the prompt
