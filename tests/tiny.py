@@ -2,6 +2,7 @@
 
 import functools
 import random
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -99,6 +100,19 @@ class ScriptHead:
 def positions(position_BT: torch.Tensor, dtype: torch.dtype) -> Turn:
     """The `rope` of a drafter that turns nothing: the positions themselves, [B,1,T,1]."""
     return (position_BT[:, None, :, None],) * 2
+
+
+class StandIn:
+    """What decoding asks of a drafter besides its layer, of one in EAGLE-2's shape that turns nothing."""
+
+    config = SimpleNamespace(taps=(), draft_vocab_size=0)
+    rope = staticmethod(positions)
+
+    def read(self, feature_BTD: torch.Tensor) -> torch.Tensor:
+        return feature_BTD
+
+    def hidden(self, state_BTD: torch.Tensor) -> torch.Tensor:
+        return state_BTD
 
 
 class OracleHead:

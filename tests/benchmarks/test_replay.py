@@ -11,7 +11,7 @@ from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.head.candidates import Candidates
-from tests.tiny import VOCAB, positions, tiny_drafter, tiny_target
+from tests.tiny import VOCAB, StandIn, tiny_drafter, tiny_target
 
 SHAPE = TreeShape(depth=4, nodes=9, topk=3, confidence=0.01)
 
@@ -34,14 +34,31 @@ class SuccessorHead:
         return Candidates(logprob_NV, torch.arange(VOCAB))
 
 
-class Echo(torch.nn.Module):
+class Echo(StandIn, torch.nn.Module):
     """A drafter whose feature is the embedding of the token it read."""
-
-    rope = staticmethod(positions)
 
     def forward(self, embed_BTD, feature_BTD, turn, attend):
         attend(*[embed_BTD[:, None]] * 3)  # the cache holds a row per call, as any drafter's does
         return embed_BTD
+
+
+def test_a_repeated_answer_gives_a_drafter_of_three_layers_what_it_reads():
+    target, sampler, taps = tiny_target("llama", layers=4), Sampler(), (0, 2, 3)
+    prompt, drafter = [1, 5, 9, 4], tiny_drafter(target, taps=taps)
+    (answer,) = plain_answers(target, [prompt], sampler, 30)
+    seen = []
+
+    class Watched(SuccessorHead):
+        def candidates(self, hidden_ND):
+            seen[-1].append(hidden_ND)
+            return super().candidates(hidden_ND)
+
+    for model in (target, repeating(target, prompt, answer, taps)):
+        seen.append([])
+        engine = Engine(model, drafter, Watched(target, [answer]), TreeShape(depth=1, nodes=3, topk=3))
+        assert run_lane(engine.decode(prompt, sampler, 30)).ids == answer
+    for real_ND, repeated_ND in zip(*seen, strict=True):
+        torch.testing.assert_close(repeated_ND, real_ND, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed"])

@@ -29,7 +29,7 @@ from coral_core.recipe.schema import TargetSpec
 from coral_core.target.load import Target, load_target, wrap
 from tests.decoding import tape
 from tests.decoding.test_memory import ids_of, oracle_engine, words
-from tests.tiny import VOCAB, positions, tiny_drafter, tiny_engine, tiny_target
+from tests.tiny import VOCAB, StandIn, tiny_drafter, tiny_engine, tiny_target
 
 TREE = TreeShape(depth=4, nodes=9, topk=3)
 """With its root 10 rows, which are filled up to 16."""
@@ -125,10 +125,8 @@ def test_a_recorded_draft_is_of_one_head_one_sampler_and_so_many_columns(taped: 
     assert made == [4, 4, 8, 8]
 
 
-class Echo(torch.nn.Module):
+class Echo(StandIn, torch.nn.Module):
     """A drafter whose feature is the embedding of the token that it read."""
-
-    rope = staticmethod(positions)
 
     def forward(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
         attend(*[embed_BTD[:, None]] * 3)  # the cache holds a row per token, as any drafter's does

@@ -26,12 +26,14 @@ class Reference:
         x_TD = x_TD + self.attention(x_TD)
         return x_TD + self.mlp(self.norm(x_TD))
 
-    def linear(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
-        return x_TD @ self.weights[f"layers.0.{name}.weight"].T
+    layer = "layers.0."
 
-    def norm(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def linear(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
+        return x_TD @ self.weights[f"{self.layer}{name}.weight"].T
+
+    def norm(self, x_TD: torch.Tensor, name: str = "post_attention_layernorm") -> torch.Tensor:
         scale_T1 = (x_TD.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt()
-        return x_TD / scale_T1 * self.weights["layers.0.post_attention_layernorm.weight"]
+        return x_TD / scale_T1 * self.weights[f"{self.layer}{name}.weight"]
 
     def mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
         gate = self.linear(x_TD, "mlp.gate_proj")
@@ -59,3 +61,19 @@ class Reference:
         angle = torch.arange(steps)[:, None] / self.config["rope_theta"] ** power
         turned = torch.complex(x_TE[:, : size // 2], x_TE[:, size // 2 :]) * torch.polar(torch.ones_like(angle), angle)
         return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+class WideReference(Reference):
+    """The same of EAGLE-3's layer, in a folder that names it midlayer."""
+
+    layer = "midlayer."
+
+    def __call__(self, ids_T: list[int], tap_TX: torch.Tensor) -> torch.Tensor:
+        """What the LM head reads: row t has read token t+1 and the taps of t."""
+        embed_TD = torch.stack([self.weights["embed_tokens.weight"][token] for token in ids_T]).float()
+        state_TD = tap_TX @ self.weights["fc.weight"].T
+        joined_TD = torch.cat([self.norm(embed_TD, "input_layernorm"), self.norm(state_TD, "hidden_norm")], dim=-1)
+        x_TD = state_TD + self.attention(joined_TD)
+        x_TD = x_TD + self.mlp(self.norm(x_TD))
+        scale_T1 = (x_TD.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).sqrt()
+        return x_TD / scale_T1 * self.weights["norm.weight"]

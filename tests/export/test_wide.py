@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from coral_core.artifacts import Manifest
+from coral_core.drafter.checkpoint import read_checkpoint
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.export import gguf_file
@@ -17,6 +18,7 @@ from coral_core.export.serve import serve_command
 from coral_core.export.wide import WIDE
 from coral_core.recipe.schema import Recipe
 from tests.export.helpers import publish, random_drafter
+from tests.export.reference import WideReference
 from tests.tiny import VOCAB, tiny_target
 
 LAYERS, TAPS = 8, (2, 4, 5)
@@ -92,6 +94,21 @@ def test_export_and_import_leave_every_bit(tmp_path, to, rows):
         assert back.draft_tokens.tolist() == list(range(VOCAB - rows, VOCAB))
         assert torch.equal(back.lm_head.weight, target.lent.head_VD[back.draft_tokens])
         assert load_file(folder / "model.safetensors")["t2d"].nonzero()[:, 0].tolist() == back.draft_tokens.tolist()
+
+
+def test_our_drafter_and_an_independent_layer_agree_on_the_exported_folder(tmp_path):
+    target = deep()
+    folder = export_engine("vllm", publish(tmp_path, target, random_drafter(target, taps=TAPS)), target, tmp_path)
+    torch.manual_seed(2)
+    ids, tap_TX = torch.randint(0, VOCAB, (11,)), torch.randn(11, 96)
+
+    def causal(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    drafter = read_checkpoint(folder).drafter
+    turn = drafter.rope(torch.arange(11)[None], torch.float32)
+    out_BTD = drafter.hidden(drafter(target.lent.embed(ids)[None], drafter.read(tap_TX[None]), turn, causal))
+    torch.testing.assert_close(out_BTD[0], WideReference(folder)(ids.tolist(), tap_TX), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from coral_core.head.groups import Groups
 from coral_core.head.router import Router
 from coral_core.head.static import StaticHead
 from coral_core.target.load import Target
-from tests.tiny import positions, tiny_drafter, tiny_target
+from tests.tiny import StandIn, tiny_drafter, tiny_target
 
 GROUPS = 12
 
 
-class Informed:
+class Informed(StandIn):
     """A drafter of features that are right: it runs the target on the answer, so that some heads get tokens accepted.
 
     Stands where the drafter does; what it is shown is ignored but for the position.
@@ -30,8 +30,6 @@ class Informed:
     def __init__(self, target: Target, drafter: Drafter, ids: list[int]) -> None:
         self.drafter = drafter
         self.feature_TD = target.forward(torch.tensor([ids]))[0]
-
-    rope = staticmethod(positions)
 
     def __call__(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
         position_BT = turn[0][:, 0, :, 0].expand(embed_BTD.shape[:2])
