@@ -1,0 +1,38 @@
+"""The rows of the EAGLE-3 benchmark: each is a training that exists, and the figures compare the right ones."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks import eagle3
+from coral_core.recipe.schema import PRESETS, TrainSpec
+
+
+class FakeBench:
+    """Knows what a step costs."""
+
+
+def row(name: str, tokens: int, part: str = "shape", seed: int = 0) -> dict:
+    return {"part": part, "name": name, "seed": seed, "tokens": [tokens, tokens], "rounds": [10, 10]}
+
+
+def test_every_row_is_a_training() -> None:
+    for name in eagle3.ROWS:
+        keys = {**PRESETS["coral"], **dict(eagle3.variant(name, 0, 9).changes)}
+        spec = dataclasses.replace(TrainSpec(), **keys)  # type: ignore[arg-type]
+        assert (spec.shape != "eagle2") == (name in eagle3.WIDE)
+        assert spec.unroll_growth == 0
+
+
+def test_figures_compare_the_best_wide_row_with_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eagle3, "step_seconds", lambda bench: {"a coral today": 1.0})
+    names = list(eagle3.ROWS)
+    found = [row(name, 20 + place) for place, name in enumerate(names)]
+    told = eagle3.figures(FakeBench(), found)  # type: ignore[arg-type]
+    assert told["best"] == names[-1]
+    assert told["eagle3_over_eagle2_shape"] == pytest.approx((20 + len(names) - 1) / 20)
+    assert told["csra_on_eagle3"] == pytest.approx(24 / 23)
+    assert "eagle3_over_eagle2_shape_equal_time" not in told
+    told = eagle3.figures(FakeBench(), [*found, row("a coral today", 22, part="equal time")])  # type: ignore[arg-type]
+    assert told["eagle3_over_eagle2_shape_equal_time"] == pytest.approx((20 + len(names) - 1) / 22)
+    assert eagle3.figures(FakeBench(), found[:2]) == {"step_s": {"a coral today": 1.0}}  # type: ignore[arg-type]
