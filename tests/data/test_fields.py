@@ -16,8 +16,8 @@ from coral_core.data.stage import prepare
 from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
-from coral_core.serve.answer import Opened, Refusal, answer
-from coral_core.serve.protocol import Ask, read_chat
+from coral_core.serve.answer import Answer, Opened
+from coral_core.serve.protocol import Ask, Refusal, read_chat
 from tests.data.helpers import CHATML, NOON, make_job, make_target, make_tokenizer, write_lines
 from tests.serve.helpers import make_service
 
@@ -72,8 +72,8 @@ def test_a_dialogue_with_fields_is_read_back_as_it_was() -> None:
 
 def refusals(ask: Ask, **target: Any) -> list[Any]:
     service = make_service()
-    service = dataclasses.replace(service, target=dataclasses.replace(service.target, **target))
-    return [told for told in answer(service, ask) if isinstance(told, Refusal | Opened)]
+    engine = dataclasses.replace(service.engine, target=dataclasses.replace(service.target, **target))
+    return [Answer(dataclasses.replace(service, engine=engine), ask).open()[1]]
 
 
 def test_a_request_whose_fields_the_template_does_not_show_is_refused_by_name() -> None:
