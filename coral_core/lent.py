@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from coral_core.kernels.linear import Packed, few, packs
+from coral_core.kernels.linear import FILL, Packed, packs, wanted
 from coral_core.tensors import write_tensors
 
 
@@ -29,8 +29,15 @@ class Lent:
     """Gemma-2's tanh cap on the logits; 0 is none."""
 
     def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
-        """The target's own logits [..., V] of features [..., D]: the full head, the reference."""
-        if few(feature_XD.numel() // feature_XD.shape[-1]) and packs(self.head_VD):
+        """The target's own logits [..., V] of features [..., D]: the full head, the reference.
+
+        On a CPU one to three rows are filled up, as the kernels add in another order for so few.
+        """
+        rows = feature_XD.numel() // feature_XD.shape[-1]
+        if rows < FILL and self.head_VD.device.type == "cpu":
+            filled_ND = torch.nn.functional.pad(feature_XD.reshape(rows, -1), (0, 0, 0, FILL - rows))
+            return self.logits(filled_ND)[:rows].unflatten(0, feature_XD.shape[:-1])
+        if wanted() and packs(self.head_VD):
             return self.transform(self._packed.linear(feature_XD, self.head_bias_V))
         return self.transform(torch.nn.functional.linear(feature_XD, self.head_VD, self.head_bias_V))
 

@@ -24,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from coral_core.kernels import exact
+
 NAME = "coral_sdpa"
 """How the plug-in is called in a model's config."""
 FEW_ROWS, MANY_KEYS = 16, 1 << 17
@@ -48,6 +50,9 @@ def attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[B,T,H,E] of queries [B,H,T,E] over keys and values [B,G,K,E], in the form that transformers asks for."""
+    layout = getattr(attention_mask, "columns", None)
+    if layout is not None:
+        return exact.attention(query, key, value, layout, kwargs.get("scaling")), None
     strange = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None or kwargs.get("dropout")
     causal = attention_mask is None and query.shape[2] > 1
     if query.shape[1] == key.shape[1] or causal or strange or kwargs.get("output_attentions"):

@@ -11,8 +11,9 @@ packed, the median of 11 forwards in turns:
 | bfloat16, plain   |  60 |  61 |  66 |  76 |  94 | 132 |
 |   packed          |  47 |  47 |  48 |  52 |  65 | 106 |
 
-The layout is a second copy of the weights, made when it is first wanted. The plain ones stay for full batches, which
-gain a fifth at most (1,024 rows: 1.20 times in float32, 1.04 in bfloat16), for training, and for saving the model.
+The layout is a second copy of the weights, made when it is first wanted. It serves any number of rows, so that a row
+has the same bits in a prompt and in a step (1,024 rows: 1.20 times as fast in float32, 1.04 in bfloat16). The plain
+weights stay for training, and for saving the model.
 Axes: N row, I input, O output.
 """
 
@@ -24,8 +25,6 @@ import psutil
 import torch
 from torch import nn
 
-FEW_ROWS = 256
-"""Rows up to which the packed weights serve. By number alone, so that the same call always rounds the same way."""
 FILL, LARGE = 4, 1 << 20
 """Fewer rows are filled up to FILL where a weight has LARGE elements: the kernel is faster with rows nobody wants."""
 ALONE = 1 << 17
@@ -67,9 +66,9 @@ class Packed:
         return out_NO[:rows].unflatten(0, x_XI.shape[:-1])
 
 
-def few(rows: int) -> bool:
-    """Whether so many rows are multiplied packed. Gradients and autocasting are for plain layers."""
-    return rows <= FEW_ROWS and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+def wanted() -> bool:
+    """Whether products are packed now. Gradients and autocasting are for plain layers."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 class PackedLinear(nn.Linear):
@@ -83,7 +82,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows, weight_OI = input.numel() // self.in_features, self.weight
-        if rows >= self._fewest and few(rows) and input.dtype == weight_OI.dtype:
+        if rows >= self._fewest and wanted() and input.dtype == weight_OI.dtype:
             source_OI, version, packed = self._packed
             if version != weight_OI._version or source_OI.data_ptr() != weight_OI.data_ptr():
                 packed = Packed(weight_OI) if packs(weight_OI) else None
@@ -101,10 +100,10 @@ class PackedLinear(nn.Linear):
 def pack(model: nn.Module) -> None:
     """Let the linear layers of a model multiply few rows packed, where memory has room for a second copy of them."""
     linears = [module for module in model.modules() if type(module) is nn.Linear and packs(module.weight)]
-    wanted, free = sum(linear.weight.nbytes for linear in linears), psutil.virtual_memory().available
-    if wanted > SPARE * free:
+    size, free = sum(linear.weight.nbytes for linear in linears), psutil.virtual_memory().available
+    if size > SPARE * free:
         warnings.warn(
-            f"decoding is slower than it could be: {wanted / 2**30:.1f} GiB of weights are packed only where twice as "
+            f"decoding is slower than it could be: {size / 2**30:.1f} GiB of weights are packed only where twice as "
             f"much memory is free, and {free / 2**30:.1f} GiB are",
             stacklevel=2,
         )

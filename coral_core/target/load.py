@@ -20,7 +20,7 @@ from coral_core.errors import DataError, TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import checkpoint, gguf_file, kin, norms, precision
+from coral_core.target import checkpoint, filled, gguf_file, kin, norms, precision
 
 MASKED_TYPES = {"full_attention", "sliding_attention"}
 """Layer types that an explicit mask fully describes; others keep a state that a rejected draft would spoil."""
@@ -43,6 +43,8 @@ class Target:
     """Positions that a sliding layer sees, itself included; 0 when no layer slides."""
     bounded: bool = False
     """Whether `max_positions` is less than the model's own: further ones would change the rows before them."""
+    exact: bool = False
+    """Whether the rows of a forward have the same bits whatever is read with them (target/filled.py)."""
     graphs: bool = False
     """Whether decoding records its forwards (decoding/graphs.py)."""
     taps: tuple[int, ...] = ()
@@ -75,6 +77,13 @@ class Target:
         return kin.describe(self.lent, self.tokenizer)
 
     @functools.cached_property
+    def _width(self) -> int:
+        """Of the activations."""
+        config = self.model.config.get_text_config()
+        named = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+        return int(named or 4 * config.hidden_size)
+
+    @functools.cached_property
     def _cache_name(self) -> str:
         """The argument for a cache: transformers renames it, model by model, and warns of the old name."""
         model = self.model.base_model
@@ -105,6 +114,13 @@ class Target:
         `mask` is additive [B,1,T,K], or one per layer type where the model mixes types. Rows past the context's end,
         drafted nodes that will not be emitted, are read at its last position.
         """
+        rows = ids_BT.shape[1]
+        recorded = self.graphs or ids_BT.device.type != "cpu"
+        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        if self.exact and not recorded and position_BT is not None and cache is not None and not padded:
+            mask, cache = filled.masks(position_BT, mask, self.layer_types), filled.Filled(cache, rows)
+            more = filled.filled_rows(rows, ids_BT.shape[0], self._width, torch.get_num_threads()) - rows
+            ids_BT, position_BT = (torch.cat((x, x[:, -1:].expand(-1, more)), 1) for x in (ids_BT, position_BT))
         if position_BT is not None:
             position_BT = position_BT.clamp_max(self.max_positions - 1)
         out = self.model.base_model(
@@ -116,8 +132,9 @@ class Target:
             **{self._cache_name: cache},
         )
         if not self.taps:
-            return out.last_hidden_state
-        return torch.cat([*(out.hidden_states[layer] for layer in self.taps), out.last_hidden_state], dim=-1)
+            return out.last_hidden_state[:, :rows]
+        taken = [*(out.hidden_states[layer] for layer in self.taps), out.last_hidden_state]
+        return torch.cat([state_BTD[:, :rows] for state_BTD in taken], dim=-1)
 
     def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
         """The target's own logits [..., V] of what `forward` gives."""
@@ -196,6 +213,7 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
         max_positions=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
         layer_types=types,
         window=int(config.sliding_window) if "sliding_attention" in types else 0,
+        exact=lent.embed_VD.device.type == "cpu" and model.config._attn_implementation == attention.NAME,
     )
     return probed(target)
 

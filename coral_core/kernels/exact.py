@@ -1,0 +1,212 @@
+"""Attention on a CPU whose rows have the same bits whatever else is in the pass, and wherever its columns lie.
+
+Drafted siblings lie between the columns of a path, and differ from draft to draft. So each row's scores are put into
+the order of positions before its softmax, and put back behind it. The values are then added in blocks: the block of a
+column is its position // BLOCK. The columns of a block are neighbours, siblings among them; a sibling's weight is
+exactly 0, and a product that adds its terms one by one is not changed by a term of 0.
+
+What this rests on was found on an AMD EPYC (AVX-512, MKL 2024.2; tests/kernels/test_exact.py). A batched product in
+float32 of LEAST_ROWS rows and more, with at most WIDEST terms in a sum, adds them one by one. A score depends neither
+on the other rows nor on the other columns, from LEAST_COLUMNS columns on. A softmax does not depend on hidden columns
+behind the last one. With 16-bit products, and in PyTorch's own kernel (flash attention), none of this holds: keys and
+values are given in float32, which holds 16-bit numbers exactly.
+Axes: B batch, H attention head, G key/value head, T new row, K cached column, P position, E head dimension, N batch and
+key/value head, F row of a folded head.
+"""
+
+import dataclasses
+
+import torch
+
+BLOCK = 128
+"""Positions of a block."""
+WIDEST = 192
+"""Columns of the widest block: those of BLOCK positions, and the siblings among them."""
+LEAST_ROWS, LEAST_COLUMNS = 4, 16
+SMALL_PRODUCT = 400
+"""Multiplications below which PyTorch multiplies by a loop of its own (LinearAlgebra.cpp, `bmm_out_or_baddbmm_`)."""
+ROWS = 64
+"""Rows that are attended to together in a long pass: their scores stay in the processor's cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Where the new rows of trees lie, from the first column `start` on that is not at its own position."""
+
+    start: int
+    column_BTP: torch.Tensor
+    """For each row the column of its path's position, counted from `start`; any where it has none."""
+    position_BK: torch.Tensor
+    """The position of each column, both counted from `start`."""
+    sees_BTK: torch.Tensor
+    """1.0 where the row sees the column, else 0.0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The columns of a pass."""
+
+    rows: int
+    """New rows; further ones only fill up."""
+    mask_BTP: torch.Tensor | None
+    """Additive, in float32, over positions. None where all is seen, or where rows of one answer are causal."""
+    cuts_B: tuple[tuple[int, ...], ...]
+    """For each answer the columns at which its blocks begin, 0 left out."""
+    tree: Tree | None
+    """None where every column is at its own position."""
+
+
+def layout(position_BT: torch.Tensor, mask_B1TK: torch.Tensor | None) -> Layout:
+    """Of new rows at these positions, the first of each answer right behind its committed columns.
+
+    The mask is additive, over columns. Rows come level by level; the position of rows that only fill up a tree may be
+    anything.
+    """
+    rows, past = position_BT.shape[1], position_BT[:, 0].tolist()
+    mask_BTK = None if mask_B1TK is None else mask_B1TK[:, 0].float()
+    last = max(past) + rows if mask_BTK is None else mask_BTK.shape[-1]
+    step_BT = position_BT - position_BT[:, :1]
+    if rows == 1 or mask_BTK is None or bool((step_BT == torch.arange(rows)).all()):
+        return Layout(rows, mask_BTK, (tuple(range(BLOCK, last, BLOCK)),), None)
+    cuts_B = tuple(cuts(positions) for positions in position_BT.tolist())
+    start, answers = min(past), len(past)
+    ends = max(past) + int(step_BT.max()) + 1 - start
+    column_BT = position_BT[:, :1] + torch.arange(rows)
+    position_BK = torch.arange(last).repeat(answers, 1).scatter_(1, column_BT, position_BT)[:, start:] - start
+    position_BK.clamp_max_(ends - 1)  # columns that no row of a shorter answer sees
+    sees_BTK = mask_BTK[:, :, start:] == 0
+    number_BTK = (torch.arange(1, last - start + 1) * sees_BTK).long()
+    found_BTP = number_BTK.new_zeros(answers, rows, ends)
+    found_BTP.scatter_reduce_(2, position_BK[:, None].expand_as(number_BTK), number_BTK, "amax")
+    near_BTP = torch.zeros(found_BTP.shape).masked_fill_(found_BTP == 0, -torch.inf)
+    mask_BTP = torch.cat((mask_BTK[:, :, :start].expand(answers, -1, -1), near_BTP), dim=2)
+    return Layout(rows, mask_BTP, cuts_B, Tree(start, (found_BTP - 1).clamp_min_(0), position_BK, sees_BTK.float()))
+
+
+def cuts(positions: list[int]) -> tuple[int, ...]:
+    """The columns at which blocks begin, for new rows at these positions behind columns in their natural order.
+
+    With blocks of 4 and rows at the positions 2 3 3 4 4 5, a block begins at column 5:
+
+        column    0 1 2 3 4 5 6 7
+        position  0 1 2 3 3 4 4 5
+    """
+    past = positions[0]
+    found = list(range(BLOCK, past + 1, BLOCK))
+    for border in range((past // BLOCK + 1) * BLOCK, max(positions) + 1, BLOCK):
+        found.append(past + next(row for row, position in enumerate(positions) if position >= border))
+    return tuple(found)
+
+
+def attention(
+    query_BHTE: torch.Tensor,
+    key_BGKE: torch.Tensor,
+    value_BGKE: torch.Tensor,
+    layout: Layout,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention [B,T,H,E] in the queries' dtype, over keys and values in float32; 0 in rows that only fill up."""
+    batch, heads, filled, _ = query_BHTE.shape
+    rows = layout.rows
+    out_BTHE = query_BHTE.new_zeros(batch, filled, heads, value_BGKE.shape[-1])
+    for first in range(0, rows, ROWS):
+        end = min(first + ROWS, rows)
+        mask_BTP, seen = layout.mask_BTP, key_BGKE.shape[2]
+        if mask_BTP is not None:
+            mask_BTP = mask_BTP[:, first:end]
+        elif rows > 1:
+            seen += end - rows
+            mask_BTP = torch.full((1, end - first, seen), -torch.inf).triu_(seen - (end - first) + 1)
+        part = dataclasses.replace(layout, mask_BTP=mask_BTP, tree=_part(layout.tree, first, end))
+        out_BHTE = _some(query_BHTE[:, :, first:end], key_BGKE[:, :, :seen], value_BGKE[:, :, :seen], part, scale)
+        out_BTHE[:, first:end] = out_BHTE.transpose(1, 2)
+    return out_BTHE
+
+
+def _part(tree: Tree | None, first: int, end: int) -> Tree | None:
+    """Some rows."""
+    if tree is None:
+        return None
+    some = slice(first, end)
+    return dataclasses.replace(tree, column_BTP=tree.column_BTP[:, some], sees_BTK=tree.sees_BTK[:, some])
+
+
+def _some(
+    query_BHTE: torch.Tensor, key_BGKE: torch.Tensor, value_BGKE: torch.Tensor, layout: Layout, scale: float | None
+) -> torch.Tensor:
+    """[B,H,T,E] of rows whose scores are held at once."""
+    batch, heads, rows, width = query_BHTE.shape
+    groups, columns = key_BGKE.shape[1:3]
+    lines = heads // groups * rows
+    scale = width**-0.5 if scale is None else scale
+    query_NFE = query_BHTE.float().reshape(batch * groups, lines, width)
+    key_NKE, value_NKE = key_BGKE.flatten(0, 1), value_BGKE.flatten(0, 1)
+    if lines < LEAST_ROWS:
+        query_NFE = torch.nn.functional.pad(query_NFE, (0, 0, 0, LEAST_ROWS - lines))
+    if columns < LEAST_COLUMNS:
+        key_NKE = torch.nn.functional.pad(key_NKE, (0, 0, 0, LEAST_COLUMNS - columns))
+    score_NFK = torch.baddbmm(query_NFE.new_empty(1), query_NFE, key_NKE.transpose(1, 2), beta=0, alpha=scale)
+    if layout.mask_BTP is None and columns >= LEAST_COLUMNS:
+        return _values(score_NFK.softmax(-1), value_NKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
+    score_BXTK = score_NFK[:, :lines, :columns].reshape(batch, -1, rows, columns)
+    tree = layout.tree
+    if tree is not None:
+        near_BXTP = score_BXTK[..., tree.start :].gather(3, _over_heads(tree.column_BTP, score_BXTK))
+        score_BXTK = torch.cat((score_BXTK[..., : tree.start], near_BXTP), dim=3)
+    if layout.mask_BTP is not None:
+        score_BXTK = score_BXTK + layout.mask_BTP[:, None]
+    weight_BXTK = _softmax(score_BXTK)
+    if tree is not None:
+        near_BXTK = weight_BXTK[..., tree.start :].gather(3, _over_heads(tree.position_BK[:, None], score_BXTK))
+        near_BXTK *= tree.sees_BTK[:, None]
+        weight_BXTK = torch.cat((weight_BXTK[..., : tree.start], near_BXTK), dim=3)
+    weight_NFK = weight_BXTK.reshape(batch * groups, lines, columns)
+    if lines < LEAST_ROWS:
+        weight_NFK = torch.nn.functional.pad(weight_NFK, (0, 0, 0, LEAST_ROWS - lines))
+    return _values(weight_NFK, value_NKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
+
+
+def _softmax(score_XK: torch.Tensor) -> torch.Tensor:
+    """Over the last axis. Fewer than LEAST_COLUMNS are added in another order, so that hidden ones are put behind."""
+    columns = score_XK.shape[-1]
+    if columns >= LEAST_COLUMNS:
+        return score_XK.softmax(-1)
+    hidden = (0, LEAST_COLUMNS - columns)
+    return torch.nn.functional.pad(score_XK, hidden, value=-torch.inf).softmax(-1)[..., :columns]
+
+
+def _over_heads(index_BTX: torch.Tensor, like_BXTK: torch.Tensor) -> torch.Tensor:
+    """An index for every head and row."""
+    return index_BTX[:, None].expand(-1, like_BXTK.shape[1], like_BXTK.shape[2], -1)
+
+
+def _values(weight_NFK: torch.Tensor, value_NKE: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[N,F,E]: the values, weighted and added block by block."""
+    answers = layout.cuts_B
+    longest = max(answers, key=len)
+    if any(own != longest[: len(own)] for own in answers):
+        each = zip(weight_NFK.chunk(len(answers)), value_NKE.chunk(len(answers)), answers, strict=True)
+        return torch.cat([_blocks(weight_NFK, value_NKE, own) for weight_NFK, value_NKE, own in each])
+    return _blocks(weight_NFK, value_NKE, longest)
+
+
+def _blocks(weight_NFK: torch.Tensor, value_NKE: torch.Tensor, cuts: tuple[int, ...]) -> torch.Tensor:
+    columns = weight_NFK.shape[2]
+    starts = [0, *(cut for cut in cuts if cut < columns)]
+    ends = [*starts[1:], columns]
+    out_NFE = torch.bmm(*_terms(weight_NFK, value_NKE, 0, ends[0]))
+    for start, end in zip(starts[1:], ends[1:], strict=True):
+        out_NFE.baddbmm_(*_terms(weight_NFK, value_NKE, start, end))
+    return out_NFE
+
+
+def _terms(
+    weight_NFK: torch.Tensor, value_NKE: torch.Tensor, start: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block's weights and values; with columns of 0 behind them where there are so few that they would be multiplied
+    by a loop of PyTorch's own."""
+    weight_NFK, value_NKE = weight_NFK[:, :, start:end], value_NKE[:, start:end]
+    more = LEAST_COLUMNS - (end - start)
+    if more <= 0 or weight_NFK[0].numel() * value_NKE.shape[2] >= SMALL_PRODUCT:
+        return weight_NFK, value_NKE
+    return torch.nn.functional.pad(weight_NFK, (0, more)), torch.nn.functional.pad(value_NKE, (0, 0, 0, more))
