@@ -146,9 +146,7 @@ def eager(model: Unroll, lent: Lent, batch: Batch, _: Candidates | None = None) 
         total = total + SPEC.regression_weight * losses.regression(hidden_ND, feature_ND)
         total = total + SPEC.distill_weight * losses.distill(hidden_ND, feature_ND, lent)
         total = total + SPEC.topk_weight * losses.topk(hidden_ND, feature_ND, lent, SPEC.topk)
-    token_BA = batch.ids_BT.gather(1, (row_BA + 2).clamp(max=batch.ids_BT.shape[1] - 1))
-    alignment = make_objective(SPEC).alignment
-    total = total + SPEC.csra_weight * csra(hidden_SBAD, feature_BAD, present_BA, token_BA, alignment)
+    total = total + SPEC.csra_weight * csra(hidden_SBAD, present_BA, SPEC.csra_temperature)
     return total / model.steps
 
 
@@ -251,7 +249,7 @@ class Form:
             head = chosen.rows(self.lent, batch) if chosen else HeadRows.whole(self.lent)
             hidden_SND, feature_ND = hidden_SBAD[:, present_BA], feature_BAD[present_BA]
             clock.lap("vocabulary", losses.vocabulary(hidden_SND, feature_ND, head, (0.1, 0.1), SPEC.topk))
-            clock.lap("alignment", csra(hidden_SBAD, feature_BAD, present_BA, row_BA, self.objective.alignment))
+            clock.lap("alignment", csra(hidden_SBAD, present_BA, SPEC.csra_temperature))
         del clock.seconds["rest"]
         return clock.seconds
 

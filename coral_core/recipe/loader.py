@@ -18,7 +18,7 @@ import yaml
 from coral_core import embedded
 from coral_core.artifacts import fingerprint
 from coral_core.errors import RecipeError
-from coral_core.recipe.schema import ADDED, PRESETS, Recipe
+from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, Recipe
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
@@ -69,6 +69,8 @@ def section_fingerprint(recipe: Recipe, *sections: str, **inputs: str) -> str:
     for section, keys in ADDED.items():
         values = mapping[section]
         mapping[section] = {key: value for key, value in values.items() if key not in keys or value != keys[key]}
+    for section, gone in REMOVED.items():
+        mapping[section] = mapping[section] | gone
     return fingerprint({"recipe": {name: mapping[name] for name in sections}, "inputs": inputs})
 
 
@@ -119,6 +121,8 @@ def _override(text: str) -> dict[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"'{text}' is not an override; write section.key=value, such as train.steps=100")
+    if _is_gone(key, _compose(raw, f"'{text}'"), f"'{text}'"):
+        return {}
     kind = _field_type(key, f"'{text}'")
     if dataclasses.is_dataclass(kind):
         raise RecipeError(f"'{text}': {key} is a section; override one of its keys, such as {_keys(kind, key)[0]}=…")
@@ -137,6 +141,8 @@ def _leaves(node: yaml.Node, prefix: str, source: str) -> Iterator[tuple[str, An
         if not isinstance(key_node, yaml.ScalarNode):
             raise RecipeError(f"{where}: a key must be a word")
         key = f"{prefix}{key_node.value}"
+        if _is_gone(key, value_node, where):
+            continue
         kind = _field_type(key, where)
         if key in seen:
             raise RecipeError(f"{where}: key '{key}' is written twice; keep one of them")
@@ -152,6 +158,18 @@ def _leaves(node: yaml.Node, prefix: str, source: str) -> Iterator[tuple[str, An
 def _keys(kind: Any, prefix: str = "") -> list[str]:
     """Dotted names of the fields of one section."""
     return [f"{prefix}.{field.name}" if prefix else field.name for field in dataclasses.fields(kind)]
+
+
+def _is_gone(key: str, node: yaml.Node | None, where: str) -> bool:
+    """Whether a key of before says what coral now always does. Raises RecipeError where it asks for something else."""
+    section, _, name = key.partition(".")
+    if name not in REMOVED.get(section, {}):
+        return False
+    kept = REMOVED[section][name]
+    value = _scalar(type(kept), node, key, where) if isinstance(node, yaml.ScalarNode) else None
+    if value != kept:
+        raise RecipeError(f"{where}: {key} is no longer a key; coral always takes {kept!r}. Leave the key out")
+    return True
 
 
 def _field_type(key: str, where: str) -> Any:

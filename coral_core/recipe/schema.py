@@ -135,14 +135,6 @@ class TrainSpec:
     """Weight of cross-step representation alignment (InfoNCE over the unroll steps' outputs)."""
     csra_temperature: float = 0.2
     """Temperature of the alignment's cosine similarities."""
-    csra_negatives: int = 256
-    """Other positions each position is contrasted with, at most: bounds memory."""
-    csra_include_target: bool = False
-    """Whether the target's own feature is one of the aligned representations."""
-    csra_gradient: Literal["both", "query"] = "both"
-    """Whether a pair moves both of its representations, or the contrasted ones are constants."""
-    csra_mask_same_token: bool = False
-    """Whether positions that lead to the same token are left out of each other's contrast."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """accelerate's mixed precision; master weights stay in float32."""
     checkpoint_every: int = 100
@@ -158,7 +150,7 @@ class TrainSpec:
     """Where numbers go besides log.jsonl: a tracker that accelerate knows, whose package is to be installed."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "csra_negatives", "checkpoint_every"):
+        for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         _require(0 <= self.unroll_growth < 1, "train.unroll_growth", self.unroll_growth, "from 0 to below 1")
         for key in ("learning_rate", "clip_norm", "csra_temperature", "step_decay"):
@@ -278,3 +270,14 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
 ADDED: dict[str, dict[str, int | float]] = {"train": _WHOLE}
 """Keys by section that were added since runs were first made, at the value with which a recipe means what it meant
 without them. A fingerprint leaves them out there, so that what was made before is still known as finished."""
+
+REMOVED: dict[str, dict[str, int | float | str | bool]] = {
+    "train": {
+        "csra_negatives": 256,
+        "csra_include_target": False,
+        "csra_gradient": "both",
+        "csra_mask_same_token": False,
+    }
+}
+"""Keys by section that there were once, at the value that coral now always takes: a recipe of before may still say it,
+and a fingerprint still holds it, so that what was made before is known as finished."""

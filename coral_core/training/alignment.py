@@ -3,79 +3,57 @@
     -log exp(cos(q, f+) / tau) / (exp(cos(q, f+) / tau) + Σ_{f-} exp(cos(q, f-) / tau))
 
 q is a step's output at a row, f+ the same row in another step, f- other rows of that other step in the same sequence.
-CORAL (arXiv 2502.16880) has no public code: which rows are negatives, how many, and which side gets the gradient are
-our choices, each a recipe key. At most M negatives, shared by a sequence's queries, keep memory at O(A·M).
+CORAL (arXiv 2502.16880) has no public code. Which rows are negatives, how many, and which side gets the gradient were
+recipe keys once; LOG.md has what they showed. At most M negatives, shared by a sequence's queries, keep memory at
+O(A·M).
 
 Axes: S unroll step, B batch, A row that carries a loss (packed to the left), D hidden, M negative.
 """
 
-import dataclasses
-
 import torch
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Alignment:
-    """How rows are contrasted."""
-
-    temperature: float = 0.2
-    negatives: int = 256
-    """M: rows of the sequence that each row is contrasted with, at most; drawn for each batch when there are more."""
-    include_target: bool = False
-    """Whether the target's own feature of the row is one more positive (never a query)."""
-    query_only: bool = False
-    """Whether only the query side gets the gradient."""
-    mask_same_token: bool = False
-    """Whether rows that lead to the same next token are no negatives of each other."""
+NEGATIVES = 256
+"""M: rows of the sequence that each row is contrasted with, at most; drawn for each batch when there are more."""
 
 
 def csra(
     hidden_SBAD: torch.Tensor,
-    feature_BAD: torch.Tensor,
     present_BA: torch.Tensor,
-    token_BA: torch.Tensor,
-    alignment: Alignment,
+    temperature: float,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Sum over steps and present rows of the mean loss over the other representations of the row, in float32.
+    """Sum over steps and present rows of the mean loss over the row's outputs in the other steps, in float32.
 
-    `token_BA` is the token that each row drafts. With one step and no target feature there is nothing to align: 0.
+    With one step there is nothing to align: 0.
     """
     unit_SBAD = torch.nn.functional.normalize(hidden_SBAD.float(), dim=-1)
-    others = list(unit_SBAD.detach() if alignment.query_only else unit_SBAD)
-    if alignment.include_target:
-        others.append(torch.nn.functional.normalize(feature_BAD.float(), dim=-1))
-    if len(others) == 1:
+    steps = len(unit_SBAD)
+    if steps == 1:
         return hidden_SBAD.sum() * 0.0
-    row_BM, usable_BAM = draw_negatives(present_BA, token_BA, alignment, generator)
-    negatives = [take_rows(other_BAD, row_BM) for other_BAD in others]
+    row_BM, usable_BAM = draw_negatives(present_BA, generator)
+    negatives = [take_rows(other_BAD, row_BM) for other_BAD in unit_SBAD]
     total = torch.zeros((), device=hidden_SBAD.device)
     for step, query_BAD in enumerate(unit_SBAD):
-        for other in range(len(others)):
+        for other in range(steps):
             if other == step:
                 continue
-            positive_BA = (query_BAD * others[other]).sum(-1) / alignment.temperature
-            score_BAM = query_BAD @ negatives[other].transpose(-1, -2) / alignment.temperature
+            positive_BA = (query_BAD * unit_SBAD[other]).sum(-1) / temperature
+            score_BAM = query_BAD @ negatives[other].transpose(-1, -2) / temperature
             score_BAM = score_BAM.masked_fill(~usable_BAM, -torch.inf)
             loss_BA = torch.cat((positive_BA[..., None], score_BAM), dim=-1).logsumexp(-1) - positive_BA
             total = total + loss_BA.masked_fill(~present_BA, 0.0).sum()
-    return total / (len(others) - 1)
+    return total / (steps - 1)
 
 
-def draw_negatives(
-    present_BA: torch.Tensor, token_BA: torch.Tensor, alignment: Alignment, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_negatives(present_BA: torch.Tensor, generator: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Row indices [B,M] of each sequence's negatives, and which of them each row may use, [B,A,M] bool."""
     rows = present_BA.shape[1]
     score_BA = present_BA.float()
-    if rows > alignment.negatives:
+    if rows > NEGATIVES:
         score_BA = score_BA * (1 + torch.rand(score_BA.shape, generator=generator, device=score_BA.device))
-    row_BM = score_BA.topk(min(rows, alignment.negatives), dim=-1).indices
+    row_BM = score_BA.topk(min(rows, NEGATIVES), dim=-1).indices
     own_AM = torch.arange(rows, device=row_BM.device)[:, None] == row_BM[:, None]
-    usable_BAM = present_BA.gather(1, row_BM)[:, None] & ~own_AM
-    if alignment.mask_same_token:
-        usable_BAM &= token_BA[..., None] != token_BA.gather(1, row_BM)[:, None]
-    return row_BM, usable_BAM
+    return row_BM, present_BA.gather(1, row_BM)[:, None] & ~own_AM
 
 
 def take_rows(value_BRD: torch.Tensor, row_BA: torch.Tensor) -> torch.Tensor:

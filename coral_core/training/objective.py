@@ -10,7 +10,7 @@ import torch
 
 from coral_core.lent import Lent
 from coral_core.store.batches import Batch
-from coral_core.training.alignment import Alignment, cross_step_cosine, csra, take_rows
+from coral_core.training.alignment import cross_step_cosine, csra, take_rows
 from coral_core.training.candidates import Candidates, HeadRows
 from coral_core.training.losses import regression, vocabulary
 from coral_core.training.unroll import loss_rows
@@ -18,7 +18,7 @@ from coral_core.training.unroll import loss_rows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Weights of the four losses, each per unroll step, and the settings of two of them."""
+    """Weights of the four losses, each per unroll step, and settings of two of them."""
 
     regression_weight: float = 1.0
     distill_weight: float = 0.1
@@ -27,7 +27,7 @@ class Objective:
     csra_weight: float = 0.0
     step_decay: float = 1.0
     """Weight of a step's losses on words, over that of the step before it."""
-    alignment: Alignment = dataclasses.field(default_factory=Alignment)
+    csra_temperature: float = 0.2
     candidates: Candidates | None = None
     """Which rows of the LM head distillation and top-K read; None: all."""
 
@@ -53,8 +53,7 @@ class Objective:
         weight_S = self.step_decay ** torch.arange(steps, device=words_S.device)
         total = (words_S * weight_S).sum() / weight_S.sum() + self.regression_weight * parts["regression"]
         if self.csra_weight:
-            token_BA = batch.ids_BT.gather(1, (row_BA + 2).clamp(max=batch.ids_BT.shape[1] - 1))
-            aligned = csra(hidden_SBAD, feature_BAD, present_BA, token_BA, self.alignment, generator) / steps
+            aligned = csra(hidden_SBAD, present_BA, self.csra_temperature, generator) / steps
             total, parts["csra"] = total + self.csra_weight * aligned, aligned
         parts |= {f"accuracy_{step}": agree for step, agree in enumerate(seen.agree_S, start=1)}
         if self.candidates:

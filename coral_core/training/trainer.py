@@ -22,7 +22,6 @@ from coral_core.errors import ArtifactError
 from coral_core.recipe.schema import TrainSpec
 from coral_core.store.batches import Batch, batch_of, batches
 from coral_core.store.store import Store
-from coral_core.training.alignment import Alignment
 from coral_core.training.candidates import Candidates
 from coral_core.training.checkpoint import Checkpoint
 from coral_core.training.objective import Objective
@@ -193,13 +192,6 @@ def draw_seed(seed: int, number: int) -> int:
 
 def make_objective(spec: TrainSpec, candidates: Candidates | None = None) -> Objective:
     """The loss that a recipe describes, over the whole vocabulary or over candidates."""
-    alignment = Alignment(
-        temperature=spec.csra_temperature,
-        negatives=spec.csra_negatives,
-        include_target=spec.csra_include_target,
-        query_only=spec.csra_gradient == "query",
-        mask_same_token=spec.csra_mask_same_token,
-    )
     return Objective(
         regression_weight=spec.regression_weight,
         distill_weight=spec.distill_weight,
@@ -207,7 +199,7 @@ def make_objective(spec: TrainSpec, candidates: Candidates | None = None) -> Obj
         topk=spec.topk,
         csra_weight=spec.csra_weight,
         step_decay=spec.step_decay,
-        alignment=alignment,
+        csra_temperature=spec.csra_temperature,
         candidates=candidates,
     )
 

@@ -180,7 +180,7 @@ def test_a_dumped_recipe_reads_back_equal(write, overrides):
 def test_every_key_is_dumped():
     mapping = to_mapping(Recipe())
     assert set(mapping) == {field.name for field in dataclasses.fields(Recipe)}
-    for line in ("learning_rate:", "csra_include_target: false", "draft_depth:"):
+    for line in ("learning_rate:", "csra_temperature: 0.2", "draft_depth:"):
         assert line in dump_yaml(Recipe())
 
 
@@ -214,3 +214,24 @@ def test_only_picos_own_run_is_named_pico(overrides):
     with pytest.raises(RecipeError, match="named 'pico'.*name=mine"):
         load_recipe(None, overrides)
     assert load_recipe(None, ["target.model=org/model", "name=mine"]).name == "mine"
+
+
+GONE = {"csra_negatives": 256, "csra_include_target": False, "csra_gradient": "both", "csra_mask_same_token": False}
+
+
+def test_a_recipe_of_before_may_say_what_coral_now_always_does(write):
+    """A run's recipe has every default written out; what it made is still known as finished."""
+    lines = "".join(f"  {key}: {str(value).lower()}\n" for key, value in GONE.items())
+    old = load_recipe(write(f"name: mine\ntrain:\n  steps: 7\n{lines}"), ["train.csra_negatives=256"])
+    assert old == load_recipe(write("name: mine\ntrain:\n  steps: 7\n"), [])
+    train = to_mapping(old)["train"] | GONE
+    train = {key: value for key, value in train.items() if key not in ADDED["train"] or value != ADDED["train"][key]}
+    assert section_fingerprint(old, "train") == fingerprint({"recipe": {"train": train}, "inputs": {}})
+
+
+@pytest.mark.parametrize("value", ["query", "[1]"])
+def test_a_key_that_is_gone_says_what_to_do(write, value):
+    with pytest.raises(RecipeError, match="line 3: train.csra_gradient is no longer a key.*'both'. Leave the key out"):
+        load_recipe(write(f"name: mine\ntrain:\n  csra_gradient: {value}\n"), [])
+    with pytest.raises(RecipeError, match="csra_negatives is no longer a key; coral always takes 256"):
+        load_recipe(None, ["train.csra_negatives=64"])

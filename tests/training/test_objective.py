@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from coral_core.training import losses
-from coral_core.training.alignment import Alignment
 from coral_core.training.objective import Objective, pack
 from coral_core.training.unroll import Unroll, loss_rows, unroll
 from tests.training.helpers import tiny_batch, tiny_drafter, tiny_lent
 
-CORAL = Objective(topk_weight=1.0, topk=5, csra_weight=0.1, alignment=Alignment(include_target=True))
+CORAL = Objective(topk_weight=1.0, topk=5, csra_weight=0.1)
 LENGTHS, ANSWERS = [14, 9, 12], [(5, 14), (1, 9), (8, 11)]
 
 
