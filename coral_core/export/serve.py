@@ -6,7 +6,7 @@ from coral_core.export.wide import layout_of
 from coral_core.recipe.schema import Recipe
 
 LLAMA = (
-    "llama-server -m {target}.gguf --model-draft {folder}/{file} --spec-type draft-eagle3 --spec-draft-n-max {depth} "
+    "llama-server -m {target} --model-draft {folder}/{file} --spec-type draft-eagle3 --spec-draft-n-max {depth} "
     "--spec-draft-p-min 0"
 )
 
@@ -19,7 +19,10 @@ def serve_command(to: str, recipe: Recipe, config: DrafterConfig, places: tuple[
     decode, (target, folder) = recipe.decode, places
     if to == GGUF:
         return LLAMA.format(
-            target=target.removesuffix(".gguf"), folder=folder, file=DRAFTER_FILE, depth=decode.draft_depth
+            target=target if target.endswith(".gguf") else "TARGET.gguf",
+            folder=folder,
+            file=DRAFTER_FILE,
+            depth=decode.draft_depth,
         )
     text = layout_of(to, config).serve.format(
         target=target,

@@ -88,7 +88,7 @@ def wide_tensors(layout: Layout, drafter: Drafter, lent: Lent) -> dict[str, torc
         drafted_V = torch.zeros(drafter.config.vocab_size, dtype=torch.bool)
         weights["t2d"] = drafted_V.index_fill(0, drafter.draft_tokens.cpu(), True)
     elif layout is not WIDE["sglang"]:
-        weights["lm_head.weight"] = narrow(lent.head_VD)
+        weights["lm_head.weight"] = narrow(lent.head_VD).clone()  # a tied one is the embedding's storage
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 

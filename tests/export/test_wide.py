@@ -111,6 +111,16 @@ def test_our_drafter_and_an_independent_layer_agree_on_the_exported_folder(tmp_p
     torch.testing.assert_close(out_BTD[0], WideReference(folder)(ids.tolist(), tap_TX), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("to", WIDE)
+def test_a_tied_head_is_written_beside_the_embedding(tmp_path, to):
+    """SmolLM2's was refused by safetensors: both were one storage."""
+    target = deep()
+    target = dataclasses.replace(target, lent=dataclasses.replace(target.lent, head_VD=target.lent.embed_VD))
+    folder = export_engine(to, publish(tmp_path, target, random_drafter(target, taps=TAPS)), target, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights.get("lm_head.weight", target.lent.embed_VD), weights["embed_tokens.weight"])
+
+
 @pytest.mark.parametrize(
     ("to", "changes", "words"),
     [
