@@ -36,7 +36,7 @@ class Lent:
         rows = feature_XD.numel() // feature_XD.shape[-1]
         if rows < FILL and self.head_VD.device.type == "cpu":
             filled_ND = torch.nn.functional.pad(feature_XD.reshape(rows, -1), (0, 0, 0, FILL - rows))
-            return self.logits(filled_ND)[:rows].unflatten(0, feature_XD.shape[:-1])
+            return self.logits(filled_ND)[:rows].reshape(*feature_XD.shape[:-1], -1)
         if wanted() and packs(self.head_VD):
             return self.transform(self._packed.linear(feature_XD, self.head_bias_V))
         return self.transform(torch.nn.functional.linear(feature_XD, self.head_VD, self.head_bias_V))

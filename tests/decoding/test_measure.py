@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,15 +124,17 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pyt
 def test_what_a_round_takes_outside_of_its_parts_is_a_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same parts, and rounds that take 5 plain steps by the clock: the base makes up for the difference."""
     engine, now = tiny_engine(tiny_target()), [0.0]
-    decode, steps = Engine.decode, measure.plain
+    decode = Engine.decode
 
     def slow(rounds: Iterator[Round], seconds: float) -> Iterator[Round]:
         for event in rounds:
             now[0] += seconds
             yield event
 
-    monkeypatch.setattr(Engine, "decode", lambda *args: slow(decode(*args), 5.0))
-    monkeypatch.setattr(measure, "plain", lambda *args: slow(steps(*args), 1.0))
+    def timed(engine: Engine, *args: Any) -> Iterator[Round]:  # plain decoding is an engine without a drafter
+        return slow(decode(engine, *args), 1.0 if engine.drafter is None else 5.0)
+
+    monkeypatch.setattr(Engine, "decode", timed)
     monkeypatch.setattr(measure, "_now", lambda device: now[0])
     costs = measure._whole(engine, PLAIN_CPU)
     shape = measure.ROUND

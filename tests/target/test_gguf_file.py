@@ -181,7 +181,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, cache: Path, m
 def test_a_file_of_a_hub_repository_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, asked = write(tmp_path / "tiny.gguf"), []
 
-    def download(repo: str, file: str, revision: str) -> str:
+    def download(repo: str, file: str, revision: str, **_: object) -> str:
         asked.append((repo, file, revision))
         return str(path)
 

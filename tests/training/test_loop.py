@@ -91,8 +91,8 @@ def test_every_micro_batch_has_noise_of_its_own(tmp_path, monkeypatch):
     """The same in every run, and another one in every micro-batch of every step."""
     store, seen = tiny_store(tmp_path / "data"), []
 
-    def noise(batch, scale, generator):
-        drawn = feature_noise(batch, scale, generator)
+    def noise(batch, scale, generator, **kinds):
+        drawn = feature_noise(batch, scale, generator, **kinds)
         seen.append(round(float(drawn[0, 0, 0] / drawn[0, 0, 1]), 4))  # the width depends on the sequence's length
         return drawn
 
