@@ -29,7 +29,7 @@ def _blocks(rows: list[str], width: int) -> list[str]:
     for number, (name, *cells) in enumerate(body):
         out += [""] * (number > 0) + textwrap.wrap(f"{header[0]} {name}".strip(), width)
         for title, cell in zip(header[1:], cells, strict=True):
-            if cell and cell != "-":
+            if cell:
                 indent = " " * min(left + 4, width // 2)
                 out += textwrap.wrap(f"  {title:<{left}}  {cell}", width, subsequent_indent=indent)
     return out

@@ -82,18 +82,23 @@ def coral(
     """
 
 
-app.command("prepare-data")(prepare_data)
-app.command("train")(train)
-app.command("group-head")(group_head)
-app.command("eval")(evaluate)
-app.command("chat")(chat)
-app.command("inspect")(inspect)
-app.command("export")(export)
-app.command("import")(import_drafter)
-app.command("publish")(publish)
-app.command("serve")(serve)
-app.command("recipe")(recipe)
-app.command("env")(env)
+VERBS = {
+    "prepare-data": prepare_data,
+    "train": train,
+    "group-head": group_head,
+    "eval": evaluate,
+    "chat": chat,
+    "inspect": inspect,
+    "export": export,
+    "import": import_drafter,
+    "publish": publish,
+    "serve": serve,
+    "recipe": recipe,
+    "env": env,
+}
+for name, verb in VERBS.items():
+    whole = (verb.__doc__ or "").partition("\n")[0]  # given as it is: of a docstring, the help would cut the end off
+    app.command(name, short_help=whole)(verb)
 
 
 def _group() -> ModuleType | None:
@@ -127,6 +132,7 @@ _as_python_does = warnings.formatwarning
 def main() -> None:
     """Entry point of the console script."""
     warnings.formatwarning = _one_line
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for who calls it
     atexit.register(_leave_at_once)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -41,9 +41,9 @@ class Run:
         """The recipe's distribution and seed."""
         return sampler(self.recipe)
 
-    def target(self) -> Target:
-        """The recipe's target, loaded. Raises TargetError."""
-        return load_target(self.recipe.target)
+    def target(self, *, dialogues: bool = False) -> Target:
+        """The recipe's target, loaded, as `load_target` does."""
+        return load_target(self.recipe.target, dialogues=dialogues)
 
     def manifest(self, target: Target) -> Manifest:
         """What the drafter's folder says of itself; the drafter is this target's, or a sibling's."""

@@ -32,7 +32,7 @@ def chat(
 
     session = _session(look_at_run(arguments, runs), speculative)
     keyboard.prepare()
-    err.print(HELP, style="dim", markup=False, soft_wrap=True)
+    _tell(HELP)
     if show_drafts:
         marked = isinstance(views.view(out, drafts=True), views.DraftView)
         err.print(views.legend(out) if marked else "--show-drafts needs a terminal; answers are plain text here")
@@ -49,13 +49,19 @@ def chat(
                 err.print("(stopped)", style="dim")
 
 
+def _tell(text: str) -> None:
+    """On stderr, wrapped at words where that is a terminal."""
+    from coral_cli.console import err
+
+    err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
+
+
 def _heed(session: Session, words: str, show_drafts: bool) -> None:
     """Do what a line asks for: a command, an answer, or nothing."""
-    from coral_cli.console import err
     from coral_cli.talk import commands
 
     if words.startswith("/"):
-        err.print(commands.run(session, words), style="dim", markup=False, soft_wrap=True)
+        _tell(commands.run(session, words))
     elif words:
         _turn(session, words, show_drafts)
 
@@ -65,7 +71,7 @@ def _session(run: Run, speculative: bool) -> Session:
     from coral_cli.talk.session import Session
     from coral_core.decoding.engine import Engine
 
-    target = run.target()
+    target = run.target(dialogues=True)
 
     def engine() -> Engine:
         try:
@@ -80,7 +86,7 @@ def _session(run: Run, speculative: bool) -> Session:
 
 def _turn(session: Session, words: str, show_drafts: bool) -> None:
     """Ask, show the answer on stdout, and its numbers on stderr."""
-    from coral_cli.console import err, out
+    from coral_cli.console import out
     from coral_cli.talk import keyboard, views
 
     shown = views.view(out, drafts=show_drafts)
@@ -94,7 +100,7 @@ def _turn(session: Session, words: str, show_drafts: bool) -> None:
                     session.compare()
     except DataError as error:
         raise DataError(f"{error}, or start anew with /clear") from error
-    err.print(_status(session), style="dim", markup=False, soft_wrap=True)
+    _tell(_status(session))
 
 
 def _status(session: Session) -> str:

@@ -41,7 +41,7 @@ def prepare_data(
     main = processes().is_main_process
     with open_run(arguments, runs, main=main and not dry_run) as run:
         key = os.environ.get("CORAL_ENDPOINT_KEY", "")
-        job = Job(run.recipe, load_target(run.recipe.target), run.folder / "data", key)
+        job = Job(run.recipe, load_target(run.recipe.target, dialogues=True), run.folder / "data", key)
         if restart and main and not dry_run:
             drop_unfinished(job.folder)
         found = agreed(lambda: standing(job))

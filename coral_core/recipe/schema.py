@@ -24,6 +24,9 @@ class TargetSpec:
     """`pico` (embedded), a Hub id, a folder, or a GGUF file: its path, or OWNER/NAME/FILE.gguf on the Hub."""
     revision: str = "main"
     """Hub revision; ignored for a folder."""
+    chat_template: str = ""
+    """For a model without one, or in place of its own: `chatml`, `llama-2`, `vicuna`, `plain` (no turns: the text is
+    continued), or a file of Jinja; empty: the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights' dtype; `auto` is bfloat16 on a GPU and, for a checkpoint above 100 MB, on a CPU that is faster in it;
     float32 otherwise."""

@@ -14,6 +14,9 @@ DEFINITIONS = (
     "lossless: answers whose drafted ids equal plain decoding's with the same seed, token for token.",
     "depth n: share of rounds whose first n drafted tokens were all accepted.",
 )
+ABSENT = "-: nothing to divide: no answer of that bench has a second token, or none fits the context."
+DIFFERS = 0.05
+"""Micro and macro tau that differ by so much are explained."""
 
 
 def methods(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -46,7 +49,9 @@ def markdown(results: dict[str, Any]) -> str:
     parts = []
     if len(list(rows(results))) > 1:
         parts.append(table(*comparison(results)))
-    parts += [table(*details(results)), table(*inside(results)), "\n".join(DEFINITIONS), "\n".join(notes(results))]
+    parts += [table(*details(results)), table(*inside(results))]
+    absent = [ABSENT] if any(" - |" in part for part in parts) else []
+    parts += ["\n".join([*DEFINITIONS, *absent]), "\n".join(notes(results))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,6 +127,8 @@ def notes(results: dict[str, Any]) -> list[str]:
             found.append(f"{bench}: plain decoders on every question, tokens/s: {tried}.")
             if numbers["turns_too_long"]:
                 found.append(f"{bench}: {numbers['turns_too_long']} turns do not fit the target's context; left out.")
+        if text := _two_means(numbers["tokens_per_round_micro"], numbers["tokens_per_round_macro"]):
+            found.append(f"{bench}, {method}: {text}")
         if plain := numbers.get("plain_rounds"):
             count = f"{plain} of {numbers['rounds']} rounds"
             found.append(f"{bench}, {method}: {count} were plain steps: drafting did not pay there.")
@@ -134,6 +141,17 @@ def notes(results: dict[str, Any]) -> list[str]:
         if first := numbers["lossless"]["first_divergence"]:
             found.append(f"{bench}, {method}: {_difference(numbers['lossless'], first, results['dtype'])}")
     return found
+
+
+def _two_means(micro: float | None, macro: float | None) -> str:
+    """Why they differ; '' where they hardly do."""
+    if micro is None or macro is None or abs(micro - macro) < DIFFERS:
+        return ""
+    more = "more" if micro > macro else "fewer"
+    return (
+        f"tau is {micro:.2f} micro and {macro:.2f} macro, since answers of many rounds accept {more} tokens a round "
+        "here; micro counts every round alike, macro every question."
+    )
 
 
 def _difference(lossless: dict[str, Any], first: dict[str, Any], dtype: str) -> str:

@@ -97,11 +97,14 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of missing weights, which is told in one line; and without a bar in a log."""
+    """Without transformers' report of missing weights, which is told in one line, and without its bar; a download
+    keeps the Hub's own on a terminal."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    if sys.stderr.isatty():
+        enable_progress_bars()
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -20,7 +20,7 @@ from coral_core.errors import DataError, TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import checkpoint, filled, gguf_file, kin, norms, precision
+from coral_core.target import checkpoint, filled, gguf_file, kin, named_templates, norms, precision, template
 
 MASKED_TYPES = {"full_attention", "sliding_attention"}
 """Layer types that an explicit mask fully describes; others keep a state that a rejected draft would spoil."""
@@ -54,8 +54,8 @@ class Target:
 
     @classmethod
     def from_pretrained(cls, model: str, **options: Any) -> "Target":
-        """`pico`, a Hub id, a folder or a GGUF file. `options` are a recipe's keys: revision, dtype, device,
-        trust_remote_code, graphs.
+        """`pico`, a Hub id, a folder or a GGUF file. `options` are a recipe's keys: revision, chat_template,
+        dtype, device, trust_remote_code, graphs.
 
         Raises TargetError for what is not there or cannot be sped up.
         """
@@ -167,8 +167,9 @@ def pick_device(device: str) -> torch.device:
         raise TargetError(f"target.device is {device!r}, which this machine lacks ({reason}); try auto") from error
 
 
-def load_target(spec: TargetSpec) -> Target:
-    """Load model and tokenizer. Raises TargetError for what is not there or cannot be sped up."""
+def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:
+    """Load model and tokenizer. Raises TargetError for what is not there or cannot be sped up; for `dialogues`,
+    DataError for a tokenizer without a chat template, before the weights are read, which may take minutes."""
     device = pick_device(spec.device)
     if spec.graphs and device.type != "cuda":
         raise TargetError(f"target.graphs records CUDA graphs, and the target is on {device.type}; set it to false")
@@ -178,10 +179,15 @@ def load_target(spec: TargetSpec) -> Target:
     source, options = _source(spec) if file is None else (str(gguf_file.unpack(file, dtype)), {})
     options = checkpoint.reachable(spec.model, source, options)
     config = checkpoint.load_config(spec.model, source, options)
-    tokenizer = checkpoint.load_tokenizer(spec.model, source, options)  # first: the weights may take minutes
+    tokenizer = checkpoint.load_tokenizer(spec.model, source, options)
     if file is not None:
         gguf_file.add_template(tokenizer, file)
+    ends = named_templates.choose(tokenizer, spec.chat_template) if spec.chat_template else []
+    if dialogues:
+        template.refuse_without(tokenizer)
     model = checkpoint.load_model(spec.model, source, config, dtype, options).to(device)
+    if ends:  # where `model.generate` is to stop too
+        model.generation_config.eos_token_id = sorted({*_stop_ids(model, tokenizer), *ends})
     return dataclasses.replace(wrap(model, tokenizer), graphs=spec.graphs)
 
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from coral_core.errors import DataError
@@ -21,17 +22,12 @@ from coral_core.errors import DataError
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant", "content": text}, and fields that the template may read besides."""
 
-VICUNA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions.{% endif %}{{ ' ' }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-KNOWN = {"vicuna": VICUNA}
-"""Templates of chat models whose tokenizers were published without one, by a part of their name."""
+FOLDER = Path(__file__).parent / "templates"
+NAMED = ("chatml", "llama-2", "vicuna", "plain")
+"""Templates that ship with coral, FOLDER/NAME.jinja: `target.chat_template` names them (named_templates.py)."""
+OFFER = "chatml, llama-2, vicuna, a file of Jinja, or plain, which continues a text without turns"
+KNOWN = ("vicuna",)
+"""Chat models whose tokenizers were published without a template: a part of their name is the template's."""
 
 SENTINEL = "3f9ac1e07b52"
 """A text that no template contains, put where a message's words go."""
@@ -138,6 +134,11 @@ def user_turn(tokenizer: Any) -> UserTurn:
             "cannot write prompts. Set data.prompts to a file or a Hub dataset"
         )
     header, tail = text.split(SENTINEL)
+    if not tail.strip():
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} puts nothing after a user's words, so its target cannot write "
+            "prompts: they would not end. Set data.prompts to a file or a Hub dataset"
+        )
     first = text_ids(tokenizer, tail.lstrip())[:1]
     stop_ids = control_ids(tokenizer).intersection(first)
     return UserTurn(text_ids(tokenizer, header.rstrip(" ")), stop_ids, tail.strip())
@@ -154,6 +155,11 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     """Tokens that stand for no text of a language: those added to the vocabulary, runs of spaces excepted."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(number for number, token in added if token.content.strip())
+
+
+def refuse_without(tokenizer: Any) -> None:
+    """Raises DataError for a tokenizer without a chat template, with what can be done."""
+    _template(tokenizer)
 
 
 def takes_system(tokenizer: Any) -> bool:
@@ -354,12 +360,12 @@ def _template(tokenizer: Any) -> str:
     if tokenizer.chat_template:
         template: str = tokenizer.get_chat_template()
         return template
-    for part, known in KNOWN.items():
-        if part in str(tokenizer.name_or_path).lower():
-            return known
+    for name in KNOWN:
+        if name in str(tokenizer.name_or_path).lower():
+            return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     raise DataError(
-        f"the tokenizer of {_name(tokenizer)} has no chat template. "
-        "Set target.model to a chat model, or save a chat_template.jinja in its folder"
+        f"the tokenizer of {_name(tokenizer)} has no chat template. Set target.chat_template to {OFFER}; or "
+        "target.model to a chat model"
     )
 
 

@@ -22,6 +22,7 @@ def test_a_wide_table_becomes_a_block_for_each_row():
         "",
         "bench gsm8k",
         "  method  hass",
+        "  tau     -",
     ]
 
 

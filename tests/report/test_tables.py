@@ -55,6 +55,25 @@ def test_markdown_is_a_table_with_definitions() -> None:
     assert "plain decoders tried on a few questions, tokens/s: plain bfloat16 104.4" in text
 
 
+def test_micro_and_macro_are_explained_where_they_differ() -> None:
+    found = results()
+    numbers = found["benches"]["gsm8k"]
+    (text,) = [line for line in notes(found) if "macro" in line]
+    assert text.startswith("gsm8k, coral grouped: tau is 3.00 micro and 3.10 macro, since answers of many rounds")
+    assert "accept fewer tokens" in text
+    numbers["tokens_per_round_macro"] = 2.9
+    assert any("accept more tokens" in line for line in notes(found))
+    numbers["tokens_per_round_macro"] = 3.04
+    assert not any("macro" in line for line in notes(found))
+
+
+def test_a_dash_is_explained_where_there_is_one() -> None:
+    found = results()
+    assert "nothing to divide" not in markdown(found)
+    found["benches"]["gsm8k"] |= {"speedup": None, "speedup_ci95": None}
+    assert "-: nothing to divide: no answer of that bench has a second token" in markdown(found)
+
+
 def test_a_difference_is_told_with_gap_and_rounding() -> None:
     found = results()
     first = {

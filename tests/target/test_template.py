@@ -11,7 +11,6 @@ import transformers
 
 from coral_core.errors import DataError
 from coral_core.target.template import (
-    VICUNA,
     Encoded,
     Turn,
     encode,
@@ -348,7 +347,7 @@ def test_an_all_zero_mask_is_an_error() -> None:
 
 
 def test_a_tokenizer_without_a_template_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"tokenizer of 'odd/model' has no chat template.*chat_template\.jinja"):
+    with pytest.raises(DataError, match=r"tokenizer of 'odd/model' has no chat template.*target\.chat_template to"):
         prompt_ids(changed(None), DIALOGUE[:1])
 
 
@@ -361,9 +360,3 @@ def test_a_dialogue_that_the_template_refuses_is_reported_in_its_words() -> None
 def test_a_template_that_hides_the_users_words_cannot_open_a_users_turn() -> None:
     with pytest.raises(DataError, match="leaves out the words of messages of the role user"):
         user_turn(changed("{% if add_generation_prompt %}go{% endif %}"))
-
-
-def test_vicunas_template_is_fastchats() -> None:
-    tokenizer = changed(VICUNA)
-    text = tokenizer.decode(prompt_ids(tokenizer, [{"role": "system", "content": "Sys."}, *DIALOGUE[:3]]))
-    assert text == "<s>Sys. USER: Hi there. ASSISTANT: Hello you.</s>USER: And now? ASSISTANT:"
