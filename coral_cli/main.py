@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Annotated
 
@@ -82,7 +83,7 @@ def coral(
     """
 
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "prepare-data": prepare_data,
     "train": train,
     "group-head": group_head,
