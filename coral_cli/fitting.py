@@ -22,14 +22,23 @@ def fitted(text: str, width: int) -> str:
 
 
 def _blocks(rows: list[str], width: int) -> list[str]:
-    """A block for each row: its first cell, then a line for each further cell that says something."""
+    """A block for each row: its first cell, then a line for each further cell. A table of two columns is one block."""
     header, _, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    left = max(map(len, header[1:]), default=0)
+    if len(header) == 2:
+        return _block(" ".join(header), [(name, cell) for name, cell in body], width)
     out: list[str] = []
     for number, (name, *cells) in enumerate(body):
-        out += [""] * (number > 0) + textwrap.wrap(f"{header[0]} {name}".strip(), width)
-        for title, cell in zip(header[1:], cells, strict=True):
-            if cell:
-                indent = " " * min(left + 4, width // 2)
-                out += textwrap.wrap(f"  {title:<{left}}  {cell}", width, subsequent_indent=indent)
+        out += [""] * (number > 0)
+        out += _block(f"{header[0]} {name}", list(zip(header[1:], cells, strict=True)), width)
+    return out
+
+
+def _block(title: str, pairs: list[tuple[str, str]], width: int) -> list[str]:
+    """A title, and below it a line for each pair whose second part says something."""
+    left = max((len(name) for name, _ in pairs), default=0)
+    indent = " " * min(left + 4, width // 2)
+    out = textwrap.wrap(title.strip(), width)
+    for name, cell in pairs:
+        if cell:
+            out += textwrap.wrap(f"  {name:<{left}}  {cell}", width, subsequent_indent=indent)
     return out

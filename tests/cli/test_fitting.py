@@ -26,6 +26,16 @@ def test_a_wide_table_becomes_a_block_for_each_row():
     ]
 
 
+def test_a_table_of_two_columns_is_one_block():
+    rows = ["| drafter | a/long/path |", "| --- | ---: |", "| dtype | float32 |", "| made with | torch 2 and others |"]
+    assert fitted("\n".join(rows), 26).split("\n") == [
+        "drafter a/long/path",
+        "  dtype      float32",
+        "  made with  torch 2 and",
+        "             others",
+    ]
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_nothing_is_wider_than_the_terminal_and_no_number_is_lost(width):
     cells = [f"{number}.25 [1.00, 9.00]" for number in range(12)]
