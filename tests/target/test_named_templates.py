@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import transformers
+from typer.testing import CliRunner
 
+from coral_cli.main import app
 from coral_core import embedded
 from coral_core.errors import DataError, TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.load import Target, load_target
 from coral_core.target.named_templates import choose
 from coral_core.target.template import NAMED, encode, prompt_ids, user_turn
-from tests.cli.test_errors import coral
 from tests.target.chat_templates import CHATML, LLAMA_2, TAGGED, VICUNA
 from tests.target.test_template import DIALOGUE, FAMILIES, draw, make_tokenizer
 from tests.tiny import SHAPE
@@ -127,12 +128,15 @@ def test_what_cannot_serve_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("verb", ["prepare-data", "chat", "eval"])
-def test_a_model_without_a_template_is_refused_before_its_weights_are_read(verb: str, tmp_path: Path) -> None:
+def test_a_model_without_a_template_is_refused_before_its_weights_are_read(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     base_model(tmp_path / "base", weights=False)
     options = {"eval": ["--bench", "mine", "--questions", "mine.jsonl"]}.get(verb, ["data.holdout=0"])
     (tmp_path / "mine.jsonl").write_text('{"prompt": "Hello"}\n')
-    done = coral(verb, "name=mine", "target.model=base", *options, cwd=tmp_path)
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, [verb, "name=mine", "target.model=base", *options])
+    assert done.exit_code == 1
     assert "has no chat template. Set target.chat_template to chatml, llama-2, vicuna" in done.stderr
     assert done.stderr.count("\n") == 1
 
