@@ -52,7 +52,7 @@ def test_markdown_is_a_table_with_definitions() -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines[:4]}) == 1
     assert "bootstrap 95 % intervals" in text
-    assert "plain decoders tried on a few questions, tokens/s: plain bfloat16 104.4" in text
+    assert "plain decoders on every question, tokens/s: plain bfloat16 104.4" in text
 
 
 def test_micro_and_macro_are_explained_where_they_differ() -> None:
