@@ -17,9 +17,10 @@ from coral_core.lock import locked, published
 from tests.together import ROOT
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from coral_core.lock import locked
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 with locked(Path(sys.argv[1]), "train my.yaml"):
     print("held", flush=True)
     time.sleep(100)

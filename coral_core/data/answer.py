@@ -46,23 +46,25 @@ def write(
     row_of: dict[Seat, int] = {}
     waiting = deque(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
 
-    def add(seat: Seat, new_ids: list[int]) -> None:
+    def ended(seat: Seat, new_ids: list[int]) -> bool:
+        """Whether a seat's row has ended with these tokens, which are kept."""
         ids = written[row_of[seat]]
         ids += new_ids
         if seat in table.seats and ends(ids):
             table.leave(seat)
-        advance(seat not in table.seats, len(new_ids))
+        return seat not in table.seats
 
     while waiting or table.seats:
+        rows = tokens = 0
         while waiting and not table.full:
             row = waiting.popleft()
             sampler = Sampler(temperature=sampling.temperature, seed=derive_seed(sampling.seed, row))
             seat, event = table.sit(Request(prompts[row], sampler, limits[row]))
             row_of[seat] = row
-            add(seat, event.new_ids)
-        if table.seats:
-            for seat, event in table.step():
-                add(seat, event.new_ids)
+            rows, tokens = rows + ended(seat, event.new_ids), tokens + len(event.new_ids)
+        for seat, event in table.step() if table.seats else ():
+            rows, tokens = rows + ended(seat, event.new_ids), tokens + len(event.new_ids)
+        advance(rows, tokens)
     return written
 
 

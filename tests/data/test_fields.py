@@ -121,7 +121,7 @@ def test_every_way_to_a_target_says_the_same_of_a_token_without_a_row() -> None:
     target = dataclasses.replace(make_target(), tokenizer=tokenizer)
     with pytest.raises(DataError, match=LINE):
         list(plain(target, [5, 259], Sampler(), 4))
-    engine = make_service().decode.__self__
+    engine = make_service().engine
     with pytest.raises(DataError, match=LINE):
         list(dataclasses.replace(engine, target=target).decode([5, 259], Sampler(), 4))
     chat = {"model": "tiny", "messages": [{"role": "user", "content": f"a {ADDED}"}]}

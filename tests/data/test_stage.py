@@ -318,7 +318,7 @@ def test_a_disk_without_room_is_refused_before_the_first_prompt(
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     calls = []
-    with pytest.raises(ArtifactError, match=r"takes up to 0\.1 GB .* 0\.0 GB free\. Lower data\.max_samples"):
+    with pytest.raises(ArtifactError, match=r"takes up to 81\.4 MB .* 0\.1 MB free\. Lower data\.max_samples"):
         prepare(make_job(tmp_path, max_samples=50_000), lambda *call: calls.append(call))
     assert calls == []
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "q" * number} for number in range(1, 100)])

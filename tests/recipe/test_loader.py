@@ -9,7 +9,7 @@ from coral_core import embedded
 from coral_core.artifacts import fingerprint
 from coral_core.errors import RecipeError
 from coral_core.recipe.loader import dump_yaml, load_recipe, section_fingerprint, to_mapping
-from coral_core.recipe.schema import ADDED, PRESETS, Recipe
+from coral_core.recipe.schema import ADDED, REMOVED, PRESETS, Recipe
 
 
 @pytest.fixture
@@ -196,6 +196,7 @@ def test_a_key_that_was_added_later_leaves_old_fingerprints_as_they_were():
     """A run that was made before `train.candidates` was a key is finished today too, with the whole vocabulary."""
     recipe = load_recipe(None, ["train.preset=coral"])
     train = {key: value for key, value in to_mapping(recipe)["train"].items() if key not in ADDED["train"]}
+    train |= REMOVED["train"]
     assert section_fingerprint(recipe, "train") == fingerprint({"recipe": {"train": train}, "inputs": {}})
     others = [load_recipe(None, [f"train.{pair}"]) for pair in ("candidates=9", "unroll_growth=0.5")]
     assert len({section_fingerprint(other, "train") for other in (recipe, *others)}) == 3
