@@ -9,7 +9,7 @@ from coral_core import embedded
 from coral_core.artifacts import fingerprint
 from coral_core.errors import RecipeError
 from coral_core.recipe.loader import dump_yaml, load_recipe, section_fingerprint, to_mapping
-from coral_core.recipe.schema import ADDED, REMOVED, PRESETS, Recipe
+from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, Recipe
 
 
 @pytest.fixture
