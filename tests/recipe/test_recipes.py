@@ -58,6 +58,15 @@ SMOLLM2 = LLAMA_2 | {
     "rope_theta": 100000.0,
     "tie_word_embeddings": True,
 }
+QWEN_CODER = QWEN_2_5 | {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 PICO = {
     "model_type": "llama",
     "vocab_size": 8192,
@@ -79,6 +88,7 @@ TARGETS = {
     "llama-2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", LLAMA_2, 235_933_696),
     "qwen2.5-7b-instruct": ("Qwen/Qwen2.5-7B-Instruct", QWEN_2_5, 258_739_712),
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2, 4_203_072),
+    "qwen2.5-coder-0.5b": ("Qwen/Qwen2.5-Coder-0.5B-Instruct", QWEN_CODER, 16_515_968),
     "vicuna-7b": ("lmsys/vicuna-7b-v1.5", LLAMA_2, 235_933_696),
 }
 
