@@ -1,0 +1,196 @@
+"""Whether a row of the target has the same bits in a step and in company, on real models; and what that costs.
+
+    python -m benchmarks.exact --model FOLDER [--model FOLDER] [--answers 40] [--tokens 256]
+
+Each answer is written plainly, one token a step, greedily or at temperature 1. Then it is read again as a decoder with
+a drafter reads it: in chains and trees that hold a part of the answer among wrong siblings, of which the right rows are
+kept. Every logit of every right row is compared with the step's, bit for bit. No drafter is needed: how many tokens a
+round accepts is drawn. The chat reads its second and third prompt behind the rows of the answer before.
+Rows are kept in benchmarks/results/exact.jsonl as they come; a run goes on behind the last one.
+Axes: M tree row, V vocabulary.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import RESULTS, record
+from coral_core.decoding import masks, tree
+from coral_core.decoding.cache import SlotCache
+from coral_core.decoding.rounds import prefill
+from coral_core.decoding.sampling import Sampler
+from coral_core.target.load import Target
+
+TREES = {"chain": (4, 4), "tree": (4, 12), "60-node tree": (6, 60)}
+"""Levels and nodes of a round's draft."""
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+TURNS = 3
+"""Answers of a chat."""
+TIMED_ROWS, TIMED = (1, 13), 15
+"""Rows of the forwards that are timed, and how often."""
+
+
+def fresh(target: Target, capacity: int) -> SlotCache:
+    """A cache for one answer."""
+    return SlotCache(target.model.config.get_text_config().num_hidden_layers, capacity)
+
+
+def written(target: Target, prompt: list[int], tokens: int, sampler: Sampler) -> tuple[list[int], list[torch.Tensor]]:
+    """An answer in steps, and the logits [V] that each token was picked from."""
+    cache = fresh(target, len(prompt) + tokens)
+    logits = [target.lent.logits(prefill(target, torch.tensor(prompt), cache)[-1:])]
+    ids = list(prompt)
+    for _ in range(tokens - 1):
+        ids.append(int(sampler.pick(logits[-1], len(ids))))
+        logits.append(target.lent.logits(prefill(target, torch.tensor(ids), cache)[-1:]))
+    ids.append(int(sampler.pick(logits[-1], len(ids))))
+    return ids[len(prompt) :], [logits_1V[0] for logits_1V in logits]
+
+
+def drafted(path: list[int], levels: int, nodes: int, draw: random.Random, vocabulary: int) -> tree.Draft:
+    """A tree whose branch begins with `path`, root included, among random siblings."""
+    token, parent, above = [path[0]], [0], 0
+    for level in range(levels):
+        siblings = max(1, nodes // levels)
+        first, place = len(token), draw.randrange(siblings)
+        token += [draw.randrange(vocabulary) for _ in range(siblings)]
+        if level + 1 < len(path):
+            token[first + place] = path[level + 1]
+        parent += [above] * siblings
+        above = first + place
+    parent_M = torch.tensor(parent)
+    sees_MM = tree.ancestry(parent_M, levels)
+    return tree.Draft(torch.tensor(token), parent_M, sees_MM.sum(1) - 1, sees_MM, torch.zeros(len(token)), levels)
+
+
+def right_rows(draft: tree.Draft, path: list[int]) -> list[int]:
+    """The rows of `path`, root included."""
+    rows, tokens, parents = [0], draft.token_M.tolist(), draft.parent_M.tolist()
+    for token in path[1:]:
+        rows.append(next(r for r in range(1, len(tokens)) if parents[r] == rows[-1] and tokens[r] == token))
+    return rows
+
+
+def differing(
+    target: Target, prompt: list[int], ids: list[int], logits: list[torch.Tensor], shape: tuple[int, int], seed: int
+) -> int:
+    """How many of an answer's logits [V] are not those of the steps when it is read in drafts."""
+    draw, (levels, nodes) = random.Random(seed), shape
+    cache, differ, at = fresh(target, len(prompt) + len(ids) + nodes + levels), 0, 0
+    first_1V = target.lent.logits(prefill(target, torch.tensor(prompt), cache)[-1:])
+    differ += not torch.equal(first_1V[0], logits[0])
+    while at + 1 < len(ids):
+        path = ids[at : at + 1 + draw.randrange(levels + 1)][: len(ids) - 1 - at]
+        draft, past = drafted(path, levels, nodes, draw, logits[0].numel()), cache.length
+        mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
+        position_BM = (past + draft.depth_M)[None]
+        feature_MD = target.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)[0]
+        logits_MV, rows = target.lent.logits(feature_MD), right_rows(draft, path)
+        differ += sum(not torch.equal(logits_MV[row], logits[at + 1 + n]) for n, row in enumerate(rows))
+        cache.keep(torch.tensor(rows), past)
+        at += len(path)
+    return differ
+
+
+def chat_differs(target: Target, prompt: list[int], ids: list[int], logits: list[torch.Tensor]) -> int:
+    """Of the logits after each part of an answer, how many differ where the part is read at once behind the others."""
+    cache, whole, differ = fresh(target, len(prompt) + len(ids)), prompt + ids, 0
+    prefill(target, torch.tensor(prompt), cache)
+    for turn in range(1, TURNS):
+        end = turn * len(ids) // TURNS
+        feature_TD = prefill(target, torch.tensor(whole[: len(prompt) + end]), cache)
+        differ += not torch.equal(target.lent.logits(feature_TD[-1:])[0], logits[end])
+        cache.truncate(cache.length - 2)  # rows that two prompts share are kept, the last ones read again
+    return differ
+
+
+def costs(target: Target, prompt: list[int]) -> dict[str, float]:
+    """Seconds of the forward that is not exact over those of the one that is, in turns, by rows.
+
+    Seconds of processor time: neighbours on the machine do not lengthen them much.
+    """
+    found = {}
+    for rows in TIMED_ROWS:
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        caches = {}
+        for kind in seconds:
+            one = dataclasses.replace(target, exact=kind, idle=[])
+            caches[kind] = one, fresh(one, len(prompt) + 2 * rows)
+            prefill(one, torch.tensor(prompt), caches[kind][1])
+        path = prompt[:1]
+        draft = drafted(path, 4, rows - 1, random.Random(0), 1000) if rows > 1 else tree.lone(torch.tensor(path))
+        for _ in range(TIMED):
+            for kind, (one, cache) in caches.items():
+                past, start = cache.length, time.process_time()
+                mask = masks.for_target(one, past, draft.depth_M, draft.sees_MM)
+                position_BM = (past + draft.depth_M)[None]
+                feature_BMD = one.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)
+                one.lent.logits(feature_BMD[0])
+                cache.truncate(past)
+                seconds[kind].append(time.process_time() - start)
+        found[str(rows)] = statistics.median(seconds[False]) / statistics.median(seconds[True])
+    return found
+
+
+def rows_of(model: str, dtype: str, answers: int, tokens: int, done: set[str]) -> Any:
+    """Measure what is not done yet, a row for each answer and each way to read it."""
+    name = Path(model).parent.name if Path(model).name == "hf" else Path(model).name
+    wanted = [(number, temperature) for number in range(answers) for temperature in (0.0, 1.0)]
+    target = Target.from_pretrained(model, dtype=DTYPES[dtype], device="cpu")
+    words = torch.randint(100, 5000, (answers, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    for number, temperature in wanted:
+        key = f"{name} {dtype} {number} T={temperature:g} {tokens}"
+        if key in done:
+            continue
+        prompt = words[number][: 16 + number % 48]
+        ids, logits = written(target, prompt, tokens, Sampler(temperature=temperature, seed=number))
+        differ = {kind: differing(target, prompt, ids, logits, shape, number) for kind, shape in TREES.items()}
+        differ["chat"] = chat_differs(target, prompt, ids, logits)
+        yield {"key": key, "model": name, "dtype": dtype, "differing_logits": differ, "tokens": tokens}
+    key = f"{name} {dtype} cost"
+    if key not in done:
+        yield {"key": key, "model": name, "dtype": dtype, "exact_over_inexact_by_rows": costs(target, words[0] * 4)}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", action="append", required=True)
+    parser.add_argument("--answers", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=256)
+    options = parser.parse_args()
+    kept = RESULTS / "exact.jsonl"
+    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
+    with kept.open("a", encoding="utf-8") as file:
+        for model in options.model:
+            for dtype in DTYPES:
+                done = {row["key"] for row in rows}
+                for row in rows_of(model, dtype, options.answers, options.tokens, done):
+                    rows.append(row)
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    print(json.dumps(row), flush=True)
+    figures: dict[str, Any] = {}
+    for dtype in DTYPES:
+        read = [row for row in rows if row["dtype"] == dtype and "differing_logits" in row]
+        if read:
+            equal = sum(not any(row["differing_logits"].values()) for row in read)
+            figures[f"{dtype}_equal_share"] = equal / len(read)
+            figures[f"{dtype}_answers"] = len(read)
+    figures["exact_over_inexact_tokens_per_s"] = {
+        f"{row['model']} {row['dtype']}": row["exact_over_inexact_by_rows"]
+        for row in rows
+        if "exact_over_inexact_by_rows" in row
+    }
+    record("exact", figures, rows)
+
+
+if __name__ == "__main__":
+    main()
