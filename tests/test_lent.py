@@ -25,6 +25,18 @@ def test_few_rows_take_the_packed_head_and_give_the_same(rows: int) -> None:
         torch.testing.assert_close(lent.logits(feature_XD[None]), expected_XV[None], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> None:
+    """A small head of 2,048 numbers, which the kernels add in another order when there is one row."""
+    torch.manual_seed(0)
+    embed_VD = torch.randn(300, 2048).to(dtype)
+    lent, feature_ND = Lent(embed_VD, embed_VD), torch.randn(9, 2048).to(dtype)
+    with torch.no_grad():
+        logits_NV = lent.logits(feature_ND)
+        for rows in (1, 2, 3, 5):
+            assert torch.equal(lent.logits(feature_ND[:rows]), logits_NV[:rows])
+
+
 def test_gradients_flow_through_few_rows() -> None:
     feature_XD = torch.randn(4, 256, requires_grad=True)
     a_lent().logits(feature_XD).sum().backward()

@@ -203,10 +203,3 @@ def test_drafted_answers_are_plain_answers_in_16_bits(dtype: torch.dtype, temper
         rounds = [head.follow(event) for event in engine.decode(prompt, sampler, 80)]
         assert ids_of(rounds) == expected
         assert sum(event.accepted_drafts for event in rounds) > 20
-
-
-def test_blocks_begin_where_positions_do() -> None:
-    """The drawing of `exact.cuts`, with blocks of 8."""
-    assert exact.cuts([6, 7, 7, 8, 8, 9]) == (9,)
-    assert exact.cuts([8, 9]) == (8,)
-    assert exact.cuts([15, 16, 16, 17]) == (8, 16)

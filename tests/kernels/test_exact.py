@@ -1,0 +1,58 @@
+"""Attention at real models' widths, where other kernels serve than for tiny models: the same bits in a tree and alone.
+
+Axes: H attention head, G key/value head, T row, K column, E head dimension.
+"""
+
+import random
+
+import pytest
+import torch
+
+from coral_core.decoding import masks, tree
+from coral_core.kernels import exact
+
+WIDTHS = {"SmolLM2": (9, 3, 64), "Qwen2.5": (14, 2, 64), "Llama 3": (32, 8, 128), "Phi-3": (32, 32, 96)}
+PATH = 6
+
+
+def test_blocks_begin_where_positions_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "BLOCK", 4)
+    assert exact.cuts([2, 3, 3, 4, 4, 5]) == (5,)
+    assert exact.cuts([4, 5]) == (4,)
+    assert exact.cuts([7, 8, 8, 9]) == (4, 8)
+
+
+@pytest.mark.parametrize("past", [9, 120, 125, 250, 600])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
+def test_a_path_has_the_same_bits_among_siblings_and_alone(widths: tuple[int, int, int], past: int) -> None:
+    """Behind 120, 125 and 250 columns the tree's positions lie in two blocks."""
+    heads, groups, width = widths
+    torch.manual_seed(past)
+    draw = random.Random(past)
+    query_BHTE, key_BGKE = torch.randn(1, heads, PATH, width), torch.randn(1, groups, past + PATH, width)
+    value_BGKE = torch.randn(1, groups, past + PATH, width)
+    rows, parents, above = [0], [0], 0
+    for _ in range(PATH - 1):
+        first, siblings = len(parents), draw.randrange(1, 10)
+        parents += [above] * siblings
+        above = first + draw.randrange(siblings)
+        rows.append(above)
+    sees_MM = tree.ancestry(torch.tensor(parents), PATH)
+    depth_M, count = sees_MM.sum(1) - 1, len(parents)
+    mask_MK = torch.zeros(count, past + count).masked_fill_(~masks.tree(past, depth_M, sees_MM, 0), -torch.inf)
+    query_BHME = torch.randn(1, heads, count, width)
+    tree_key_BGKE, tree_value_BGKE = torch.randn(2, 1, groups, past + count, width)
+    query_BHME[:, :, rows] = query_BHTE
+    column = [*range(past), *(past + row for row in rows)]
+    tree_key_BGKE[:, :, column], tree_value_BGKE[:, :, column] = key_BGKE, value_BGKE
+    layout = exact.layout((past + depth_M)[None], mask_MK[None, None])
+    together = exact.attention(query_BHME, tree_key_BGKE, tree_value_BGKE, layout)
+    for level, row in enumerate(rows):
+        seen, one = past + level + 1, exact.layout(torch.tensor([[past + level]]), None)
+        query = query_BHTE[:, :, level : level + 1]
+        alone = exact.attention(query, key_BGKE[:, :, :seen], value_BGKE[:, :, :seen], one)
+        assert torch.equal(alone[0, 0], together[0, row])
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        query_BHME, tree_key_BGKE, tree_value_BGKE, attn_mask=mask_MK, enable_gqa=True
+    )
+    torch.testing.assert_close(together, whole.transpose(1, 2), rtol=0, atol=1e-5)
