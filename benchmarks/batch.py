@@ -27,7 +27,8 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request, decode_all
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 
 Answers = list[list[int]]
 Decoded = tuple[Answers, list[int]]

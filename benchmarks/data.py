@@ -41,7 +41,8 @@ from coral_core.run import sampler, tree_shape
 from coral_core.store.batches import batches
 from coral_core.store.shard import FP8, Sample, ShardFacts, row_bytes, write_shard
 from coral_core.store.store import Store, seal
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 from coral_core.target.template import Encoded
 from coral_core.training.loop import Reports, train
 

@@ -36,7 +36,8 @@ from coral_core.bench.questions import held_out
 from coral_core.bench.race import first_prompt
 from coral_core.errors import ArtifactError, CoralError, TargetError
 from coral_core.recipe.schema import Recipe
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 
 HEADS = ("full", "grouped")
 DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")

@@ -12,7 +12,7 @@ import torch
 from transformers import StaticCache
 
 from coral_core.bench.race import Lane
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 def compiler_missing() -> str:

@@ -20,7 +20,7 @@ from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 TREE = TreeShape(depth=6, nodes=10, topk=4, confidence=0.05)
 """Fixed, so that the rounds of one p are the same work on every machine."""

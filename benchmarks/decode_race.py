@@ -20,7 +20,7 @@ from coral_core.bench.methods import Method
 from coral_core.bench.race import Decode, Lane, run_lane
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.sampling import Sampler
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 LOOKUP_TOKENS = 10
 """Drafted tokens of prompt lookup: what transformers' documentation shows."""

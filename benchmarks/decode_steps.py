@@ -26,7 +26,7 @@ from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.head.grouped import GroupedHead
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 LEVELS = 4
 """Draft levels of which one is the mean."""

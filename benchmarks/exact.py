@@ -26,7 +26,7 @@ from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 TREES = {"chain": (4, 4), "tree": (4, 12), "60-node tree": (6, 60)}
 """Levels and nodes of a round's draft."""

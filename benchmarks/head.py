@@ -36,7 +36,8 @@ from coral_core.progress import Progress
 from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import Recipe
 from coral_core.store.store import Store
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 from coral_core.target.template import prompt_ids
 from coral_core.training.stage import train_drafter
 

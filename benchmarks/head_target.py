@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 VOCABULARY = 32768
 SEEN = ("sgd", "self_dialogue", "taskmaster4", "fairytaleqa")

@@ -28,7 +28,8 @@ from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.head.full import FullHead
 from coral_core.kernels.attention import grouped
-from coral_core.target.load import Target, drafter_shape, wrap
+from coral_core.target.load import drafter_shape, wrap
+from coral_core.target.target import Target
 
 LENGTHS = (1024, 8192, 32768)
 LAYERS, HEADS, KV_HEADS, WIDTH = 4, 4, 2, 64

@@ -46,7 +46,8 @@ from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
 from coral_core.run import sampler, tree_shape
 from coral_core.store.store import Store
 from coral_core.target.capture import tap
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 from coral_core.training.loop import Reports, make_accelerator, train
 from coral_core.training.stage import open_data
 from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps

@@ -36,7 +36,8 @@ from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 
 BENCHES = ("mt-bench", "humaneval", "gsm8k")
 DTYPES = ("float32", "bfloat16")

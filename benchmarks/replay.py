@@ -20,7 +20,7 @@ from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import plain
 from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 def plain_answers(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coral_core.decoding.engine import Engine
     from coral_core.recipe.schema import Recipe
     from coral_core.run import Run
-    from coral_core.target.load import Target
+    from coral_core.target.target import Target
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 

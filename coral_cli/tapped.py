@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from coral_core.run import Run
     from coral_core.store.store import Store, Tap
-    from coral_core.target.load import Target
+    from coral_core.target.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +33,12 @@ class Tapped:
     def target(self) -> Target:
         """The target. Raises ArtifactError when it is another than the data's."""
         from coral_core.processes import processes
+        from coral_core.target.kin import refuse_other_target
 
         processes()  # under several processes, `cuda` is then each one's own GPU
         target = self.run.target()
         remedy = f"Run: coral prepare-data{self.otherwise}"
-        self.store.manifest.refuse_other_target(self.store.folder, remedy, target)
+        refuse_other_target(self.store.manifest, self.store.folder, remedy, target)
         return target
 
     def check(self) -> None:

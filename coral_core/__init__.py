@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from coral_core.api.generator import Generator as Generator
     from coral_core.drafter.model import Drafter as Drafter
-    from coral_core.target.load import Target as Target
+    from coral_core.target.target import Target as Target
 
 __version__ = "0.1.0"
 __all__ = ["Drafter", "Generator", "Target", "__version__"]
 
-_HOMES = {"Drafter": "drafter.model", "Generator": "api.generator", "Target": "target.load"}
+_HOMES = {"Drafter": "drafter.model", "Generator": "api.generator", "Target": "target.target"}
 
 
 def __getattr__(name: str) -> object:

@@ -17,13 +17,12 @@ import os
 import platform
 import shutil
 import subprocess
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from coral_core import __version__, embedded
-from coral_core.errors import ArtifactError, CoralError, CoralWarning
+from coral_core.errors import ArtifactError, CoralError
 from coral_core.lock import published
 
 MANIFEST = "manifest.json"
@@ -57,15 +56,6 @@ def git_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-class Kindred(Protocol):
-    """A target, as a manifest sees it."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def kin(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,40 +120,10 @@ class Manifest:
             raise ArtifactError(f"{folder} holds a {manifest.kind}, not a {kind}. {remedy(folder, command)}")
         return manifest
 
-    def refuse_other_target(self, folder: Path, remedy: str, target: Kindred) -> None:
-        """Raises ArtifactError, which ends in `remedy`, when this cannot work with `target`.
-
-        It works with the target that it was made for, and with its siblings, fine-tunes and quantised forms, which
-        share tokenizer, vocabulary and width; for a sibling there is a CoralWarning.
-        """
-        if self.inputs.get("target") == target.fingerprint:
-            return
-        if (made_for := self.facts.get(KIN)) is None:
-            self.refuse_stranger(folder, remedy, target=target.fingerprint)
-            return
-        own = target.kin
-        for key, what in {
-            "vocabulary": "a vocabulary of {}",
-            "hidden": "{} hidden",
-            "tokenizer": "tokenizer {}",
-        }.items():
-            if made_for[key] != own[key]:
-                raise ArtifactError(
-                    f"the {self.kind} in {folder} was made for a target with {what.format(made_for[key])}; "
-                    f"this target has {what.format(own[key])}. {remedy}"
-                )
-        differs = "" if made_for["template"] == own["template"] else ", and its chat template differs"
-        warnings.warn(
-            f"the {self.kind} in {folder} was made for a sibling of this target ({self.inputs.get('target')}, and this "
-            f"is {target.fingerprint}){differs}: answers are this target's own, tokens per round may be fewer",
-            CoralWarning,
-            stacklevel=2,
-        )
-
     def refuse_stranger(self, folder: Path, remedy: str, **wanted: str) -> None:
         """Raises ArtifactError, which ends in `remedy`, when this was made for another target, data or drafter.
 
-        `wanted` holds fingerprints by these names. `refuse_other_target` asks for less.
+        `wanted` holds fingerprints by these names.
         """
         for name, own in wanted.items():
             if (made_for := self.inputs.get(name)) != own:

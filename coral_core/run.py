@@ -16,7 +16,9 @@ from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
 from coral_core.lock import published
 from coral_core.recipe.schema import DecodeSpec, Recipe
-from coral_core.target.load import Target, load_target
+from coral_core.target.kin import refuse_other_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 
 DRAFTER_COMMAND = "coral train"
 
@@ -49,7 +51,7 @@ class Run:
         """What the drafter's folder says of itself; the drafter is this target's, or a sibling's."""
         folder = self.made / "drafter"
         manifest = Manifest.read(folder, "drafter", DRAFTER_COMMAND)
-        manifest.refuse_other_target(folder, "Run: coral prepare-data, then coral train", target)
+        refuse_other_target(manifest, folder, "Run: coral prepare-data, then coral train", target)
         return manifest
 
     def drafter(self, target: Target) -> Drafter:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from coral_core.export.run import Source
     from coral_core.run import Run
-    from coral_core.target.load import Target
+    from coral_core.target.target import Target
 
 MEASURED_PROMPTS = 16
 """Held-out prompts on which the token map is compared with the full vocabulary."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from coral_core.decoding.memory import Memory
     from coral_core.decoding.rounds import Round
     from coral_core.decoding.sampling import Sampler
-    from coral_core.target.load import Target
+    from coral_core.target.target import Target
 
 SAMPLE_TOKENS = 16
 """Plain tokens that are decoded to compare with, where no answer of the session was plain."""

@@ -22,7 +22,8 @@ from coral_core.head.candidates import Head
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import DecodeSpec, HeadSpec
 from coral_core.run import wire
-from coral_core.target.load import Target
+from coral_core.target.kin import refuse_other_target
+from coral_core.target.target import Target
 from coral_core.target.template import prompt_ids
 
 Prompt = str | Sequence[dict[str, str]] | Sequence[int]
@@ -88,7 +89,7 @@ class Generator:
 
 def _refuse_stranger(target: Target, drafter: Drafter) -> None:
     if drafter.manifest and drafter.folder and "target" in drafter.manifest.inputs:
-        drafter.manifest.refuse_other_target(drafter.folder, "Load its own", target)
+        refuse_other_target(drafter.manifest, drafter.folder, "Load its own", target)
     if misfit := drafter.config.misfit(tuple(target.lent.embed_VD.shape)):
         raise ArtifactError(f"the drafter {misfit}. Load its own")
 

@@ -15,7 +15,7 @@ from coral_core.head.static import StaticHead
 from coral_core.progress import Progress
 from coral_core.recipe.schema import Recipe
 from coral_core.run import sampler, tree_shape
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 def acceptance(

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from coral_core.bench.race import PLAIN, Decode, Lane, run_lane
 from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 COPY_LIMIT_BYTES = 2 << 30
 """A target larger than this is not copied into another dtype just to look for a faster baseline."""

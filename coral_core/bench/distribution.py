@@ -17,7 +17,7 @@ import torch
 from coral_core.bench.race import run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 SEEDS = 64
 """Continuations."""

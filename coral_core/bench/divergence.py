@@ -10,7 +10,7 @@ import torch
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 ROWS = (1, 2, 4, 8, 16)
 """Rows forwarded at once: plain decoding has one, a verified tree as many as it has nodes."""

@@ -30,7 +30,7 @@ from coral_core.recipe.schema import Recipe
 from coral_core.report.page import page
 from coral_core.report.tables import latex, markdown
 from coral_core.run import sampler
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 SCHEMA = 1
 PROBES = 3

@@ -13,7 +13,7 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.head.candidates import Candidates, Head
 from coral_core.run import Run
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 PROBE_TOKENS = 32
 """New tokens of the answer in which rows read are counted."""

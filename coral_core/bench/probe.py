@@ -18,7 +18,7 @@ from coral_core.lent import Lent
 from coral_core.progress import Progress
 from coral_core.recipe.schema import Recipe
 from coral_core.run import sampler, wire
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 PROMPTS = 12
 """Held-out prompts decoded."""

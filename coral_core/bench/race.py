@@ -15,7 +15,7 @@ from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from coral_core.target.template import prompt_ids
 
 PLAIN = "plain"

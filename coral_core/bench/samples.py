@@ -6,7 +6,7 @@ from typing import Any
 from coral_core.api.stream import TextStream
 from coral_core.bench.questions import Bench
 from coral_core.bench.race import Lane, Turn
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 SAMPLES = 3
 """Answers shown of each bench."""

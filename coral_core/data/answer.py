@@ -12,7 +12,7 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Seat
 from coral_core.decoding.table import Request, Table
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

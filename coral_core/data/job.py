@@ -13,7 +13,8 @@ from coral_core.errors import ArtifactError, DataError
 from coral_core.recipe.schema import Recipe
 from coral_core.store.shard import FP8, shard_name
 from coral_core.store.store import Store
-from coral_core.target.load import Target, tap_layers
+from coral_core.target.load import tap_layers
+from coral_core.target.target import Target
 from coral_core.target.template import Encoded
 
 COMMAND = "coral prepare-data"

@@ -23,7 +23,7 @@ from coral_core.data.written import Scribe, written_prompts
 from coral_core.errors import ArtifactError, DataError
 from coral_core.progress import Progress
 from coral_core.recipe.schema import DataSpec
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from coral_core.target.template import (
     Encoded,
     Message,

@@ -13,7 +13,7 @@ from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
 from coral_core.store.shard import FP8, Sample
 from coral_core.target.capture import tap
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from coral_core.target.template import Encoded, Turn, join
 
 

@@ -26,6 +26,7 @@ from coral_core.processes import processes
 from coral_core.progress import Progress, silent
 from coral_core.store.shard import ShardFacts, row_bytes, shard_name, write_shard
 from coral_core.store.store import Store, seal
+from coral_core.target import kin
 from coral_core.target.load import drafter_shape
 from coral_core.target.template import Encoded, prompt_ids
 
@@ -226,7 +227,7 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
         "sources": plan.sources,
         "dtype": dtype_name(job.dtype),
         "drafter_config": drafter_shape(job.target.model.config),
-        KIN: job.target.kin,
+        KIN: kin.describe(job.target),
         **({"taps": list(job.taps)} if job.taps else {}),
     }
     seal(

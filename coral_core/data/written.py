@@ -15,7 +15,7 @@ from coral_core.data.meter import Meter
 from coral_core.data.prompts import Dialogue, Skipped
 from coral_core.progress import Progress
 from coral_core.recipe.schema import DataSpec
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from coral_core.target.template import control_ids, user_turn
 
 ROUND = 256

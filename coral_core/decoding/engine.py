@@ -16,7 +16,7 @@ from coral_core.decoding.sampling import Picker
 from coral_core.decoding.step import sit, step
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 @dataclasses.dataclass(frozen=True)

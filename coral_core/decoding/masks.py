@@ -5,7 +5,7 @@ Axes: B answer of a batch, T new row, K cached position (new rows included), M t
 
 import torch
 
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 Mask = torch.Tensor | dict[str, torch.Tensor] | None
 

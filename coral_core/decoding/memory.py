@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.graphs import Graphs, columns
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 class Memory:

@@ -20,7 +20,7 @@ from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.lent import Lent
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 def verify(target: Target, cache: SlotCache, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:

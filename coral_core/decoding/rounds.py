@@ -13,7 +13,7 @@ import torch
 from coral_core.decoding import masks
 from coral_core.decoding.cache import SlotCache
 from coral_core.errors import DataError
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 PREFILL_ROWS = 1024
 """Prompt rows of one forward pass: a long prompt must not spike memory."""

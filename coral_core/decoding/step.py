@@ -23,7 +23,7 @@ from coral_core.decoding.sampling import Picker, Sampler, pick_together
 from coral_core.decoding.seat import Seat
 from coral_core.decoding.tree import Draft
 from coral_core.decoding.verify import Verdict
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 if TYPE_CHECKING:
     from coral_core.decoding.engine import Engine

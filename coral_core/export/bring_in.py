@@ -17,7 +17,9 @@ from coral_core.errors import ArtifactError, TargetError
 from coral_core.head.load import load_head
 from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec
-from coral_core.target.load import Target, tap_layers
+from coral_core.target import kin
+from coral_core.target.load import tap_layers
+from coral_core.target.target import Target
 
 EMBED_TOLERANCE = 1e-2
 """Relative distance of two embeddings that are the same but for rounding: bfloat16's is at most 2^-9 = 0.002."""
@@ -77,7 +79,7 @@ def lent_head(drafter: Drafter, lent: Lent) -> Drafter:
 def own_manifest(folder: Path, target: Target) -> Manifest:
     """Of a drafter that coral made. Raises ArtifactError when it was trained for another target."""
     manifest = Manifest.read(folder, "drafter", AGAIN)
-    manifest.refuse_other_target(folder, OWN, target)
+    kin.refuse_other_target(manifest, folder, OWN, target)
     return manifest
 
 
@@ -98,7 +100,7 @@ def foreign_manifest(drafter: Drafter, source: str, target: Target) -> Manifest:
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
         "drafter_config": drafter.config.to_json(),
-        KIN: target.kin,
+        KIN: kin.describe(target),
     }
     name = weights_fingerprint(drafter)
     return Manifest(kind="drafter", fingerprint=name, inputs={"target": target.fingerprint}, recipe={}, facts=facts)

@@ -4,7 +4,8 @@ from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.export.layouts import Layout
 from coral_core.export.wide import WIDE
-from coral_core.target.load import Target, tap_layers
+from coral_core.target.load import tap_layers
+from coral_core.target.target import Target
 
 OURS = "Serve it with coral, or run: coral export --to hf"
 

@@ -18,7 +18,8 @@ from coral_core.export.wide import WIDE, layout_of, with_rows
 from coral_core.head.load import load_head
 from coral_core.head.static import StaticHead
 from coral_core.recipe.schema import HeadSpec, Recipe
-from coral_core.target.load import Target
+from coral_core.target.kin import refuse_other_target
+from coral_core.target.target import Target
 
 HF = "hf"
 """Coral's own format: the drafter, and its grouped head whole, as Drafter.from_pretrained reads them."""
@@ -54,7 +55,7 @@ def open_source(recipe: Recipe, run: Path, target: Target | None) -> Source:
     folder = embedded.made_in(run, recipe.target.model)
     manifest = Manifest.read(folder / "drafter", "drafter", "coral train")
     if target is not None:
-        manifest.refuse_other_target(folder / "drafter", "Set target.model to its own", target)
+        refuse_other_target(manifest, folder / "drafter", "Set target.model to its own", target)
     return Source(folder, manifest, Drafter.load(folder / "drafter"), _head_of(folder / "head", manifest))
 
 

@@ -14,7 +14,7 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request
 from coral_core.errors import DataError
 from coral_core.serve.protocol import Ask, Refusal
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from coral_core.target.template import Message, prompt_ids, shown_fields
 
 

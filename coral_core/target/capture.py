@@ -7,7 +7,7 @@ import dataclasses
 
 import torch
 
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 
 @dataclasses.dataclass(frozen=True)

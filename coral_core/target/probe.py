@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from coral_core.errors import TargetError
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 
 SPREAD = (0, 1, 5, 17, 31)
 """Positions of the rows whose company is changed; rotary factors that differ are plain to see by the last of them."""

@@ -17,7 +17,7 @@ from coral_core.decoding import graphs
 from coral_core.decoding.drafting import TreeShape
 from coral_core.head.full import FullHead
 from coral_core.kernels import attention
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.decoding import tape
 from tests.tiny import VOCAB, tiny_drafter, tiny_engine, tiny_target
 

@@ -13,7 +13,7 @@ from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import ArtifactError, DataError
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from coral_core.target.template import render, text_ids
 from tests.data.helpers import make_target
 from tests.tiny import OracleHead, PlainHead, tiny_drafter

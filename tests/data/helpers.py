@@ -14,7 +14,8 @@ import transformers
 from coral_core.data.job import Job
 from coral_core.data.stage import prepare
 from coral_core.recipe.loader import load_recipe
-from coral_core.target.load import Target, wrap
+from coral_core.target.load import wrap
+from coral_core.target.target import Target
 
 CHATML = (
     "{% for message in messages %}"

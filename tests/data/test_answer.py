@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from coral_core.data.answer import Sampling, derive_seed, write
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.tiny import FAMILIES, VOCAB, tiny_target
 
 LENGTHS = [1, 9, 4, 17, 2, 6, 30, 3, 12, 5]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.decoding import tape
 
 NAME = "pretended"

@@ -17,7 +17,7 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request, decode_all
 from coral_core.decoding.verify import judge, on_path
 from coral_core.errors import DataError
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.decoding.test_lossless import ids_of, some_prompt
 from tests.tiny import FAMILIES, PlainHead, tiny_drafter, tiny_target
 

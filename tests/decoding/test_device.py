@@ -23,7 +23,7 @@ from coral_core.head.full import FullHead
 from coral_core.head.grouped import GroupedHead
 from coral_core.head.router import Router
 from coral_core.kernels import blocks
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.decoding import pretend
 from tests.decoding.policy.test_adaptive import DEAR
 from tests.decoding.test_memory import ids_of, words

@@ -15,7 +15,8 @@ from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request, decode_all
 from coral_core.errors import TargetError
-from coral_core.target.load import Target, tap_layers
+from coral_core.target.load import tap_layers
+from coral_core.target.target import Target
 from tests.decoding.test_lossless import SAMPLERS, ids_of, some_prompt
 from tests.tiny import FAMILIES, OracleHead, PlainHead, tiny_drafter, tiny_target
 

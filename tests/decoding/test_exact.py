@@ -21,7 +21,8 @@ from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
 from coral_core.kernels import exact
-from coral_core.target.load import Target, wrap
+from coral_core.target.load import wrap
+from coral_core.target.target import Target
 from tests.decoding.test_lossless import ids_of, some_prompt
 from tests.tiny import OracleHead, tiny_drafter, tiny_target
 

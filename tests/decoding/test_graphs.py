@@ -26,7 +26,8 @@ from coral_core.head.candidates import Candidates
 from coral_core.head.full import FullHead
 from coral_core.head.static import StaticHead
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target.load import Target, load_target, wrap
+from coral_core.target.load import load_target, wrap
+from coral_core.target.target import Target
 from tests.decoding import tape
 from tests.decoding.test_memory import ids_of, oracle_engine, words
 from tests.tiny import VOCAB, StandIn, tiny_drafter, tiny_engine, tiny_target

@@ -14,7 +14,7 @@ from coral_core.decoding.memory import Memory
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.decoding.test_lossless import ids_of, some_prompt
 from tests.tiny import PlainHead, tiny_drafter, tiny_engine, tiny_target
 

@@ -15,7 +15,7 @@ from coral_core.decoding.memory import Memory
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.tiny import VOCAB, OracleHead, tiny_drafter, tiny_engine, tiny_target
 
 SAMPLERS = [Sampler(), Sampler(temperature=1.0, seed=3), Sampler(repetition_penalty=1.3)]

@@ -13,7 +13,8 @@ from coral_core.grouping.clustering import by_frequency
 from coral_core.head.load import save_head
 from coral_core.head.router import Router
 from coral_core.recipe.schema import HeadSpec, Recipe
-from coral_core.target.load import Target, drafter_shape
+from coral_core.target.load import drafter_shape
+from coral_core.target.target import Target
 from tests.tiny import VOCAB
 
 RECIPE = Recipe(name="tiny", head=HeadSpec(groups=8, active=2, clustering="frequency"))

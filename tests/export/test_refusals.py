@@ -16,7 +16,7 @@ from coral_core.export.bring_in import bring_in
 from coral_core.export.folder import check_folder
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.run import export_engine, export_hf, open_source
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.export.helpers import RECIPE, publish, random_drafter
 from tests.tiny import FAMILIES, tiny_target
 

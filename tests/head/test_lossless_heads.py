@@ -15,7 +15,7 @@ from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups
 from coral_core.head.router import Router
 from coral_core.head.static import StaticHead
-from coral_core.target.load import Target
+from coral_core.target.target import Target
 from tests.tiny import StandIn, tiny_drafter, tiny_target
 
 GROUPS = 12

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from coral_core import embedded, hub
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
 from tests.tiny import SHAPE
 
 Weights = dict[str, torch.Tensor]

@@ -17,7 +17,8 @@ from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import TargetError
-from coral_core.target.load import Target, wrap
+from coral_core.target.load import wrap
+from coral_core.target.target import Target
 from tests.tiny import OracleHead, tiny_drafter
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,9 @@ import transformers
 from coral_core.artifacts import KIN, Manifest
 from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import ArtifactError, CoralWarning
-from coral_core.target.kin import describe
-from coral_core.target.load import Target, wrap
+from coral_core.target.kin import describe, refuse_other_target
+from coral_core.target.load import wrap
+from coral_core.target.target import Target
 from tests.tiny import SHAPE, tiny_target
 
 OTHER_SYSTEM = "<|system|>Be brief.<|end|>"
@@ -24,7 +25,7 @@ def tokenizer() -> Any:
 
 
 def kin(changed: Any) -> dict[str, Any]:
-    return describe(tiny_target().lent, changed)
+    return describe(dataclasses.replace(tiny_target(), tokenizer=changed))
 
 
 def sibling(target: Target, **changes: Any) -> Target:
@@ -36,7 +37,7 @@ def sibling(target: Target, **changes: Any) -> Target:
 
 def made_for(target: Target) -> Manifest:
     inputs = {"target": target.fingerprint}
-    return Manifest(kind="drafter", fingerprint="d", inputs=inputs, recipe={}, facts={KIN: target.kin})
+    return Manifest(kind="drafter", fingerprint="d", inputs=inputs, recipe={}, facts={KIN: describe(target)})
 
 
 def test_special_tokens_fillers_and_a_system_message_make_no_other_family() -> None:
@@ -62,7 +63,7 @@ def test_another_word_or_another_mark_of_a_turn_is_told() -> None:
 
 
 def test_its_own_target_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
-    made_for(tiny_target()).refuse_other_target(Path("there"), "Mend it", tiny_target())
+    refuse_other_target(made_for(tiny_target()), Path("there"), "Mend it", tiny_target())
     assert not recwarn.list
 
 
@@ -70,13 +71,13 @@ def test_a_sibling_is_served_and_said_to_be_one() -> None:
     other = sibling(tiny_target())
     assert other.fingerprint != tiny_target().fingerprint
     with pytest.warns(CoralWarning, match=r"in there was made for a sibling .* tokens per round may be fewer") as said:
-        made_for(tiny_target()).refuse_other_target(Path("there"), "Mend it", other)
+        refuse_other_target(made_for(tiny_target()), Path("there"), "Mend it", other)
     assert "chat template" not in str(said[0].message)
     mine = dataclasses.replace(tiny_target(), tokenizer=tokenizer())
     other = sibling(mine)
     other.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     with pytest.warns(CoralWarning, match="its chat template differs: answers are this target's own"):
-        made_for(dataclasses.replace(mine, tokenizer=tokenizer())).refuse_other_target(Path("x"), "Mend it", other)
+        refuse_other_target(made_for(dataclasses.replace(mine, tokenizer=tokenizer())), Path("x"), "Mend it", other)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_another_shape_is_refused(shape: dict[str, int], words: str) -> None:
     config = transformers.LlamaConfig(**{**SHAPE, **shape})
     other = wrap(transformers.AutoModelForCausalLM.from_config(config), None)
     with pytest.raises(ArtifactError, match=words):
-        made_for(tiny_target()).refuse_other_target(Path("there"), "Mend it", other)
+        refuse_other_target(made_for(tiny_target()), Path("there"), "Mend it", other)
 
 
 def test_another_tokenizer_is_refused() -> None:
@@ -99,11 +100,11 @@ def test_another_tokenizer_is_refused() -> None:
     other.add_tokens(["coral-reef"])
     mine = dataclasses.replace(tiny_target(), tokenizer=tokenizer())
     with pytest.raises(ArtifactError, match=r"made for a target with tokenizer \w+; this target has tokenizer \w+\."):
-        made_for(mine).refuse_other_target(Path("there"), "Mend it", sibling(mine, tokenizer=other))
+        refuse_other_target(made_for(mine), Path("there"), "Mend it", sibling(mine, tokenizer=other))
 
 
 def test_a_manifest_that_says_nothing_of_its_target_serves_that_one_alone() -> None:
     old = dataclasses.replace(made_for(tiny_target()), facts={})
-    old.refuse_other_target(Path("there"), "Mend it", tiny_target())
+    refuse_other_target(old, Path("there"), "Mend it", tiny_target())
     with pytest.raises(ArtifactError, match="was made for target .*, and this target is"):
-        old.refuse_other_target(Path("there"), "Mend it", sibling(tiny_target()))
+        refuse_other_target(old, Path("there"), "Mend it", sibling(tiny_target()))

@@ -15,7 +15,8 @@ from coral_core.drafter.model import Drafter
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.capture import tap
-from coral_core.target.load import Target, drafter_shape, load_target, pick_device, wrap
+from coral_core.target.load import drafter_shape, load_target, pick_device, wrap
+from coral_core.target.target import Target
 from tests.tiny import FAMILIES, SHAPE, tiny_target
 
 

@@ -11,8 +11,9 @@ from coral_cli.main import app
 from coral_core import embedded
 from coral_core.errors import DataError, TargetError
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target.load import Target, load_target
+from coral_core.target.load import load_target
 from coral_core.target.named_templates import choose
+from coral_core.target.target import Target
 from coral_core.target.template import NAMED, encode, prompt_ids, user_turn
 from tests.target.chat_templates import CHATML, LLAMA_2, TAGGED, VICUNA
 from tests.target.test_template import DIALOGUE, FAMILIES, draw, make_tokenizer

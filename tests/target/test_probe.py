@@ -14,7 +14,8 @@ from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError, TargetError
 from coral_core.target.capture import tap
-from coral_core.target.load import Target, wrap
+from coral_core.target.load import wrap
+from coral_core.target.target import Target
 from tests.tiny import SHAPE, VOCAB, tiny_engine
 
 BORDER = 48
