@@ -11,7 +11,7 @@ measured once, in turns in one process, and kept in runs/NAME/methods/. All read
 Then CORAL after --early-steps with one choice changed.
 
 A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted benchmark goes
-on with the rows it was at. results/NAME.json (--record) is written anew after each. `--workers` rows are measured at a
+on with the rows it was at, and its training where it was. Each training is a run of its own, runs/NAME/methods/KEY. results/NAME.json (--record) is written anew after each. `--workers` rows are measured at a
 time, each on its share of the cores. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's
 number at a fraction of its cost; the rows of seed 0 check that on the first prompts by real decoding.
 """
@@ -42,14 +42,15 @@ from coral_core.decoding.engine import Engine
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.head.full import FullHead
+from coral_core.recipe.loader import dump_yaml
 from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
 from coral_core.run import sampler, tree_shape
 from coral_core.store.store import Store
 from coral_core.target.capture import tap
 from coral_core.target.load import load_target
 from coral_core.target.target import Target
-from coral_core.training.loop import Reports, make_accelerator, train
-from coral_core.training.stage import open_data
+from coral_core.training.loop import make_accelerator
+from coral_core.training.stage import open_data, train_drafter
 from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps
 
 METHODS = ("eagle2", "hass", "coral")
@@ -118,7 +119,7 @@ class Bench:
     def spec(self, variant: Variant) -> TrainSpec:
         """The recipe's training with a preset's keys, then the variant's."""
         steps = variant.steps
-        fixed = {"preset": variant.preset, "steps": steps, "eval_every": 0, "checkpoint_every": steps + 1}
+        fixed = {"preset": variant.preset, "steps": steps, "eval_every": 0}
         fixed["candidates"] = self.recipe.train.candidates
         return dataclasses.replace(self.recipe.train, **{**PRESETS[variant.preset], **fixed, **dict(variant.changes)})
 
@@ -133,10 +134,9 @@ class Bench:
         """Train, and count tokens and rounds on every prompt."""
         begun_s = time.perf_counter()
         spec = self.spec(variant)
-        lines: list[dict[str, Any]] = []
-        reports = Reports(lines.append, progress_line(variant))
-        work = self.run / "methods" / self.key(variant)
-        drafter = train(spec, self.store, seed=variant.seed, work=work, reports=reports)
+        recipe, run = self.own_run(variant, spec)
+        manifest, _ = train_drafter(recipe, run, progress_line(variant), tap=self.store.tap)
+        last, drafter = manifest.facts["last"], Drafter.load(run / "drafter")
         emitted = [
             self.decode(target, drafter, [prompt])[0]
             for target, prompt in zip(self.repeating, self.prompts, strict=True)
@@ -146,9 +146,10 @@ class Bench:
             "name": variant.name,
             "seed": variant.seed,
             "steps": spec.steps,
-            "train_s": lines[-1]["elapsed_s"],
+            "train_s": last["elapsed_s"],
             "row_s": time.perf_counter() - begun_s,
-            "last": {key: value for key, value in lines[-1].items() if key.startswith(("loss", "accuracy", "cosine"))},
+            "run": run.name,
+            "last": {key: value for key, value in last.items() if key.startswith(("loss", "accuracy", "cosine"))},
             "tokens": [sum(rounds) for rounds in emitted],
             "rounds": [len(rounds) for rounds in emitted],
         }
@@ -156,6 +157,16 @@ class Bench:
             decoded = self.decode(self.target, drafter, self.prompts[:CHECKED])
             row["decoded_alike"] = [sum(a == b for a, b in zip(decoded, emitted, strict=False)), len(decoded)]
         return row
+
+    def own_run(self, variant: Variant, spec: TrainSpec) -> tuple[Recipe, Path]:
+        """A run for one training, on the same data: its drafter stays there, for other benchmarks."""
+        run = self.run / "methods" / self.key(variant)
+        run.mkdir(parents=True, exist_ok=True)
+        recipe = dataclasses.replace(self.recipe, name=run.name, seed=variant.seed, train=spec)
+        write_text(run / "recipe.yaml", dump_yaml(recipe))
+        if not (run / "data").exists():
+            (run / "data").symlink_to((self.run / "data").resolve(), target_is_directory=True)
+        return recipe, run
 
     def decode(self, target: Target, drafter: Drafter, prompts: list[list[int]]) -> list[list[int]]:
         """Tokens of each round, for each prompt, with the full head."""
