@@ -11,8 +11,9 @@ measured once, in turns in one process, and kept in runs/NAME/methods/. All read
 Then CORAL after --early-steps with one choice changed.
 
 A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted benchmark goes
-on with the rows it was at, and its training where it was. Each training is a run of its own, runs/NAME/methods/KEY. results/NAME.json (--record) is written anew after each. `--workers` rows are measured at a
-time, each on its share of the cores. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's
+on with the rows it was at, and its training where it was. Each training is a run of its own, runs/NAME/methods/KEY.
+results/NAME.json (--record) is written anew after each. `--workers` rows are measured at a time, each on its share of
+the cores. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's
 number at a fraction of its cost; the rows of seed 0 check that on the first prompts by real decoding.
 """
 

@@ -44,8 +44,9 @@ class Run:
         return sampler(self.recipe)
 
     def target(self, *, dialogues: bool = False) -> Target:
-        """The recipe's target, loaded, as `load_target` does."""
-        return load_target(self.recipe.target, dialogues=dialogues)
+        """The recipe's target, loaded, as `load_target` does; exact if the recipe decodes so."""
+        target = load_target(self.recipe.target, dialogues=dialogues)
+        return dataclasses.replace(target, exact=target.exact and self.recipe.decode.exact)
 
     def manifest(self, target: Target) -> Manifest:
         """What the drafter's folder says of itself; the drafter is this target's, or a sibling's."""

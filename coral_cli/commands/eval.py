@@ -63,10 +63,9 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     from coral_core.bench.evaluate import evaluate as run_evaluation
     from coral_core.bench.methods import load_method
     from coral_core.report.tables import markdown
-    from coral_core.target.load import load_target
 
     with open_run(arguments, runs) as run:
-        target = load_target(recipe.target, dialogues=any(not one.ids for bench in found for one in bench.questions))
+        target = run.target(dialogues=any(not one.ids for bench in found for one in bench.questions))
         methods = [load_method(contender, target) for contender in compared]
         for folder in dict.fromkeys(method.folder for method in methods):
             err.print(f"drafter and head from {folder}", markup=False, soft_wrap=True)

@@ -217,6 +217,9 @@ class DecodeSpec:
     """Above 1, tokens of prompt and answer so far become less likely, at temperature 0 too; 1 turns it off."""
     max_new_tokens: int = 128
     """Tokens of an answer, at most."""
+    exact: bool = True
+    """On a CPU, rows of a forward whose bits do not depend on what else is read with them: an answer in 16 bits is then
+    the same with and without a drafter. false: as fast as the kernels go, equal up to rounding ties."""
 
     def __post_init__(self) -> None:
         for key in ("draft_depth", "draft_nodes", "draft_topk", "max_new_tokens"):
@@ -270,7 +273,7 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
 }
 """The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""
 
-ADDED: dict[str, dict[str, int | float]] = {"train": _WHOLE}
+ADDED: dict[str, dict[str, int | float]] = {"train": _WHOLE, "decode": {"exact": True}}
 """Keys by section that were added since runs were first made, at the value with which a recipe means what it meant
 without them. A fingerprint leaves them out there, so that what was made before is still known as finished."""
 

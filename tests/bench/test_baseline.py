@@ -73,7 +73,23 @@ def test_the_streamer_is_called_so() -> None:
 
 def test_every_plain_decoder_says_what_ours_says() -> None:
     lanes = plain_lanes(tiny_target(), Sampler(), 5)
-    assert list(lanes) == ["generate float32", "plain bfloat16", "generate bfloat16"]
+    assert list(lanes) == ["plain float32 inexact", "generate float32", "plain bfloat16 inexact", "generate bfloat16"]
     own = generate_lane(tiny_target(), [3, 4, 5], Sampler(), 5).ids
+    assert lanes["plain float32 inexact"]([3, 4, 5]).ids == own
     assert lanes["generate float32"]([3, 4, 5]).ids == own
-    assert len(lanes["plain bfloat16"]([3, 4, 5]).ids) >= 1
+    assert len(lanes["plain bfloat16 inexact"]([3, 4, 5]).ids) >= 1
+
+
+def test_our_own_loop_races_as_fast_as_it_is_without_exact_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is exact, and so a little slower: as the baseline it would flatter a drafter."""
+    seen = []
+    monkeypatch.setattr(baseline, "plain", lambda form, *rest: seen.append(form.exact) or iter(()))
+    monkeypatch.setattr(baseline, "run_lane", list)
+    target = tiny_target()
+    assert target.exact
+    for name, decode in plain_lanes(target, Sampler(), 5).items():
+        if name.startswith(race.PLAIN):
+            decode([3, 4, 5])
+    assert seen == [False, False]
+    inexact = race.dataclasses.replace(target, exact=False)
+    assert list(plain_lanes(inexact, Sampler(), 5)) == ["generate float32", "plain bfloat16", "generate bfloat16"]
