@@ -1,12 +1,13 @@
 """Whether a row of the target has the same bits in a step and in company, on real models; and what that costs.
 
-    python -m benchmarks.exact --model FOLDER [--model FOLDER] [--answers 40] [--tokens 256]
+    python -m benchmarks.exact --model FOLDER [--model FOLDER] [--dtype bfloat16] [--answers 40] [--tokens 256]
 
-Each answer is written plainly, one token a step, greedily or at temperature 1. Then it is read again as a decoder with
-a drafter reads it: in chains and trees that hold a part of the answer among wrong siblings, of which the right rows are
-kept. Every logit of every right row is compared with the step's, bit for bit. No drafter is needed: how many tokens a
-round accepts is drawn. The chat reads its second and third prompt behind the rows of the answer before.
-Rows are kept in benchmarks/results/exact.jsonl as they come; a run goes on behind the last one.
+Each answer is written plainly, one token a step: half of them greedily, half at temperature 1. Then it is read again as
+a decoder with a drafter reads it: in chains and trees that hold a part of the answer among wrong siblings, which the
+engine verifies, judges and keeps the right rows of. Every logit of every right row is compared with the step's, bit for
+bit, and every token that the engine emits. No drafter is needed: how many tokens a round accepts is drawn. The chat
+reads its second and third prompt behind the rows of the answer before. Four answers at a time are written again side by
+side. Rows are kept in benchmarks/results/exact.jsonl as they come; a run goes on behind the last one.
 Axes: M tree row, V vocabulary.
 """
 
@@ -24,8 +25,11 @@ import torch
 from benchmarks.record import RESULTS, record
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.rounds import prefill
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.rounds import Clock, prefill
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.step import verify_one
+from coral_core.decoding.table import Request, decode_all
 from coral_core.target.target import Target
 
 TREES = {"chain": (4, 4), "tree": (4, 12), "60-node tree": (6, 60)}
@@ -33,8 +37,13 @@ TREES = {"chain": (4, 4), "tree": (4, 12), "60-node tree": (6, 60)}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 TURNS = 3
 """Answers of a chat."""
+BESIDE = 4
+"""Answers that are written side by side. Those of one temperature, the next ones of the other."""
 TIMED_ROWS, TIMED = (1, 13), 15
 """Rows of the forwards that are timed, and how often."""
+
+Answer = tuple[list[int], list[torch.Tensor]]
+"""Its tokens, and the logits [V] that each was picked from."""
 
 
 def fresh(target: Target, capacity: int) -> SlotCache:
@@ -42,7 +51,7 @@ def fresh(target: Target, capacity: int) -> SlotCache:
     return SlotCache(target.model.config.get_text_config().num_hidden_layers, capacity)
 
 
-def written(target: Target, prompt: list[int], tokens: int, sampler: Sampler) -> tuple[list[int], list[torch.Tensor]]:
+def written(target: Target, prompt: list[int], tokens: int, sampler: Sampler) -> Answer:
     """An answer in steps, and the logits [V] that each token was picked from."""
     cache = fresh(target, len(prompt) + tokens)
     logits = [target.lent.logits(prefill(target, torch.tensor(prompt), cache)[-1:])]
@@ -79,9 +88,10 @@ def right_rows(draft: tree.Draft, path: list[int]) -> list[int]:
 
 
 def differing(
-    target: Target, prompt: list[int], ids: list[int], logits: list[torch.Tensor], shape: tuple[int, int], seed: int
+    target: Target, prompt: list[int], answer: Answer, shape: tuple[int, int], sampler: Sampler, seed: int
 ) -> int:
-    """How many of an answer's logits [V] are not those of the steps when it is read in drafts."""
+    """How many of an answer's logits [V] and tokens are not those of the steps when it is read in drafts."""
+    ids, logits = answer
     draw, (levels, nodes) = random.Random(seed), shape
     cache, differ, at = fresh(target, len(prompt) + len(ids) + nodes + levels), 0, 0
     first_1V = target.lent.logits(prefill(target, torch.tensor(prompt), cache)[-1:])
@@ -89,18 +99,56 @@ def differing(
     while at + 1 < len(ids):
         path = ids[at : at + 1 + draw.randrange(levels + 1)][: len(ids) - 1 - at]
         draft, past = drafted(path, levels, nodes, draw, logits[0].numel()), cache.length
-        mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
-        position_BM = (past + draft.depth_M)[None]
-        feature_MD = target.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)[0]
-        logits_MV, rows = target.lent.logits(feature_MD), right_rows(draft, path)
+        _, logits_MV = verify_one(target, cache, draft, Clock())
+        rows = right_rows(draft, path)
         differ += sum(not torch.equal(logits_MV[row], logits[at + 1 + n]) for n, row in enumerate(rows))
-        cache.keep(torch.tensor(rows), past)
+        verdict = sampler.judge(draft, logits_MV, past + 1)
+        differ += verdict.new_ids[: len(path)] != ids[at + 1 : at + 1 + len(path)]
+        cache.keep(torch.tensor(rows), past)  # a sibling that was drawn right may have gone further: not kept
         at += len(path)
     return differ
 
 
-def chat_differs(target: Target, prompt: list[int], ids: list[int], logits: list[torch.Tensor]) -> int:
+class Noting:
+    """The lent tensors, and a copy of all logits that they gave."""
+
+    def __init__(self, lent: Any) -> None:
+        self.lent: Any = lent
+        self.rows: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lent, name)
+
+    def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
+        """Lent's own, kept."""
+        logits_XV: torch.Tensor = self.lent.logits(feature_XD)
+        self.rows += logits_XV.clone()
+        return logits_XV
+
+
+def beside(
+    target: Target, prompts: list[list[int]], answers: list[Answer], samplers: list[Sampler], tokens: int
+) -> list[int]:
+    """Of each answer, how many logits [V] and tokens are not those of the steps when all are written side by side."""
+    noting = Noting(target.lent)
+    lent: Any = noting
+    company = Engine(dataclasses.replace(target, lent=lent, stop_ids=frozenset(), idle=[]))
+    requests = [Request(prompt, sampler, tokens) for prompt, sampler in zip(prompts, samplers, strict=True)]
+    said: list[list[int]] = [[] for _ in answers]
+    order = []
+    for number, event in decode_all(company, requests, len(requests)):
+        order.append((number, len(said[number])))
+        said[number] += event.new_ids
+    assert len(order) == len(noting.rows)
+    differ = [int(ids != own) for (ids, _), own in zip(answers, said, strict=True)]
+    for (number, place), logits_V in zip(order, noting.rows, strict=True):
+        differ[number] += not torch.equal(logits_V, answers[number][1][place])
+    return differ
+
+
+def chat_differs(target: Target, prompt: list[int], answer: Answer) -> int:
     """Of the logits after each part of an answer, how many differ where the part is read at once behind the others."""
+    ids, logits = answer
     cache, whole, differ = fresh(target, len(prompt) + len(ids)), prompt + ids, 0
     prefill(target, torch.tensor(prompt), cache)
     for turn in range(1, TURNS):
@@ -142,18 +190,25 @@ def costs(target: Target, prompt: list[int]) -> dict[str, float]:
 def rows_of(model: str, dtype: str, answers: int, tokens: int, done: set[str]) -> Any:
     """Measure what is not done yet, a row for each answer and each way to read it."""
     name = Path(model).parent.name if Path(model).name == "hf" else Path(model).name
-    wanted = [(number, temperature) for number in range(answers) for temperature in (0.0, 1.0)]
     target = Target.from_pretrained(model, dtype=DTYPES[dtype], device="cpu")
     words = torch.randint(100, 5000, (answers, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    for number, temperature in wanted:
-        key = f"{name} {dtype} {number} T={temperature:g} {tokens}"
+    for first in range(0, answers, BESIDE):
+        numbers = range(first, min(first + BESIDE, answers))
+        temperature = float(first // BESIDE % 2)
+        key = f"{name} {dtype} {first} T={temperature:g} {tokens}"
         if key in done:
             continue
-        prompt = words[number][: 16 + number % 48]
-        ids, logits = written(target, prompt, tokens, Sampler(temperature=temperature, seed=number))
-        differ = {kind: differing(target, prompt, ids, logits, shape, number) for kind, shape in TREES.items()}
-        differ["chat"] = chat_differs(target, prompt, ids, logits)
-        yield {"key": key, "model": name, "dtype": dtype, "differing_logits": differ, "tokens": tokens}
+        prompts = [words[number][: 16 + number % 48] for number in numbers]
+        samplers = [Sampler(temperature=temperature, seed=number) for number in numbers]
+        plain = [written(target, *each) for each in zip(prompts, [tokens] * len(prompts), samplers, strict=True)]
+        together = beside(target, prompts, plain, samplers, tokens)
+        rows = []
+        for number, prompt, answer, sampler, differs in zip(numbers, prompts, plain, samplers, together, strict=True):
+            differ = {way: differing(target, prompt, answer, at, sampler, number) for way, at in TREES.items()}
+            differ |= {"chat": chat_differs(target, prompt, answer), f"batch of {len(prompts)}": differs}
+            rows.append({"answer": number, "differing": differ})
+        shared = {"key": key, "model": name, "dtype": dtype, "temperature": temperature, "tokens": tokens}
+        yield shared | {"answers": rows}
     key = f"{name} {dtype} cost"
     if key not in done:
         yield {"key": key, "model": name, "dtype": dtype, "exact_over_inexact_by_rows": costs(target, words[0] * 4)}
@@ -163,6 +218,7 @@ def rows_of(model: str, dtype: str, answers: int, tokens: int, done: set[str]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", required=True)
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES.values()), help="both, without")
     parser.add_argument("--answers", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
@@ -170,7 +226,7 @@ def main() -> None:
     rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
     with kept.open("a", encoding="utf-8") as file:
         for model in options.model:
-            for dtype in DTYPES:
+            for dtype in (name for name in DTYPES if not options.dtype or DTYPES[name] in options.dtype):
                 done = {row["key"] for row in rows}
                 for row in rows_of(model, dtype, options.answers, options.tokens, done):
                     rows.append(row)
@@ -179,10 +235,9 @@ def main() -> None:
                     print(json.dumps(row), flush=True)
     figures: dict[str, Any] = {}
     for dtype in DTYPES:
-        read = [row for row in rows if row["dtype"] == dtype and "differing_logits" in row]
+        read = [answer for row in rows if row["dtype"] == dtype for answer in row.get("answers", ())]
         if read:
-            equal = sum(not any(row["differing_logits"].values()) for row in read)
-            figures[f"{dtype}_equal_share"] = equal / len(read)
+            figures[f"{dtype}_equal_share"] = sum(not any(one["differing"].values()) for one in read) / len(read)
             figures[f"{dtype}_answers"] = len(read)
     figures["exact_over_inexact_tokens_per_s"] = {
         f"{row['model']} {row['dtype']}": row["exact_over_inexact_by_rows"]

@@ -1,9 +1,10 @@
 """Every plain decoding at hand, so that a speedup is never over a straw man.
 
 Our own loop and `model.generate`, in the target's dtype and, on a CPU, in the other of float32 and bfloat16 too, since
-which of them is faster depends on the processor. Our own loop is raced as it is when its forwards need not be exact. All of them race on every question, and the fastest over all of them
-is the baseline (metrics.py): on a few questions beforehand, another one was the fastest half of the time. None is
-compiled; `benchmarks.decode --compiled` races one that is.
+which of them is faster depends on the processor. Our own loop is raced as it is when its forwards need not be exact.
+All of them race on every question, and the fastest over all of them is the baseline (metrics.py): on a few questions
+beforehand, another one was the fastest half of the time. None is compiled; `benchmarks.decode --compiled` races one
+that is.
 """
 
 import copy
@@ -66,8 +67,8 @@ def plain_lanes(target: Target, sampler: Sampler, max_new_tokens: int) -> dict[s
     for form in [target, *_other_dtypes(target)]:
         dtype = str(form.dtype).removeprefix("torch.")
 
-        def own(prompt: list[int], form: Target = dataclasses.replace(form, exact=False)) -> Lane:
-            return run_lane(plain(form, prompt, sampler, max_new_tokens))
+        def own(prompt: list[int], form: Target = form) -> Lane:
+            return run_lane(plain(dataclasses.replace(form, exact=False), prompt, sampler, max_new_tokens))
 
         def generate(prompt: list[int], form: Target = form) -> Lane:
             return generate_lane(form, prompt, sampler, max_new_tokens)
