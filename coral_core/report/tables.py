@@ -161,7 +161,10 @@ def _difference(lossless: dict[str, Any], first: dict[str, Any], dtype: str) -> 
     if "logit_gap" not in first:
         return f"{text}: {first['reason']}."
     gap = f"tokens {first['plain']} (plain) and {first['speculative']} are {first['logit_gap']:.2g} apart"
-    return f"{text}: {gap}, and rounding moves that by {first['rounding']:.2g}."
+    text += f": {gap}, and rounding moves that by {first['rounding']:.2g}"
+    if operation := first.get("operation"):
+        return f"{text}. The first operation that rounds otherwise with other rows beside it is {operation}."
+    return f"{text}. No operation rounds otherwise with other rows beside it: this is a bug of coral, please report it."
 
 
 def latex(results: dict[str, Any]) -> str:

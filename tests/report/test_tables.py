@@ -84,12 +84,18 @@ def test_a_difference_is_told_with_gap_and_rounding() -> None:
         "speculative": 8,
         "logit_gap": 0.031,
         "rounding": 0.06,
+        "operation": "before layers.3.self_attn.o_proj",
         "tie": True,
     }
     found["benches"]["gsm8k"]["lossless"] = {"checked": 24, "equal": 23, "ties": 1, "first_divergence": first}
     (text,) = [line for line in notes(found) if "differ" in line]
     assert "1 answers differ from plain, 1 of them at a tie that rounding in float32 decides" in text
     assert "token 5: tokens 9 (plain) and 8 are 0.031 apart, and rounding moves that by 0.06" in text
+    assert "with other rows beside it is before layers.3.self_attn.o_proj." in text
+    first |= {"operation": None, "tie": False}
+    found["benches"]["gsm8k"]["lossless"]["ties"] = 0
+    (text,) = [line for line in notes(found) if "differ" in line]
+    assert "0 of them at a tie" in text and "this is a bug of coral" in text
 
 
 def test_a_wrong_distribution_is_loud() -> None:
