@@ -5,6 +5,7 @@
 
 Interleaved: every lane decodes every repetition of the same prompts, and the order of the lanes turns. Answers are
 greedy and compared with the engine's own, one by one.
+Axes: B batch, T position.
 """
 
 import argparse

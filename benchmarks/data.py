@@ -6,6 +6,7 @@ Everything is a ratio of one run on one machine. The target is asked once; its f
 format, and drafters are trained on two of them, with the same seeds. Their rounds on the held-out prompts are found by
 replay (benchmarks/replay.py), and compared prompt by prompt and seed by seed. Rows of width 4,096 are random numbers,
 written by the same code.
+Axes: B batch, T position, D hidden, N row: a seed, P prompt.
 """
 
 import argparse
@@ -209,7 +210,7 @@ def trained(
 
 
 def counts(row: dict[str, Any]) -> Counts:
-    """(tokens_SP, rounds_SP) of a format's row."""
+    """(tokens_NP, rounds_NP) of a format's row."""
     return np.array(row["tokens"], float), np.array(row["rounds"], float)
 
 

@@ -2,6 +2,7 @@
 
 `model.generate` compiles by itself on a GPU only, so the loop is here: eager prefill, then one compiled forward per
 token. Compiling is not timed; the race warms every lane up.
+Axes: B batch of one, T position.
 """
 
 import inspect

@@ -2,7 +2,6 @@
 
 Random weights cost what trained ones do and accept nothing: times are measured, acceptance is not. The speedups that
 published numbers of tokens per round imply at these costs are projections, and marked so.
-Axes: V vocabulary, D hidden, G group.
 """
 
 import argparse

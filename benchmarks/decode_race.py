@@ -2,6 +2,7 @@
 
 All are greedy. Tokens per second leave out the prefill and what it emits; a lane of transformers is timed through its
 streamer, of which a call is a round.
+Axes: B batch of one, T position, P prompt.
 """
 
 import copy

@@ -4,7 +4,7 @@ A step reads every weight of the target's layers, its LM head, and the cached ro
 over the speed at which this machine reads as many bytes again and again, or its multiplications over the machine's
 rate, whichever takes longer. Both speeds are measured in the same run. Where the bytes fit a cache, the floor is the
 cache's.
-Axes: N tree row, T position, D hidden, K cached row.
+Axes: B batch of one, M tree row, T position, D hidden, V vocabulary, X any axes.
 """
 
 import dataclasses
@@ -70,14 +70,14 @@ def in_turns(calls: dict[str, Callable[[], object]], device: torch.device, repea
 def measure_machine(device: torch.device, dtype: torch.dtype, read_bytes: int) -> Machine:
     """The fastest reading and multiplying that PyTorch offers here."""
     size_bytes = min(max(read_bytes, 1 << 23), LARGEST_BYTES)
-    buffer_RC = torch.ones(size_bytes // 4096, 1024, device=device)
-    ones_C = torch.ones(1024, device=device)
+    buffer_XX = torch.ones(size_bytes // 4096, 1024, device=device)
+    ones_X = torch.ones(1024, device=device)
     side = 8192 if device.type == "cuda" else 1024
     square_XX = torch.ones(side, side, device=device, dtype=dtype)
-    reads: dict[str, Callable[[], object]] = {"amax": buffer_RC.amax, "mv": lambda: buffer_RC.mv(ones_C)}
+    reads: dict[str, Callable[[], object]] = {"amax": buffer_XX.amax, "mv": lambda: buffer_XX.mv(ones_X)}
     read_s = min(in_turns(reads, device, 15).values())
     (product_s,) = in_turns({"mm": lambda: square_XX @ square_XX}, device, 15).values()
-    return Machine(buffer_RC.nbytes / read_s, 2 * side**3 / product_s)
+    return Machine(buffer_XX.nbytes / read_s, 2 * side**3 / product_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,25 +148,25 @@ class Parts:
         def call(size: int) -> None:
             chain = self.chain(size)
             if target.graphs:
-                logits_NV = replayed.verify(target, cache, chain)[1]
+                logits_MV = replayed.verify(target, cache, chain)[1]
             else:
                 mask = masks.for_target(target, self.context, chain.depth_M, chain.sees_MM)
-                position_BN = (chain.depth_M + self.context)[None]
-                feature_BND = target.forward(chain.token_M[None], position_BT=position_BN, mask=mask, cache=cache)
-                logits_NV = target.lent.logits(feature_BND[0])
-            logits_NV.argmax(-1).tolist()
+                position_BM = (chain.depth_M + self.context)[None]
+                feature_BMD = target.forward(chain.token_M[None], position_BT=position_BM, mask=mask, cache=cache)
+                logits_MV = target.lent.logits(feature_BMD[0])
+            logits_MV.argmax(-1).tolist()
             cache.truncate(self.context)
 
         return {f"verify {size}": lambda size=size: call(size) for size in sizes}  # type: ignore[misc]
 
     def chain(self, rows: int) -> Draft:
         """Nodes one below the other."""
-        depth_N = torch.arange(rows, device=self.target.device)
+        depth_M = torch.arange(rows, device=self.target.device)
         return Draft(
             token_M=self.prompt_T.repeat(-(-rows // self.context))[:rows],
-            parent_M=(depth_N - 1).clamp_min(0),
-            depth_M=depth_N,
-            sees_MM=depth_N[:, None] >= depth_N,
+            parent_M=(depth_M - 1).clamp_min(0),
+            depth_M=depth_M,
+            sees_MM=depth_M[:, None] >= depth_M,
             score_M=torch.zeros(rows, device=self.target.device),
             levels=rows - 1,
         )

@@ -38,8 +38,8 @@ def measure(devices: list[str], shapes: list[str]) -> Iterator[dict[str, Any]]:
 def _shape(device: torch.device, dtype: torch.dtype, vocabulary: int, hidden: int) -> Iterator[dict[str, Any]]:
     """All heads in turns, with two ways to read memory: neighbours on the machine slow all of them alike."""
     torch.manual_seed(0)
-    some_RD = torch.randn(997, hidden, device=device, dtype=dtype) / hidden**0.5
-    head_VD = some_RD.repeat(-(-vocabulary // 997), 1)[:vocabulary].contiguous()
+    some_ND = torch.randn(997, hidden, device=device, dtype=dtype) / hidden**0.5
+    head_VD = some_ND.repeat(-(-vocabulary // 997), 1)[:vocabulary].contiguous()
     lent = Lent(head_VD, head_VD)
     full, parts = FullHead(lent), dict(_grouped(lent))
     reads = _reads(device)
@@ -72,9 +72,9 @@ def _grouped(lent: Lent) -> Iterator[tuple[tuple[bool, int], GroupedHead]]:
 def _reads(device: torch.device) -> list[Callable[[], object]]:
     """Readings of READ_BYTES from memory, of which the faster one says what a byte costs: the largest element of a
     buffer, and a matrix times one vector."""
-    buffer_RD = torch.zeros(READ_BYTES // 4 // 4096, 4096, device=device)
+    buffer_ND = torch.zeros(READ_BYTES // 4 // 4096, 4096, device=device)
     vector_D = torch.zeros(4096, device=device)
-    return [buffer_RD.amax, partial(torch.mv, buffer_RD, vector_D)]
+    return [buffer_ND.amax, partial(torch.mv, buffer_ND, vector_D)]
 
 
 def _step(head: Any, hidden_ND: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 A tau is a ratio of counts, so it is taken from many prompts, where the target only repeats its answers (replay.py);
 what a round takes is measured on fewer, with the target itself.
+Axes: N row (of the drafter's outputs, or a racer), P prompt, D hidden, V vocabulary.
 """
 
 import copy
@@ -68,7 +69,7 @@ def _routed(trial: Trial, lent: Any, clustering: Clustering, inner: bool) -> Ite
         active = GROUPS // share
         sized = copy.copy(head)  # one copy of the rows serves all sizes
         sized.active = active
-        found = recall(router, trial.unseen, groups, active, trial.drafted_SM)
+        found = recall(router, trial.unseen, groups, active, trial.drafted_SN)
         name = f"{clustering}, the paper's router" if inner else clustering
         yield Entry(name, share, sized, {"rows_read": groups.start_G[active], "recall": found})
 
@@ -78,15 +79,15 @@ def taus(probe: Probe, trial: Trial, racers: list[Entry], prompts: list[list[int
     target, recipe = probe.target, probe.recipe
     drafter = copy.deepcopy(trial.drafter).to(target.device, target.dtype)
     picks, limit, shape = sampler(recipe), recipe.decode.max_new_tokens, tree_shape(recipe.decode)
-    tokens_RP, rounds_RP = np.zeros((len(racers), len(prompts))), np.zeros((len(racers), len(prompts)))
+    tokens_NP, rounds_NP = np.zeros((len(racers), len(prompts))), np.zeros((len(racers), len(prompts)))
     for number, answer in enumerate(replay.plain_answers(target, prompts, picks, limit)):
         repeating = replay.repeating(target, prompts[number], answer)
         for place, racer in enumerate(racers):
             engine = Engine(repeating, drafter, racer.head, shape)
             (emitted,) = emitted_by_prompt(engine, prompts[number : number + 1], picks, limit)
-            tokens_RP[place, number], rounds_RP[place, number] = sum(emitted), len(emitted)
+            tokens_NP[place, number], rounds_NP[place, number] = sum(emitted), len(emitted)
         trial.progress("count rounds", number + 1, len(prompts), {})
-    counts: list[paired.Counts] = list(zip(tokens_RP[:, None], rounds_RP[:, None], strict=True))
+    counts: list[paired.Counts] = list(zip(tokens_NP[:, None], rounds_NP[:, None], strict=True))
     return [
         {
             "tau": paired.tau(own),
@@ -146,7 +147,7 @@ def _row(racer: Entry, own: list[Lane], full: list[Lane]) -> dict[str, Any]:
 def predictions(probe: Probe, trial: Trial, racers: list[Entry]) -> dict[tuple[str, int], dict[str, float]]:
     """What the cost model says of each routed head, from rounds with the full one on the same prompts."""
     cost = probe.measure(trial.drafter)
-    hidden_ND = trial.unseen.hidden_SMD.flatten(0, 1)[: cost.level_rows].to(probe.target.device, probe.target.dtype)
+    hidden_ND = trial.unseen.hidden_SND.flatten(0, 1)[: cost.level_rows].to(probe.target.device, probe.target.dtype)
     seconds = time_heads([racer.head for racer in racers], hidden_ND, cost)
     return {
         (racer.method, racer.share): dataclasses.asdict(

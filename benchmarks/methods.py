@@ -15,6 +15,7 @@ on with the rows it was at, and its training where it was. Each training is a ru
 results/NAME.json (--record) is written anew after each. `--workers` rows are measured at a time, each on its share of
 the cores. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's
 number at a fraction of its cost; the rows of seed 0 check that on the first prompts by real decoding.
+Axes: N row: a seed, P prompt.
 """
 
 import argparse
@@ -326,10 +327,10 @@ def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: Process
 
 
 def counts(found: list[Row], part: str, name: str, seeds: list[int]) -> Counts:
-    """(tokens_SP, rounds_SP) of a method's rows, in the order of `seeds`."""
+    """(tokens_NP, rounds_NP) of a method's rows, in the order of `seeds`."""
     by_seed = {row["seed"]: row for row in found if (row["part"], row["name"]) == (part, name)}
-    tokens_SP, rounds_SP = (np.array([by_seed[seed][what] for seed in seeds], float) for what in ("tokens", "rounds"))
-    return tokens_SP, rounds_SP
+    tokens_NP, rounds_NP = (np.array([by_seed[seed][what] for seed in seeds], float) for what in ("tokens", "rounds"))
+    return tokens_NP, rounds_NP
 
 
 def complete_seeds(found: list[Row], part: str) -> list[int]:

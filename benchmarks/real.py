@@ -245,7 +245,7 @@ def by_bench(rows: Sequence[Row], number: Callable[[Sequence[Row]], float]) -> f
 
 
 def counts(rows: Sequence[Row], method: str, head: str) -> Counts:
-    """Tokens and rounds [S,P] of a method's seeds on each question, with trees of a fixed size."""
+    """Tokens and rounds [N,P] of a method's seeds on each question, with trees of a fixed size."""
     wanted = [name for name in rows[0]["lanes"] if name.split()[1:3] == [head, "fixed"]]
     seeds = [name for name in wanted if name.split()[0].partition("@")[0] == method]
     tokens = np.array([[row["lanes"][name]["tokens"] - 1 for row in rows] for name in seeds])

@@ -6,7 +6,8 @@ wrong nothing is accepted, since an ancestor was not. `Engine.decode` then runs 
 with the target itself, several times cheaper where that is deep. A test compares the two, and so does
 `benchmarks.methods` for its main rows. Not for measuring time.
 
-Axes: B batch, T position, G head, E head dimension, D hidden.
+Axes: B batch, T position, J key/value head, E head dimension, D hidden, I input width: the taps and the features side
+by side.
 """
 
 import dataclasses
@@ -35,10 +36,10 @@ def repeating(target: Target, prompt: list[int], answer: list[int], taps: tuple[
     """The target, its model replaced by the features and taps of this prompt and answer; good for this one alone."""
     ids_T = torch.tensor([*prompt, *answer], device=target.device)
     cache = SlotCache(target.model.config.get_text_config().num_hidden_layers, ids_T.numel())
-    given_TX = prefill(target.tapping(taps), ids_T, cache)
+    given_TI = prefill(target.tapping(taps), ids_T, cache)
     width = target.lent.head_VD.shape[1]
-    parts = dict(zip(taps, given_TX.split(width, dim=-1), strict=False))
-    return dataclasses.replace(target, model=_Repeating(given_TX[:, -width:], parts), taps=taps, exact=False)
+    parts = dict(zip(taps, given_TI.split(width, dim=-1), strict=False))
+    return dataclasses.replace(target, model=_Repeating(given_TI[:, -width:], parts), taps=taps, exact=False)
 
 
 class _Repeating:
@@ -54,8 +55,8 @@ class _Repeating:
         return self
 
     def base_model(self, *, position_ids: torch.Tensor, past_key_values: SlotCache, **_: Any) -> Any:
-        row_BGTE = self.feature_TD.new_zeros(1, 1, position_ids.shape[1], 1)
-        past_key_values.update(row_BGTE, row_BGTE, 0)
+        row_BJTE = self.feature_TD.new_zeros(1, 1, position_ids.shape[1], 1)
+        past_key_values.update(row_BJTE, row_BJTE, 0)
         known_BT = position_ids.clamp_max(len(self.feature_TD) - 1)  # drafts beyond the answer's end are never emitted
         tapped = {layer: tap_TD[known_BT] for layer, tap_TD in self.taps.items()}
         return SimpleNamespace(last_hidden_state=self.feature_TD[known_BT], hidden_states=tapped)

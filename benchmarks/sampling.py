@@ -9,6 +9,7 @@ here: reading its weights once in bfloat16.
 
 [RECIPE.YAML] [section.key=value ...] choose target and tree, as in every command; the tree is fixed, so that tau does
 not depend on costs.
+Axes: N row (of a draft level, or a noise seed), P prompt, C candidate token, M tree row, V vocabulary.
 """
 
 import argparse
@@ -59,14 +60,14 @@ def coupled(engine: Engine, prompts: list[list[int]], tokens: int) -> Iterator[d
         counts: dict[type[Sampler], Counts] = {}
         answers: dict[type[Sampler], list[list[int]]] = {}
         for kind in (Sampler, Uncoupled):
-            tokens_SP, rounds_SP = np.zeros((2, SEEDS, len(prompts)))
+            tokens_NP, rounds_NP = np.zeros((2, SEEDS, len(prompts)))
             answers[kind] = []
             for seed, place in np.ndindex(SEEDS, len(prompts)):
                 events = list(engine.decode(prompts[place], kind(temperature=temperature, seed=seed), tokens))
                 answers[kind].append([token for event in events for token in event.new_ids])
-                tokens_SP[seed, place] = sum(len(event.new_ids) for event in events[1:])
-                rounds_SP[seed, place] = len(events) - 1
-            counts[kind] = tokens_SP, rounds_SP
+                tokens_NP[seed, place] = sum(len(event.new_ids) for event in events[1:])
+                rounds_NP[seed, place] = len(events) - 1
+            counts[kind] = tokens_NP, rounds_NP
         first, second = counts[Sampler], counts[Uncoupled]
         yield {
             "part": "coupled",

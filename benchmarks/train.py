@@ -13,7 +13,7 @@ memory is measured in a process each.
 
 On a GPU more rows follow: a drafter of an 8B target's shape in bfloat16, with the share of the dense peak it reaches.
 
-Axes: B batch, T position, S unroll step, D hidden, V vocabulary.
+Axes: B batch, T position, N row that carries a loss, S unroll step, D hidden.
 """
 
 import argparse
@@ -135,18 +135,18 @@ def fast(model: Unroll, lent: Lent, batch: Batch, chosen: Candidates | None = No
 
 def eager(model: Unroll, lent: Lent, batch: Batch, _: Candidates | None = None) -> torch.Tensor:
     """The same number from the references, over the whole vocabulary."""
-    embed_BRD, feature_BRD = lent.embed(batch.ids_BT[:, 1:]), batch.feature_BTD[:, :-1]
+    embed_BTD, feature_BTD = lent.embed(batch.ids_BT[:, 1:]), batch.feature_BTD[:, :-1]
     rows = [batch.valid_BT[:, 1:]] * model.steps
-    hiddens = unroll_rows(model.drafter, (embed_BRD.to(feature_BRD.dtype), feature_BRD), rows, attend_eager)
-    row_BA, present_BA = pack(loss_rows(batch))
-    hidden_SBAD = torch.stack([take_rows(hidden_BRD, row_BA) for hidden_BRD in hiddens])
-    feature_BAD = take_rows(batch.feature_BTD[:, 1:], row_BA)
-    feature_ND, total = feature_BAD[present_BA], torch.zeros((), device=feature_BAD.device)
-    for hidden_ND in hidden_SBAD[:, present_BA]:
+    hiddens = unroll_rows(model.drafter, (embed_BTD.to(feature_BTD.dtype), feature_BTD), rows, attend_eager)
+    row_BN, present_BN = pack(loss_rows(batch))
+    hidden_SBND = torch.stack([take_rows(hidden_BTD, row_BN) for hidden_BTD in hiddens])
+    feature_BND = take_rows(batch.feature_BTD[:, 1:], row_BN)
+    feature_ND, total = feature_BND[present_BN], torch.zeros((), device=feature_BND.device)
+    for hidden_ND in hidden_SBND[:, present_BN]:
         total = total + SPEC.regression_weight * losses.regression(hidden_ND, feature_ND)
         total = total + SPEC.distill_weight * losses.distill(hidden_ND, feature_ND, lent)
         total = total + SPEC.topk_weight * losses.topk(hidden_ND, feature_ND, lent, SPEC.topk)
-    total = total + SPEC.csra_weight * csra(hidden_SBAD, present_BA, SPEC.csra_temperature)
+    total = total + SPEC.csra_weight * csra(hidden_SBND, present_BN, SPEC.csra_temperature)
     return total / model.steps
 
 
@@ -240,16 +240,16 @@ class Form:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), SPEC.clip_norm)
             clock.lap("update", self.optimizer.step())
             self.optimizer.zero_grad()
-            row_BA, present_BA = pack(loss_rows(batch))
-            hidden_SBAD = torch.stack([take_rows(hidden_BRD.detach(), row_BA) for hidden_BRD in hiddens])
-            hidden_SBAD.requires_grad_(True)
-            feature_BAD = take_rows(batch.feature_BTD[:, 1:], row_BA)
+            row_BN, present_BN = pack(loss_rows(batch))
+            hidden_SBND = torch.stack([take_rows(hidden_BTD.detach(), row_BN) for hidden_BTD in hiddens])
+            hidden_SBND.requires_grad_(True)
+            feature_BND = take_rows(batch.feature_BTD[:, 1:], row_BN)
             chosen = self.objective.candidates
             clock.lap("rest")
             head = chosen.rows(self.lent, batch) if chosen else HeadRows.whole(self.lent)
-            hidden_SND, feature_ND = hidden_SBAD[:, present_BA], feature_BAD[present_BA]
+            hidden_SND, feature_ND = hidden_SBND[:, present_BN], feature_BND[present_BN]
             clock.lap("vocabulary", losses.vocabulary(hidden_SND, feature_ND, head, (0.1, 0.1), SPEC.topk))
-            clock.lap("alignment", csra(hidden_SBAD, present_BA, SPEC.csra_temperature))
+            clock.lap("alignment", csra(hidden_SBND, present_BN, SPEC.csra_temperature))
         del clock.seconds["rest"]
         return clock.seconds
 

@@ -1,4 +1,7 @@
-"""The target that a run's data were made with: to measure by decoding, and for features that are not on disk."""
+"""The target that a run's data were made with: to measure by decoding, and for features that are not on disk.
+
+Axes: B batch, T position.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,6 @@ class Tapped:
             from coral_core.target import capture
 
             found = capture.tap(self.target.tapping(self.store.taps), ids_BT, valid_BT)
-            return found.feature_BTD, found.tap_BTX
+            return found.feature_BTD, found.tap_BTI
 
         return tap

@@ -6,7 +6,7 @@
 `generate` prepares everything as always and hands over its decoding loop. The drafted path is walked one token at a
 time, so that processors, draws and stopping criteria are called once per token, with what they would be given and in
 the order in which they would be called: the answer is that of `generate` itself, at the same torch seed.
-Axes: B batch, L prompt and answer, M tree row, V vocabulary.
+Axes: B batch of one, T position, M tree row, V vocabulary.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from coral_core.target.load import wrap
 class Stepper:
     """One answer of `generate`, a token at a time: what its own loop does between two forward passes."""
 
-    ids_BL: torch.Tensor
+    ids_BT: torch.Tensor
     """One row: the prompt as the user gave it, padding included, and the answer so far."""
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
@@ -48,11 +48,11 @@ class Stepper:
     looks_back = False
     temperature = 0.0
 
-    def pick(self, logits_1V: torch.Tensor, position: int, past_1L: torch.Tensor | None = None) -> Any:
+    def pick(self, logits_1V: torch.Tensor, position: int, past_1T: torch.Tensor | None = None) -> Any:
         """The next token [1]: processed, drawn, judged by the stopping criteria, and streamed."""
         device = logits_1V.device
-        logits_1V = logits_1V.to(device=self.ids_BL.device, dtype=torch.float32, copy=True)
-        scores_1V = self.processors(self.ids_BL, logits_1V)
+        logits_1V = logits_1V.to(device=self.ids_BT.device, dtype=torch.float32, copy=True)
+        scores_1V = self.processors(self.ids_BT, logits_1V)
         if self.logits is not None:
             self.logits += (logits_1V,)
         if self.scores is not None:
@@ -61,8 +61,8 @@ class Stepper:
             picked_1 = torch.multinomial(scores_1V.softmax(-1), num_samples=1).squeeze(1)
         else:
             picked_1 = scores_1V.argmax(-1)
-        self.ids_BL = torch.cat((self.ids_BL, picked_1[:, None]), dim=1)
-        self.done = bool(self.criteria(self.ids_BL, self.scores).all())
+        self.ids_BT = torch.cat((self.ids_BT, picked_1[:, None]), dim=1)
+        self.done = bool(self.criteria(self.ids_BT, self.scores).all())
         if self.streamer is not None:
             self.streamer.put(picked_1.cpu())
         return picked_1.to(device)
@@ -118,7 +118,7 @@ class Speculate:
         self._refuse(model, input_ids, generation_config, model_kwargs)
         wants = generation_config.return_dict_in_generate
         stepper = Stepper(
-            ids_BL=input_ids,
+            ids_BT=input_ids,
             processors=logits_processor,
             criteria=stopping_criteria,
             sampled=generation_config.do_sample,
@@ -126,8 +126,8 @@ class Speculate:
             logits=() if wants and generation_config.output_logits else None,
             scores=() if wants and generation_config.output_scores else None,
         )
-        mask_BL = model_kwargs.get("attention_mask")
-        prompt = (input_ids if mask_BL is None else input_ids[mask_BL.bool()]).flatten().tolist()
+        mask_BT = model_kwargs.get("attention_mask")
+        prompt = (input_ids if mask_BT is None else input_ids[mask_BT.bool()]).flatten().tolist()
         # The criteria decide where the answer ends, the model's stop tokens among them.
         engine = dataclasses.replace(self.engine, target=dataclasses.replace(self.engine.target, stop_ids=frozenset()))
         for _ in engine.decode(prompt, stepper, generation_config.max_length - input_ids.shape[1]):
@@ -136,8 +136,8 @@ class Speculate:
         if streamer is not None:
             streamer.end()
         if not wants:
-            return stepper.ids_BL
-        return GenerateDecoderOnlyOutput(sequences=stepper.ids_BL, scores=stepper.scores, logits=stepper.logits)
+            return stepper.ids_BT
+        return GenerateDecoderOnlyOutput(sequences=stepper.ids_BT, scores=stepper.scores, logits=stepper.logits)
 
     def _refuse(self, model: Any, input_ids: torch.Tensor, config: Any, model_kwargs: dict[str, Any]) -> None:
         if model is not self.engine.target.model:

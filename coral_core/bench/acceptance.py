@@ -1,4 +1,7 @@
-"""Tokens per round and nothing else, for a drafter that is still in training."""
+"""Tokens per round and nothing else, for a drafter that is still in training.
+
+Axes: C candidate token.
+"""
 
 import copy
 import statistics
@@ -57,14 +60,14 @@ def static_head_cost(
     recipe: Recipe,
     target: Target,
     drafter: Drafter,
-    token_K: torch.Tensor,
+    token_C: torch.Tensor,
     prompts: list[list[int]],
     progress: Progress,
 ) -> tuple[float, float]:
     """tokens_per_round when drafting from the whole vocabulary, and from the tokens of a static head alone."""
     # `to` changes a module in place: the caller's weights would be rounded to the target's dtype.
     drafter, shape = copy.deepcopy(drafter).to(target.device, target.dtype), tree_shape(recipe.decode)
-    heads = (FullHead(target.lent), StaticHead(target.lent, token_K))
+    heads = (FullHead(target.lent), StaticHead(target.lent, token_C))
     whole, static = (
         tokens_per_round(recipe, Engine(target, drafter, head, shape), prompts, progress) for head in heads
     )

@@ -5,6 +5,7 @@ which of them is faster depends on the processor. Our own loop is raced as it is
 All of them race on every question, and the fastest over all of them is the baseline (metrics.py): on a few questions
 beforehand, another one was the fastest half of the time. None is compiled; `benchmarks.decode --compiled` races one
 that is.
+Axes: B batch of one, T position.
 """
 
 import copy

@@ -4,7 +4,7 @@ Where a token x is drawn from p, the place u of x in p's cumulative sum (uniform
 [0, 1], whatever p is: Rosenblatt's transform (1952), randomised for discrete p. Short continuations are decoded
 speculatively with many seeds, p is computed in one plain pass over each, and a chi-square test asks whether the u are
 uniform. Sorting each p from its most likely token makes a sampler that is too greedy, or too wild, crowd one end.
-Axes: T position, L token of a row's past, V vocabulary.
+Axes: B batch of one, T position, V vocabulary.
 """
 
 import dataclasses
@@ -48,10 +48,10 @@ def _places(target: Target, sampler: Sampler, prompt: list[int], ids: list[int],
     """Where each id falls in the cumulative distribution that it was drawn from, the most likely tokens first."""
     ids_BT = torch.tensor([prompt + ids[:-1]], device=target.device)
     logits_TV = target.logits(target.forward(ids_BT)[0, len(prompt) - 1 :])
-    past_TL = ids_BT.expand(len(ids), -1).clone()
+    past_TT = ids_BT.expand(len(ids), -1).clone()
     for row in range(len(ids)):
-        past_TL[row, len(prompt) + row :] = prompt[0]  # a token may be in the past twice
-    p_TV = sampler.warp(logits_TV, past_TL).double().softmax(-1)
+        past_TT[row, len(prompt) + row :] = prompt[0]  # a token may be in the past twice
+    p_TV = sampler.warp(logits_TV, past_TT).double().softmax(-1)
     picked_T1 = torch.tensor(ids, device=target.device)[:, None]
     own_T1 = p_TV.gather(-1, picked_T1)
     before_T = torch.where(p_TV > own_T1, p_TV, 0).sum(-1)

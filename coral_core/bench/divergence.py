@@ -1,6 +1,6 @@
 """Where speculative ids leave plain ones, whether rounding alone explains it, and where that begins in the model.
 
-Axes: B batch, T position, D hidden, M tree row, V vocabulary, P one of the two tokens.
+Axes: B batch of one, T position, D hidden, M tree row, V vocabulary, C candidate token: one of the two.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ def diverges(
     at = next((i for i, pair in enumerate(zip(plain_ids, ids, strict=False)) if pair[0] != pair[1]), None)
     if at is None:
         return {"position": min(len(plain_ids), len(ids)), "reason": "one answer is longer", "tie": False}
-    context, pair_P = prompt + plain_ids[:at], torch.tensor([plain_ids[at], ids[at]], device=target.device)
-    scores = [_scores(target, sampler, context, company)[pair_P] for company in (ALONE, *OTHERS)]
+    context, pair_C = prompt + plain_ids[:at], torch.tensor([plain_ids[at], ids[at]], device=target.device)
+    scores = [_scores(target, sampler, context, company)[pair_C] for company in (ALONE, *OTHERS)]
     noise_LV = sampler.ahead(len(context), 1, target.lent.head_VD.shape[0], target.device).noise_LV
-    noise_P = torch.zeros(2, device=target.device) if noise_LV is None else noise_LV[0, pair_P]
-    gaps = [float((score_P + noise_P).diff()) for score_P in scores]
+    noise_C = torch.zeros(2, device=target.device) if noise_LV is None else noise_LV[0, pair_C]
+    gaps = [float((score_C + noise_C).diff()) for score_C in scores]
     last_place = torch.finfo(target.dtype).eps * float(scores[0].abs().max())
     gap, rounding, operation = abs(gaps[0]), max(gaps) - min(gaps) + last_place, first_operation(target, context)
     both = {"plain": plain_ids[at], "speculative": ids[at], "logit_gap": gap, "rounding": rounding}

@@ -1,4 +1,7 @@
-"""What a run would take, before it is begun: counted from the prompts, timed on a few steps of the target."""
+"""What a run would take, before it is begun: counted from the prompts, timed on a few steps of the target.
+
+Axes: B batch, T position.
+"""
 
 import dataclasses
 import math

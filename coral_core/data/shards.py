@@ -1,6 +1,6 @@
 """One shard's dialogues: answered by the target, and read by it once more for their features.
 
-Axes: B batch, T position, D hidden, X width of the taps.
+Axes: B batch, T position, D hidden, I input width: the taps side by side.
 """
 
 from collections.abc import Sequence
@@ -88,13 +88,13 @@ def _tap_batch(target: Target, pieces: Sequence[Encoded], dtype: torch.dtype) ->
     valid_BT = torch.arange(width) < torch.tensor(lengths)[:, None]
     found = tap(target, ids_BT, valid_BT)
     feature_BTD = found.feature_BTD.to("cpu", dtype)
-    tap_BTX = None if found.tap_BTX is None else found.tap_BTX.to("cpu", dtype)
+    tap_BTI = None if found.tap_BTI is None else found.tap_BTI.to("cpu", dtype)
     return [
         Sample(
             ids_BT[row, :length],
             torch.tensor(pieces[row].answer),
             feature_BTD[row, :length],
-            None if tap_BTX is None else tap_BTX[row, :length],
+            None if tap_BTI is None else tap_BTI[row, :length],
         )
         for row, length in enumerate(lengths)
     ]

@@ -1,7 +1,7 @@
 """The blocks of the drafter's decoder layer, named as EAGLE's checkpoints name them.
 
 Attention itself is passed in: decoding attends over a cache, training over the streams of the unroll steps.
-Axes: B batch, T position, D hidden, H attention head, E head dimension.
+Axes: B batch, T position, D hidden, H attention head, J key/value head, E head dimension.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from coral_core.kernels.linear import PackedLinear
 from coral_core.kernels.norm import scaled_norm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(query_BHTE, key_BGTE, value_BGTE) -> out_BHTE, with G key/value heads, H a multiple of G."""
+"""(query_BHTE, key_BJTE, value_BJTE) -> out_BHTE, with J key/value heads, H a multiple of J."""
 Turn = tuple[torch.Tensor, torch.Tensor]
 """What `Rope` gives of positions."""
 
@@ -84,8 +84,8 @@ class Attention(nn.Module):
         def split(y_BTD: torch.Tensor) -> torch.Tensor:
             return y_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        query_BHTE, key_BGTE = rotate(split(self.q_proj(x_BTD)), *turn), rotate(split(self.k_proj(x_BTD)), *turn)
-        out_BHTE = attend(query_BHTE, key_BGTE, split(self.v_proj(x_BTD)))
+        query_BHTE, key_BJTE = rotate(split(self.q_proj(x_BTD)), *turn), rotate(split(self.k_proj(x_BTD)), *turn)
+        out_BHTE = attend(query_BHTE, key_BJTE, split(self.v_proj(x_BTD)))
         return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
 
 

@@ -1,4 +1,7 @@
-"""The drafter's shape: what its config.json says, in the words of a Llama config."""
+"""The drafter's shape: what its config.json says, in the words of a Llama config.
+
+Axes: V vocabulary, D hidden.
+"""
 
 import dataclasses
 import json

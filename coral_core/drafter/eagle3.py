@@ -1,12 +1,12 @@
 """EAGLE-3 checkpoints on disk, of EAGLE's authors, SpecForge, and the speculators package: their names and keys.
 
-The layer is called midlayer.* or layers.0.*; lm_head.weight [K,D] has K rows of its own, which d2t [K] leads to tokens
+The layer is called midlayer.* or layers.0.*; lm_head.weight [C,D] has C rows of its own, which d2t [C] leads to tokens
 of the target (token = row + d2t); t2d says the same from the other side and is not read. speculators nests the Llama
 config, and EAGLE-3.1's norms are its keys norm_output and fc_norm.
 
 The list of tapped layers is read as each writer counts: at the top of config.json (vLLM, speculators) the layers whose
 inputs are read; within eagle_config (SpecForge, as SGLang reads it) those whose outputs are, one layer earlier.
-Axes: K row of the drafter's own LM head, D hidden.
+Axes: C candidate token: a row of the drafter's own LM head, D hidden, I input width.
 """
 
 from pathlib import Path
@@ -64,8 +64,8 @@ def changes(
             f"{path}: norm_output is true, which means two things outside of speculators' folders (what is fed back, "
             "or what the LM head reads). Remove the key if the raw output is fed back"
         )
-    head_KD = weights.get("lm_head.weight")
-    rows = 0 if head_KD is None else len(head_KD)
+    head_CD = weights.get("lm_head.weight")
+    rows = 0 if head_CD is None else len(head_CD)
     said = values.get("draft_vocab_size")
     if rows and said not in (None, rows):
         raise ArtifactError(f"{path}: draft_vocab_size is {said}; lm_head.weight has {rows} rows. {REMEDY}")
@@ -97,10 +97,10 @@ def _taps(
             f"{path} has no {LIST}, and which layers are meant depends on the target. "
             "Run: coral import, with its target"
         )
-    fc_DX = weights.get("fc.weight")
-    if fc_DX is not None and fc_DX.shape[-1] != len(taps) * values["hidden_size"]:
+    fc_DI = weights.get("fc.weight")
+    if fc_DI is not None and fc_DI.shape[-1] != len(taps) * values["hidden_size"]:
         raise ArtifactError(
             f"{path}: {LIST} names {len(taps)} layers, and fc.weight reads "
-            f"{fc_DX.shape[-1] / values['hidden_size']:g}. {REMEDY}"
+            f"{fc_DI.shape[-1] / values['hidden_size']:g}. {REMEDY}"
         )
     return taps

@@ -8,7 +8,8 @@ the target, the later ones are the layer's own output, and the LM head reads `no
 A row is drafted in three steps: `read` what the target gives, `forward`, and `hidden` for the LM head; the output of
 `forward` is the state of the row after it.
 No training code and no decoding code: `attend` decides what a row sees, `lent` turns ids into embeddings, and the
-head room turns hidden states into logits. Axes: B batch, T position, D hidden, X width of what is read of the target.
+head room turns hidden states into logits. Axes: B batch, T position, D hidden, I input width of what is read of the
+target, C candidate token.
 """
 
 import tempfile
@@ -93,21 +94,21 @@ class Drafter(nn.Module):
 
     @property
     def draft_tokens(self) -> torch.Tensor:
-        """The token of each row [K] of the drafter's own LM head."""
+        """The token of each row [C] of the drafter's own LM head."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def read(self, feature_BTX: torch.Tensor) -> torch.Tensor:
+    def read(self, feature_BTI: torch.Tensor) -> torch.Tensor:
         """The first states [B,T,D] from what the target gives: its features, or its taps side by side.
 
         What stands behind the taps is left out: a target that is tapped gives its last hidden state there.
         """
         if not self.config.taps:
-            return feature_BTX
-        taps_BTX = feature_BTX[..., : self.fc.in_features]
+            return feature_BTI
+        taps_BTI = feature_BTI[..., : self.fc.in_features]
         if self.config.fc_norm:
-            parts = taps_BTX.split(self.config.hidden_size, dim=-1)
-            taps_BTX = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return self.fc(taps_BTX)
+            parts = taps_BTI.split(self.config.hidden_size, dim=-1)
+            taps_BTI = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(taps_BTI)
 
     def forward(self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
         """The next states [B,T,D] from the embeddings of tokens t+1, states t, and `rope` of row positions t."""
@@ -171,13 +172,13 @@ class Drafter(nn.Module):
         """Raises ArtifactError when the rows of its own LM head do not stand for different tokens of the target."""
         if self.d2t.dtype != torch.int64:
             raise ArtifactError(f"{source}: tensor 'd2t' is {self.d2t.dtype}; it must hold int64 offsets. {remedy}")
-        token_K, vocabulary = self.draft_tokens, self.config.vocab_size
-        if len(token_K) < vocabulary and not self.d2t.any():
+        token_C, vocabulary = self.draft_tokens, self.config.vocab_size
+        if len(token_C) < vocabulary and not self.d2t.any():
             raise ArtifactError(f"{source}: tensor 'd2t' is all zero: nothing says which tokens it drafts. {remedy}")
-        if token_K.min() < 0 or token_K.max() >= vocabulary:
-            wrong = int(token_K[(token_K < 0) | (token_K >= vocabulary)][0])
+        if token_C.min() < 0 or token_C.max() >= vocabulary:
+            wrong = int(token_C[(token_C < 0) | (token_C >= vocabulary)][0])
             raise ArtifactError(f"{source}: tensor 'd2t' leads to token {wrong}, and there are {vocabulary}. {remedy}")
-        if len(token_K.unique()) < len(token_K):
+        if len(token_C.unique()) < len(token_C):
             raise ArtifactError(f"{source}: tensor 'd2t' leads to the same token twice. {remedy}")
 
     @classmethod

@@ -3,7 +3,7 @@
 Queries and keys are laid out for its RoPE, which turns neighbours (0, 1), (2, 3) … where ours turns halves. The weights
 are float32, the drafter's own bits. Embedding and LM head are left out where the target lends them: llama.cpp takes
 them from the target's context, and its tokenizer from the target's file.
-Axes: D hidden, H attention head, E head dimension, K row of the drafter's own LM head.
+Axes: D hidden, X any axes: heads and their width as one.
 """
 
 import importlib.util

@@ -74,7 +74,7 @@ def formats(drafter: Drafter) -> tuple[str, ...]:
 def export_engine(to: str, source: Source, target: Target, run: Path, token_map: torch.Tensor | None = None) -> Path:
     """Publish RUN/export/TO, a folder that the engine loads as it is.
 
-    `token_map` [K] are the ids that it drafts from: SGLang's token map, or an LM head of the drafter's own where that
+    `token_map` [C] are the ids that it drafts from: SGLang's token map, or an LM head of the drafter's own where that
     has EAGLE-3's shape. Raises TargetError or ArtifactError with the reason when the engine could not serve it; nothing
     is written then.
     """
@@ -111,7 +111,7 @@ def _with_map(drafter: Drafter, target: Target, token_map: torch.Tensor | None) 
 
 
 def frequent_tokens(source: Source, recipe: Recipe, target: Target, size: int | None) -> torch.Tensor:
-    """Ids [K] of the most frequent tokens of the target's answers; no size said, as many as the grouped head reads.
+    """Ids [C] of the most frequent tokens of the target's answers; no size said, as many as the grouped head reads.
 
     Measured on pico at a quarter of the vocabulary: this list reaches tau 3.56, the union of the groups that the router
     likes best 2.81, the full head 3.48. A group holds what is alike, not what is frequent. Raises ArtifactError.
@@ -129,7 +129,7 @@ def frequent_tokens(source: Source, recipe: Recipe, target: Target, size: int | 
         drafter_fingerprint=source.manifest.fingerprint,
     )
     assert isinstance(head, StaticHead)
-    return head.token_K.cpu()
+    return head.token_C.cpu()
 
 
 def export_hf(source: Source, run: Path) -> Path:

@@ -2,7 +2,8 @@
 
 One engine's list of tapped layers counts the layers whose inputs are read (top of config.json); SGLang's, within
 eagle_config, those whose outputs are, one layer earlier. SGLang lends the target's LM head where draft_vocab_size is
-null; the others get its rows written out. Axes: K row of the drafter's own LM head, V vocabulary, D hidden.
+null; the others get its rows written out. Axes: C candidate token: a row of the drafter's own LM head, V vocabulary, D
+hidden.
 """
 
 import dataclasses
@@ -71,12 +72,12 @@ def layout_of(to: str, config: DrafterConfig) -> Layout:
     return LAYOUTS[to]
 
 
-def with_rows(drafter: Drafter, lent: Lent, token_K: torch.Tensor) -> Drafter:
+def with_rows(drafter: Drafter, lent: Lent, token_C: torch.Tensor) -> Drafter:
     """The drafter with an LM head of its own: the target's rows of these tokens, in their dtype's exact values."""
-    token_K = token_K.sort().values.to(lent.head_VD.device)
-    config = dataclasses.replace(drafter.config, draft_vocab_size=len(token_K))
-    head_KD = lent.head_VD[token_K].cpu().to(drafter.fc.weight.dtype)
-    weights = drafter.state_dict() | {"lm_head.weight": head_KD, "d2t": token_K.cpu() - torch.arange(len(token_K))}
+    token_C = token_C.sort().values.to(lent.head_VD.device)
+    config = dataclasses.replace(drafter.config, draft_vocab_size=len(token_C))
+    head_CD = lent.head_VD[token_C].cpu().to(drafter.fc.weight.dtype)
+    weights = drafter.state_dict() | {"lm_head.weight": head_CD, "d2t": token_C.cpu() - torch.arange(len(token_C))}
     return Drafter.build(config, weights, source="the drafter", remedy="Choose other tokens")
 
 

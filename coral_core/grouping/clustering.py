@@ -3,7 +3,7 @@
 k-means finds the centres (scikit-learn); the balance, which a contiguous block of fixed size needs, is ours: prices
 that even out the demand for each group (Sinkhorn's iterations), then an exact fill of each group's room.
 Not for choosing groups while decoding: that is the router's.
-Axes: V vocabulary, D hidden, G group.
+Axes: V vocabulary, D hidden, G group, N row: a feature, R place in a list of the most likely tokens.
 """
 
 import dataclasses
@@ -75,14 +75,14 @@ class Contexts:
 
 
 def token_contexts(
-    vocabulary: int, feature_MD: torch.Tensor, prob_MK: torch.Tensor, token_MK: torch.Tensor
+    vocabulary: int, feature_ND: torch.Tensor, prob_NR: torch.Tensor, token_NR: torch.Tensor
 ) -> Contexts:
     """Contexts from features, and the target's top-k probabilities and tokens after each."""
-    centred_MD = feature_MD.float() - feature_MD.float().mean(0)
-    sum_VD = centred_MD.new_zeros(vocabulary, feature_MD.shape[1])
-    for prob_M, token_M in zip(prob_MK.unbind(1), token_MK.unbind(1), strict=True):
-        sum_VD.index_add_(0, token_M, prob_M[:, None] * centred_MD)
-    return Contexts(sum_VD, prob_MK.new_zeros(vocabulary).index_add_(0, token_MK.flatten(), prob_MK.flatten()))
+    centred_ND = feature_ND.float() - feature_ND.float().mean(0)
+    sum_VD = centred_ND.new_zeros(vocabulary, feature_ND.shape[1])
+    for prob_N, token_N in zip(prob_NR.unbind(1), token_NR.unbind(1), strict=True):
+        sum_VD.index_add_(0, token_N, prob_N[:, None] * centred_ND)
+    return Contexts(sum_VD, prob_NR.new_zeros(vocabulary).index_add_(0, token_NR.flatten(), prob_NR.flatten()))
 
 
 def by_cooccurrence(

@@ -5,7 +5,7 @@
 
 where `goes_on_i` is how often a round that had i - 1 drafts accepted has the i-th too, and `kept` how often the token
 that the full head drafts is among the rows that are read. Not modelled: a smaller head drafts other wrong tokens, and
-prunes other branches. Axes: N row, D hidden.
+prunes other branches. Axes: N row, D hidden, X any axes.
 """
 
 import dataclasses
@@ -85,11 +85,11 @@ def goes_on(accepted_drafts: Sequence[int]) -> list[float]:
 @torch.no_grad()
 def time_calls(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 15) -> list[float]:
     """Median seconds of each call, taking turns, with a cold cache."""
-    evict_E = torch.zeros(EVICT_BYTES // 4, device=device)
+    evict_X = torch.zeros(EVICT_BYTES // 4, device=device)
     spent: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 2):
         for call, seconds in zip(calls, spent, strict=True):
-            evict_E.amax()
+            evict_X.amax()
             _wait(device)
             begun = time.perf_counter()
             call()

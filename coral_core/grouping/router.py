@@ -8,7 +8,8 @@ of the drafter's probability with the full head lies in each group:
 CORAL's labels are the target's probabilities. What reading fewer rows loses is what the full head would have drafted,
 and q is a function of what the router reads: on kinds of text that it never saw, an eighth of the rows kept 97.6 % of
 what the drafter gets right, and 96.7 with the target's labels (LOG.md).
-Axes: S unroll step, M feature, N = S·M row, D hidden, K one of the most likely tokens, G group, V vocabulary.
+Axes: B batch, T position, S unroll step, N row that carries a loss (of one step, or of all), D hidden, R place in a
+list of the most likely tokens or groups, C candidate token, G group, V vocabulary.
 """
 
 import dataclasses
@@ -62,51 +63,51 @@ class Source:
 class Rows:
     """What groups and routers are learnt from."""
 
-    hidden_SMD: torch.Tensor
+    hidden_SND: torch.Tensor
     """The drafter's outputs."""
-    feature_MD: torch.Tensor
+    feature_ND: torch.Tensor
     """The target's features, which they imitate."""
-    prob_MK: torch.Tensor
+    prob_NR: torch.Tensor
     """The target's probabilities of its TOP most likely tokens, best first, summing to 1."""
-    token_MK: torch.Tensor
+    token_NR: torch.Tensor
     """These tokens."""
-    own_prob_SMK: torch.Tensor
+    own_prob_SNR: torch.Tensor
     """Likewise the drafter's, with the full head."""
-    own_token_SMK: torch.Tensor
+    own_token_SNR: torch.Tensor
 
 
 def collect(source: Source, samples: Iterable[Batch]) -> Iterator[Rows]:
     """One `Rows` per batch: the loss rows of every unroll step."""
     for batch in samples:
-        wanted_BR = loss_rows(batch)
-        outputs = unroll(source.drafter, source.lent, batch, source.steps, wanted_BR=wanted_BR)
-        feature_MD = batch.feature_BTD[:, 1:][wanted_BR]
-        hidden_SMD = torch.stack([out_BRD[wanted_BR] for out_BRD in outputs])
-        own = [_most_likely(source, hidden_MD) for hidden_MD in hidden_SMD]
-        own_prob_SMK, own_token_SMK = (torch.stack(part) for part in zip(*own, strict=True))
-        yield Rows(hidden_SMD, feature_MD, *_most_likely(source, feature_MD), own_prob_SMK, own_token_SMK)
+        wanted_BT = loss_rows(batch)
+        outputs = unroll(source.drafter, source.lent, batch, source.steps, wanted_BT=wanted_BT)
+        feature_ND = batch.feature_BTD[:, 1:][wanted_BT]
+        hidden_SND = torch.stack([out_BTD[wanted_BT] for out_BTD in outputs])
+        own = [_most_likely(source, hidden_ND) for hidden_ND in hidden_SND]
+        own_prob_SNR, own_token_SNR = (torch.stack(part) for part in zip(*own, strict=True))
+        yield Rows(hidden_SND, feature_ND, *_most_likely(source, feature_ND), own_prob_SNR, own_token_SNR)
 
 
-def _most_likely(source: Source, hidden_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prob_MK, token_MK), best first, of the TOP most likely tokens, to whose sum the probabilities are normalised.
+def _most_likely(source: Source, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prob_NR, token_NR), best first, of the TOP most likely tokens, to whose sum the probabilities are normalised.
 
     In float32. Where the head is quicker in bfloat16, that names some more candidates, and they are scored again.
     """
     lent, quick, found = source.lent, source.quick, []
     vocabulary = lent.head_VD.shape[0]
-    for part_ND in hidden_MD.split(CHUNK if quick is lent else CHUNK // 8):
+    for part_ND in hidden_ND.split(CHUNK if quick is lent else CHUNK // 8):
         logit_NV = quick.logits(part_ND.to(quick.head_VD.dtype))
         if quick is lent:
-            logit_NK, token_NK = logit_NV.topk(min(TOP, vocabulary))
+            logit_NR, token_NR = logit_NV.topk(min(TOP, vocabulary))
         else:
             token_NC = logit_NV.topk(min(CANDIDATES, vocabulary), sorted=False).indices
             raw_NC = torch.einsum("nd,ncd->nc", part_ND, lent.head_VD[token_NC])
             bias = 0.0 if lent.head_bias_V is None else lent.head_bias_V[token_NC]
-            logit_NK, best_NK = lent.transform(raw_NC + bias).topk(min(TOP, vocabulary))
-            token_NK = token_NC.gather(-1, best_NK)
-        found.append((logit_NK.float().softmax(-1), token_NK))
-    prob_MK, token_MK = (torch.cat(part) for part in zip(*found, strict=True))
-    return prob_MK, token_MK
+            logit_NR, best_NR = lent.transform(raw_NC + bias).topk(min(TOP, vocabulary))
+            token_NR = token_NC.gather(-1, best_NR)
+        found.append((logit_NR.float().softmax(-1), token_NR))
+    prob_NR, token_NR = (torch.cat(part) for part in zip(*found, strict=True))
+    return prob_NR, token_NR
 
 
 @torch.no_grad()
@@ -136,16 +137,16 @@ def held_out_rows(source: Source, store: Store) -> Rows:
 
 
 def _concat(parts: list[Rows]) -> Rows:
-    """All rows; M is the last axis but one of every field."""
+    """All rows; N is the last axis but one of every field."""
     names = [field.name for field in dataclasses.fields(Rows)]
     return Rows(**{name: torch.cat([getattr(part, name) for part in parts], dim=-2) for name in names})
 
 
 def group_mass(rows: Rows, groups: Groups) -> torch.Tensor:
     """The labels [N,G]: the drafter's probability of each group."""
-    prob_NK, token_NK = rows.own_prob_SMK.flatten(0, 1), rows.own_token_SMK.flatten(0, 1)
-    group_NK = groups.group_V.to(token_NK.device)[token_NK]
-    return prob_NK.new_zeros(len(group_NK), groups.count).scatter_add_(1, group_NK, prob_NK)
+    prob_NR, token_NR = rows.own_prob_SNR.flatten(0, 1), rows.own_token_SNR.flatten(0, 1)
+    group_NR = groups.group_V.to(token_NR.device)[token_NR]
+    return prob_NR.new_zeros(len(group_NR), groups.count).scatter_add_(1, group_NR, prob_NR)
 
 
 def first_router(groups: Groups, lent: Lent, *, inner: bool = False) -> Router:
@@ -167,7 +168,7 @@ def train_router(
     router: Router, rows: Rows, groups: Groups, spec: HeadSpec, *, seed: int, progress: Progress = silent
 ) -> Router:
     """The router, trained for frozen drafter outputs. AdamW, cosine to zero, soft-label cross-entropy."""
-    mass_NG, hidden_ND = group_mass(rows, groups), rows.hidden_SMD.flatten(0, 1)
+    mass_NG, hidden_ND = group_mass(rows, groups), rows.hidden_SND.flatten(0, 1)
     device = hidden_ND.device
     optimizer = torch.optim.AdamW(router.parameters(), lr=spec.router_learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.router_steps)
@@ -185,25 +186,25 @@ def train_router(
 
 
 def drafted(rows: Rows, topk: int) -> torch.Tensor:
-    """[S,M] whether the drafter, with the full head, has the target's argmax among its `topk` best (TOP at most)."""
-    return (rows.own_token_SMK[..., :topk] == rows.token_MK[:, :1]).any(-1)
+    """[S,N] whether the drafter, with the full head, has the target's argmax among its `topk` best (TOP at most)."""
+    return (rows.own_token_SNR[..., :topk] == rows.token_NR[:, :1]).any(-1)
 
 
 @torch.no_grad()
-def recall(router: Router, rows: Rows, groups: Groups, active: int, drafted_SM: torch.Tensor) -> dict[str, float]:
+def recall(router: Router, rows: Rows, groups: Groups, active: int, drafted_SN: torch.Tensor) -> dict[str, float]:
     """How often the `active` best groups hold the target's argmax, its ten best tokens, and its probability mass.
 
     `kept` is the argmax's share among the rows where the full head drafts it: what reading fewer rows loses.
     """
-    best_SMA = router(rows.hidden_SMD).topk(active).indices
-    inside_SMG = torch.zeros(*best_SMA.shape[:2], groups.count, dtype=torch.bool, device=best_SMA.device)
-    inside_SMG.scatter_(2, best_SMA, True)
-    group_MK = groups.group_V.to(rows.token_MK.device)[rows.token_MK]
-    inside_SMK = inside_SMG.gather(2, group_MK.expand(len(best_SMA), -1, -1)).float()
-    argmax_SM = inside_SMK[:, :, 0]
+    best_SNR = router(rows.hidden_SND).topk(active).indices
+    inside_SNG = torch.zeros(*best_SNR.shape[:2], groups.count, dtype=torch.bool, device=best_SNR.device)
+    inside_SNG.scatter_(2, best_SNR, True)
+    group_NR = groups.group_V.to(rows.token_NR.device)[rows.token_NR]
+    inside_SNR = inside_SNG.gather(2, group_NR.expand(len(best_SNR), -1, -1)).float()
+    argmax_SN = inside_SNR[:, :, 0]
     return {
-        "argmax": float(argmax_SM.mean()),
-        "top10": float(inside_SMK[:, :, :10].mean()),
-        "mass": float((rows.prob_MK * inside_SMK).sum(-1).mean()),
-        "kept": float(argmax_SM[drafted_SM].mean()) if drafted_SM.any() else 1.0,
+        "argmax": float(argmax_SN.mean()),
+        "top10": float(inside_SNR[:, :, :10].mean()),
+        "mass": float((rows.prob_NR * inside_SNR).sum(-1).mean()),
+        "kept": float(argmax_SN[drafted_SN].mean()) if drafted_SN.any() else 1.0,
     }

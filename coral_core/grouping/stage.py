@@ -1,6 +1,6 @@
 """The group-head stage: from data and drafter to the published head, runs/NAME/head.
 
-Axes: S unroll step, M feature, N row, D hidden, V vocabulary.
+Axes: S unroll step, N row, D hidden, V vocabulary.
 """
 
 import copy
@@ -146,7 +146,7 @@ class Trial:
     count_V: torch.Tensor
     rows: Rows
     unseen: Rows
-    drafted_SM: torch.Tensor
+    drafted_SN: torch.Tensor
     """Where the full head drafts the target's token, of the unseen rows."""
     progress: Progress
 
@@ -162,8 +162,8 @@ class Trial:
         count_V = store.answer_counts()
         rows = gather(source, store, seed=recipe.seed, progress=progress)
         unseen = held_out_rows(source, store) if store.holdout_indices else rows
-        found_SM = drafted(unseen, recipe.decode.draft_topk)
-        return cls(recipe, drafter, lent, count_V, rows, unseen, found_SM, progress)
+        found_SN = drafted(unseen, recipe.decode.draft_topk)
+        return cls(recipe, drafter, lent, count_V, rows, unseen, found_SN, progress)
 
     def cluster(self, groups: int) -> Groups:
         """The recipe's clustering of the vocabulary."""
@@ -174,8 +174,8 @@ class Trial:
             return by_frequency(count_V, groups)
         if by == "kmeans":
             return by_kmeans(self.lent.head_VD, groups, count_V=count_V, seed=self.recipe.seed, progress=self.progress)
-        some = (tensor[:, :CONTEXT_TOKENS] for tensor in (self.rows.prob_MK, self.rows.token_MK))
-        contexts = token_contexts(len(count_V), self.rows.feature_MD, *some)
+        some = (tensor[:, :CONTEXT_TOKENS] for tensor in (self.rows.prob_NR, self.rows.token_NR))
+        contexts = token_contexts(len(count_V), self.rows.feature_ND, *some)
         return by_cooccurrence(
             self.lent.head_VD,
             groups,
@@ -205,7 +205,7 @@ def try_settings(trial: Trial, probe: Probe | None) -> tuple[list[Setting], Sett
         router = first_router(groups, trial.lent)
         train_router(router, trial.rows, groups, spec, seed=trial.recipe.seed, progress=progress)
         for active in open_active(spec, total):
-            found = recall(router, trial.unseen, groups, active, trial.drafted_SM)
+            found = recall(router, trial.unseen, groups, active, trial.drafted_SN)
             rows_read = groups.start_G[active]
             facts = {"groups": total, "active": active, "rows_read": rows_read, "recall": found}
             settings.append(Setting(groups, router, active, facts))
@@ -234,7 +234,7 @@ def _time(settings: list[Setting], trial: Trial, lent: Lent, cost: RoundCost | N
         head_calls=1e9,
         level_rows=trial.recipe.decode.draft_topk,
     )
-    hidden_ND = trial.unseen.hidden_SMD.flatten(0, 1)[: alone.level_rows].to(lent.head_VD.device, lent.head_VD.dtype)
+    hidden_ND = trial.unseen.hidden_SND.flatten(0, 1)[: alone.level_rows].to(lent.head_VD.device, lent.head_VD.dtype)
     (full_s,), head = time_heads([FullHead(lent)], hidden_ND, alone), None
     for number, setting in enumerate(settings):
         if head is None or setting.groups is not settings[number - 1].groups:
@@ -260,7 +260,7 @@ def _facts(recipe: Recipe, trial: Trial, settings: list[Setting], best: Setting)
         **best.facts,
         "clustering": recipe.head.clustering,
         "vocabulary": len(trial.count_V),
-        "recall_rows": trial.unseen.hidden_SMD.shape[:2].numel(),
+        "recall_rows": trial.unseen.hidden_SND.shape[:2].numel(),
         "timed_rows": recipe.decode.draft_topk,
         "round": round_cost,
         "settings": [setting.facts for setting in settings],

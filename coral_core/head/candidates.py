@@ -1,6 +1,6 @@
 """What every head answers: logits of the tokens it looked at.
 
-Axes: N row, D hidden, C candidate token, R proposed token.
+Axes: N row, D hidden, C candidate token, R place in a list of proposed tokens.
 """
 
 import dataclasses

@@ -1,4 +1,7 @@
-"""The full head: every row of the vocabulary, the reference for all others."""
+"""The full head: every row of the vocabulary, the reference for all others.
+
+Axes: N row, D hidden, V vocabulary.
+"""
 
 import torch
 

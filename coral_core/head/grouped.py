@@ -2,7 +2,7 @@
 
 The rows are permuted once so that a group is one contiguous block, and an active group a slice. All rows of one tree
 level share their groups: a union with a fixed budget reads each weight once, whatever the number of rows.
-Axes: N row, D hidden, V vocabulary in permuted order, G group, A active group, C row of the active groups.
+Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a list of active groups, C candidate token.
 """
 
 import torch
@@ -37,12 +37,12 @@ class GroupedHead:
         were crowded out of the union counts for less, gave 0.996 to 1.016 of tau (pico, 2, 4 and 16 of 256 groups).
         """
         hidden_ND = hidden_ND.to(self.dtype)
-        chosen_A = self.router(hidden_ND).softmax(-1, dtype=torch.float32).sum(0).topk(self.active).indices
+        chosen_R = self.router(hidden_ND).softmax(-1, dtype=torch.float32).sum(0).topk(self.active).indices
         if self.fused and self.blocks.rows_VD is not None:
             start_G = self.start_device_G
-            best = blocks.grouped_best(hidden_ND, self.blocks.rows_VD, start_G, chosen_A[None], self.bias_V)
+            best = blocks.grouped_best(hidden_ND, self.blocks.rows_VD, start_G, chosen_R[None], self.bias_V)
             return Candidates(best.logit_NC, self.token_V[best.row_NC])
-        active = sorted(chosen_A.tolist())
+        active = sorted(chosen_R.tolist())
         spans = runs(active, self.start_G)
         raw_NC = self.blocks.products(hidden_ND, active)
         if self.bias_V is not None:

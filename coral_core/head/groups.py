@@ -2,7 +2,7 @@
 
 Groups are balanced (sizes differ by one at most), and the head's rows are permuted so that each group is one contiguous
 block: an active group is then a slice, not a gather. How rows find their group is grouping/clustering.py.
-Axes: G group, R row of a group, V vocabulary, C row of several groups.
+Axes: G group, R place in a list: a row of its group, V vocabulary.
 """
 
 import dataclasses

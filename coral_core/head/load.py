@@ -1,6 +1,7 @@
 """The head on disk, and the head that a recipe asks for.
 
 head.safetensors   token_GR (groups), frequent_V (tokens, the most frequent first), router.*
+Axes: G group, R place in a list: a row of its group, V vocabulary.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Batches for training: shuffled by a seed, and a pure function of (store, batch size, seed, position).
 
 So a run that resumes at batch `start` sees exactly what the uninterrupted one saw; its state is that number.
-Axes: B batch, T position, D hidden, X width of the taps, 3D.
+Axes: B batch, T position, D hidden, I input width: the taps side by side.
 """
 
 import dataclasses
@@ -28,25 +28,25 @@ class Batch:
     """bool: a token, not padding."""
     feature_BTD: torch.Tensor
     """The target's last hidden states; 0 on padding."""
-    tap_BTX: torch.Tensor | None = None
+    tap_BTI: torch.Tensor | None = None
     """Its taps side by side, 0 on padding, where the data hold some."""
 
     def read_by(self, *, taps: bool) -> torch.Tensor:
         """What a drafter reads: the taps, or the last hidden states."""
-        assert self.tap_BTX is not None or not taps, "the data hold no taps"
-        return self.tap_BTX if taps and self.tap_BTX is not None else self.feature_BTD
+        assert self.tap_BTI is not None or not taps, "the data hold no taps"
+        return self.tap_BTI if taps and self.tap_BTI is not None else self.feature_BTD
 
 
 def collate(samples: Sequence[Sample], dtype: torch.dtype = torch.float32) -> Batch:
     """Pad samples on the right; features are cast to `dtype`."""
     valid = [torch.ones_like(sample.answer_T) for sample in samples]
-    taps = [sample.tap_TX.to(dtype) for sample in samples if sample.tap_TX is not None]
+    taps = [sample.tap_TI.to(dtype) for sample in samples if sample.tap_TI is not None]
     return Batch(
         ids_BT=pad_sequence([sample.ids_T for sample in samples], batch_first=True),
         answer_BT=pad_sequence([sample.answer_T for sample in samples], batch_first=True),
         valid_BT=pad_sequence(valid, batch_first=True),
         feature_BTD=pad_sequence([sample.feature_TD.to(dtype) for sample in samples], batch_first=True),
-        tap_BTX=pad_sequence(taps, batch_first=True) if taps else None,
+        tap_BTI=pad_sequence(taps, batch_first=True) if taps else None,
     )
 
 
@@ -57,12 +57,12 @@ def batch_of(store: Store, indices: Sequence[int], dtype: torch.dtype = torch.fl
         return batch
     assert store.tap is not None, f"{store.folder} holds no features, and was opened without a target"
 
-    def kept(x_BTX: torch.Tensor) -> torch.Tensor:
-        return x_BTX.to(batch.ids_BT.device, dtype).masked_fill(~batch.valid_BT[..., None], 0.0)
+    def kept(x_BTI: torch.Tensor) -> torch.Tensor:
+        return x_BTI.to(batch.ids_BT.device, dtype).masked_fill(~batch.valid_BT[..., None], 0.0)
 
-    feature_BTD, tap_BTX = store.tap(batch.ids_BT, batch.valid_BT)
-    taps = None if tap_BTX is None else kept(tap_BTX)
-    return dataclasses.replace(batch, feature_BTD=kept(feature_BTD), tap_BTX=taps)
+    feature_BTD, tap_BTI = store.tap(batch.ids_BT, batch.valid_BT)
+    taps = None if tap_BTI is None else kept(tap_BTI)
+    return dataclasses.replace(batch, feature_BTD=kept(feature_BTD), tap_BTI=taps)
 
 
 def batches(

@@ -10,7 +10,7 @@
 fp8 is e4m3 (four bits of exponent, three of mantissa; largest value 448), each row scaled so that its largest magnitude
 is 448: half of bfloat16's bytes, relative error 1/16 at most instead of 1/256.
 A shard is read by slices of a memory map: a sample costs its own bytes, never the shard's.
-Axes: N row of the shard, T position in the sample, D hidden, X width of the taps, 3D.
+Axes: N row of the shard, T position in the sample, D hidden, I input width: the taps side by side.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Sample:
     """bool [T]: the target wrote this token."""
     feature_TD: torch.Tensor
     """[T, D], in the dtype of the store; float32 where that is fp8."""
-    tap_TX: torch.Tensor | None = None
+    tap_TI: torch.Tensor | None = None
     """The taps side by side, likewise, where the store holds some."""
 
 
@@ -82,7 +82,7 @@ def write_shard(
     sample by `names`, or else by its number."""
     assert samples, "a shard holds at least one sample"
     features = _pack(torch.cat([sample.feature_TD.cpu() for sample in samples]), dtype)
-    taps = [sample.tap_TX.cpu() for sample in samples if sample.tap_TX is not None]
+    taps = [sample.tap_TI.cpu() for sample in samples if sample.tap_TI is not None]
     if taps:
         for tap, tap_ND in enumerate(torch.cat(taps).split(features["feature"].shape[1], dim=1)):
             features |= {f"tap_{tap}_{name}": value for name, value in _pack(tap_ND.contiguous(), dtype).items()}
@@ -164,8 +164,8 @@ class Shard:
         """Read one sample."""
         rows = slice(self._offsets[index], self._offsets[index + 1])
         taps = [self._read(f"tap_{tap}_", rows) for tap in range(self.taps)]
-        tap_TX = torch.cat(taps, dim=1) if taps else None
-        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], self._read("", rows), tap_TX)
+        tap_TI = torch.cat(taps, dim=1) if taps else None
+        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], self._read("", rows), tap_TI)
 
     def _read(self, prefix: str, rows: slice) -> torch.Tensor:
         """[T, D]: features, or one tap."""

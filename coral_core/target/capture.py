@@ -1,6 +1,6 @@
 """Tapping features: the target's last hidden state after its final norm, which is what its LM head reads.
 
-Axes: B batch, T position, D hidden, X width of the taps.
+Axes: B batch, T position, D hidden, I input width: the taps side by side.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ class Capture:
     """The features of a batch of dialogues; rows past a dialogue's end mean nothing."""
 
     feature_BTD: torch.Tensor
-    tap_BTX: torch.Tensor | None = None
+    tap_BTI: torch.Tensor | None = None
     """The inputs of the layers that the target is `tapping`, side by side."""
 
 
@@ -27,6 +27,6 @@ def tap(target: Target, ids_BT: torch.Tensor, valid_BT: torch.Tensor) -> Capture
     a test compares with one-by-one forwards. `valid_BT` only guards that the padding is indeed on the right.
     """
     assert bool((valid_BT[:, 1:] <= valid_BT[:, :-1]).all()), "padding must be on the right"
-    given_BTX = target.forward(ids_BT.to(target.device))
+    given_BTI = target.forward(ids_BT.to(target.device))
     width = target.lent.head_VD.shape[1]
-    return Capture(given_BTX[..., -width:], given_BTX[..., :-width] if target.taps else None)
+    return Capture(given_BTI[..., -width:], given_BTI[..., :-width] if target.taps else None)

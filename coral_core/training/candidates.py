@@ -7,7 +7,7 @@ each counts as often as there are rows that it stands for, in the target's sums 
 distributions stay almost unbiased, and what lies outside the certain rows is measured, not ignored.
 Sampled softmax: Jean et al. 2015, arXiv 1412.2007; here the target's side is sampled too.
 
-Axes: B batch, T position, V vocabulary, C candidate, D hidden, F frequent token.
+Axes: V vocabulary, D hidden, C candidate token.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class HeadRows:
 class Candidates:
     """What a batch's candidates are drawn by."""
 
-    frequent_F: torch.Tensor
+    frequent_C: torch.Tensor
     """Tokens that are candidates of every batch."""
     drawn: int
     """Rows drawn from the tail for each batch."""
@@ -65,7 +65,7 @@ class Candidates:
     def rows(self, lent: Lent, batch: Batch, generator: torch.Generator | None = None) -> HeadRows:
         """The candidates of a batch: frequent tokens, those of its answers, and rows drawn from all others."""
         certain_V = torch.zeros(len(lent.head_VD), dtype=torch.bool, device=lent.head_VD.device)
-        certain_V[self.frequent_F] = True
+        certain_V[self.frequent_C] = True
         certain_V[batch.ids_BT[batch.answer_BT]] = True
         certain_C, tail_C = certain_V.nonzero()[:, 0], (~certain_V).nonzero()[:, 0]
         if not len(tail_C):

@@ -1,6 +1,7 @@
 """What a drafter is worth depth by depth, on held-out dialogues: the numbers beside tau while it trains.
 
-Not tau itself, which only decoding gives. Axes: B batch, R row, N row that carries a loss, D hidden, K rank.
+Not tau itself, which only decoding gives. Axes: B batch, T position, S unroll step, N row that carries a loss, D
+hidden, R place in a list of the most likely tokens.
 """
 
 from typing import Any
@@ -35,16 +36,16 @@ def by_depth(drafter: Drafter, lent: Lent, store: Store, device: torch.device) -
     indices = list(store.holdout_indices)
     for first in range(0, len(indices), DIALOGUES):
         batch = MicroBatch.make(batch_of(store, indices[first : first + DIALOGUES]), 0, device).batch
-        wanted_BR = loss_rows(batch)
-        outputs = unroll(drafter, lent, batch, DEPTHS, wanted_BR=wanted_BR)
-        feature_ND = batch.feature_BTD[:, 1:][wanted_BR]
-        hidden_SND = torch.stack([output_BRD[wanted_BR] for output_BRD in outputs])
+        wanted_BT = loss_rows(batch)
+        outputs = unroll(drafter, lent, batch, DEPTHS, wanted_BT=wanted_BT)
+        feature_ND = batch.feature_BTD[:, 1:][wanted_BT]
+        hidden_SND = torch.stack([output_BTD[wanted_BT] for output_BTD in outputs])
         cosine, count = cosine + cross_step_cosine(hidden_SND), count + len(feature_ND)
         for start in range(0, len(feature_ND), CHUNK):
             token_N = logits(lent, feature_ND[start : start + CHUNK]).argmax(-1)
             for depth, hidden_ND in enumerate(hidden_SND[:, start : start + CHUNK]):
-                best_NK = logits(lent, hidden_ND).topk(RANKS, dim=-1).indices
-                hits[depth] += (best_NK == token_N[:, None]).cumsum(-1).sum(0)
+                best_NR = logits(lent, hidden_ND).topk(RANKS, dim=-1).indices
+                hits[depth] += (best_NR == token_N[:, None]).cumsum(-1).sum(0)
     if count == 0:
         return {}
     return {"accuracy_by_depth": (hits / count).tolist(), "held_out_cosine": float(cosine) / count}

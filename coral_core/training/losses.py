@@ -5,7 +5,8 @@ for all steps at once in bounded memory: chunk by chunk, the target's distributi
 gradient is taken while its logits are at hand (they are never kept, and never made twice).
 Sums of the paper's equations, CORAL arXiv 2502.16880, HASS 2408.15766.
 
-Axes: N row that carries a loss, S unroll step, D hidden, V vocabulary, K top token.
+Axes: N row that carries a loss, S unroll step, D hidden, V vocabulary, R place in a list of the top K tokens, X any
+axes.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ def distill(hidden_ND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent) -> to
 
 def topk(hidden_ND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent, k: int) -> torch.Tensor:
     """Reference: HASS's cross-entropy on the target's k most likely tokens, p not renormalised, sum over N."""
-    p_NK, token_NK = logits(lent, feature_ND).softmax(-1).topk(k, dim=-1)
-    return -(p_NK * logits(lent, hidden_ND).log_softmax(-1).gather(-1, token_NK)).sum()
+    p_NR, token_NR = logits(lent, feature_ND).softmax(-1).topk(k, dim=-1)
+    return -(p_NR * logits(lent, hidden_ND).log_softmax(-1).gather(-1, token_NR)).sum()
 
 
 def logits(lent: Lent, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -76,8 +77,8 @@ def vocabulary(
     most = max(CHUNK_ROWS, CHUNK_ELEMENTS[feature_ND.device.type] // len(head.lent.head_VD))
     pieces = max(1, round(len(feature_ND) / most))  # equal ones: a short last chunk reads the head for little
     rows = max(1, -(-len(feature_ND) // pieces))
-    total_S, parts_PS = _Vocabulary.apply(hidden_SND, feature_ND, head, weights, (min(k, head.certain), rows))
-    return total_S, VocabularyParts(*parts_PS)
+    total_S, parts_4S = _Vocabulary.apply(hidden_SND, feature_ND, head, weights, (min(k, head.certain), rows))
+    return total_S, VocabularyParts(*parts_4S)
 
 
 class _Vocabulary(torch.autograd.Function):
@@ -94,16 +95,16 @@ class _Vocabulary(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         k, rows = sizes
         grad_SND = torch.zeros_like(hidden_SND) if ctx.needs_input_grad[0] else None
-        parts_PS = torch.zeros(4, len(hidden_SND), device=hidden_SND.device)
+        parts_4S = torch.zeros(4, len(hidden_SND), device=hidden_SND.device)
         for start in range(0, len(feature_ND), rows):
             chunk = slice(start, start + rows)
             aim = _aim(feature_ND[chunk], head, weights, k)
             for step, hidden_ND in enumerate(hidden_SND[:, chunk]):
                 out_ND = None if grad_SND is None else grad_SND[step, chunk]
-                parts_PS[:, step] += _chunk(hidden_ND, aim, head, out_ND)
+                parts_4S[:, step] += _chunk(hidden_ND, aim, head, out_ND)
         ctx.save_for_backward(grad_SND)
-        ctx.mark_non_differentiable(parts_PS)
-        return weights[0] * parts_PS[0] + weights[1] * parts_PS[1], parts_PS
+        ctx.mark_non_differentiable(parts_4S)
+        return weights[0] * parts_4S[0] + weights[1] * parts_4S[1], parts_4S
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -116,16 +117,16 @@ class _Aim:
     """What the target wants of a chunk of rows."""
 
     p_NV: torch.Tensor
-    p_NK: torch.Tensor
-    token_NK: torch.Tensor
+    p_NR: torch.Tensor
+    token_NR: torch.Tensor
     g_NV: torch.Tensor
 
 
 def _aim(feature_ND: torch.Tensor, head: HeadRows, weights: tuple[float, float], k: int) -> _Aim:
     p_NV = _counted(logits(head.lent, feature_ND), head).softmax(-1)
-    p_NK, token_NK = p_NV[:, : head.certain].topk(k, dim=-1)
-    g_NV = (p_NV * weights[0]).scatter_add_(-1, token_NK, p_NK * weights[1])
-    return _Aim(p_NV, p_NK, token_NK, g_NV)
+    p_NR, token_NR = p_NV[:, : head.certain].topk(k, dim=-1)
+    g_NV = (p_NV * weights[0]).scatter_add_(-1, token_NR, p_NR * weights[1])
+    return _Aim(p_NV, p_NR, token_NR, g_NV)
 
 
 def _counted(z_NV: torch.Tensor, head: HeadRows) -> torch.Tensor:
@@ -139,22 +140,22 @@ def _chunk(hidden_ND: torch.Tensor, aim: _Aim, head: HeadRows, grad_ND: torch.Te
     """The parts' sums over a chunk; the gradient of the weighted sum goes into `grad_ND`."""
     z_NV = logits(head.lent, hidden_ND)
     token_N = z_NV[:, : head.certain].argmax(-1) if head.log_weight else None
-    z_NK, dot_N = z_NV.gather(-1, aim.token_NK), torch.linalg.vecdot(aim.p_NV, z_NV)
+    z_NR, dot_N = z_NV.gather(-1, aim.token_NR), torch.linalg.vecdot(aim.p_NV, z_NV)
     slope_NV = _transform_slope(z_NV, head.lent)
     best_N, place_N = _counted(z_NV, head).max(-1)
     q_NV = torch.softmax(z_NV, -1)
     del z_NV
     lse_N = best_N - q_NV.gather(-1, place_N[:, None])[:, 0].log()
-    topk_sum = (aim.p_NK * (lse_N[:, None] - z_NK)).sum()
-    agree = ((place_N if token_N is None else token_N) == aim.token_NK[:, 0]).sum()
-    parts_P = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree, aim.p_NV[:, head.certain :].sum()))
+    topk_sum = (aim.p_NR * (lse_N[:, None] - z_NR)).sum()
+    agree = ((place_N if token_N is None else token_N) == aim.token_NR[:, 0]).sum()
+    parts_4 = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree, aim.p_NV[:, head.certain :].sum()))
     if grad_ND is None:
-        return parts_P
+        return parts_4
     d_logits_NV = q_NV.mul_(aim.g_NV.sum(-1, keepdim=True)).sub_(aim.g_NV)
     if slope_NV is not None:
         d_logits_NV *= slope_NV
     grad_ND.copy_((_for_head(d_logits_NV, head.lent) @ head.lent.head_VD)[: len(grad_ND)])
-    return parts_P
+    return parts_4
 
 
 def _transform_slope(z_NV: torch.Tensor, lent: Lent) -> torch.Tensor | float | None:

@@ -1,7 +1,8 @@
 """One batch's loss: the weighted sum over unroll steps and answer rows, and its parts for the log.
 
 Rows that carry a loss are gathered before anything of width V is computed.
-Axes: B batch, R row, A row that carries a loss (packed to the left), N the same without padding, S step, D hidden.
+Axes: B batch, T position, N row that carries a loss (of a sequence's packed to the left, or of all sequences'), S
+unroll step, D hidden.
 """
 
 import dataclasses
@@ -40,10 +41,10 @@ class Objective:
         j's most likely token is the target's), `cosine` (between step 1 and the later ones), and with candidates
         `tail` (the target's probability outside of the certain ones).
         """
-        row_BA, present_BA = pack(loss_rows(batch))
-        hidden_SBAD = torch.stack([take_rows(hidden_BRD, row_BA) for hidden_BRD in hiddens])
-        feature_BAD = take_rows(batch.feature_BTD[:, 1:], row_BA)
-        hidden_SND, feature_ND = hidden_SBAD[:, present_BA], feature_BAD[present_BA]
+        row_BN, present_BN = pack(loss_rows(batch))
+        hidden_SBND = torch.stack([take_rows(hidden_BTD, row_BN) for hidden_BTD in hiddens])
+        feature_BND = take_rows(batch.feature_BTD[:, 1:], row_BN)
+        hidden_SND, feature_ND = hidden_SBND[:, present_BN], feature_BND[present_BN]
         steps = len(hiddens)
         weights = (self.distill_weight, self.topk_weight)
         head = self.candidates.rows(lent, batch, generator) if self.candidates else HeadRows.whole(lent)
@@ -53,7 +54,7 @@ class Objective:
         weight_S = self.step_decay ** torch.arange(steps, device=words_S.device)
         total = (words_S * weight_S).sum() / weight_S.sum() + self.regression_weight * parts["regression"]
         if self.csra_weight:
-            aligned = csra(hidden_SBAD, present_BA, self.csra_temperature, generator) / steps
+            aligned = csra(hidden_SBND, present_BN, self.csra_temperature, generator) / steps
             total, parts["csra"] = total + self.csra_weight * aligned, aligned
         parts |= {f"accuracy_{step}": agree for step, agree in enumerate(seen.agree_S, start=1)}
         if self.candidates:
@@ -62,8 +63,8 @@ class Objective:
         return total, {name: value.detach() for name, value in parts.items()}
 
 
-def pack(rows_BR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row_BA, present_BA): each sequence's chosen rows moved to the left, in order; A is the largest count."""
-    present_BR, row_BR = rows_BR.sort(dim=1, descending=True, stable=True)
-    width = max(1, int(rows_BR.sum(1).max()))
-    return row_BR[:, :width], present_BR[:, :width]
+def pack(rows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row_BN, present_BN): each sequence's chosen rows moved to the left, in order; N is the largest count."""
+    present_BT, row_BT = rows_BT.sort(dim=1, descending=True, stable=True)
+    width = max(1, int(rows_BT.sum(1).max()))
+    return row_BT[:, :width], present_BT[:, :width]

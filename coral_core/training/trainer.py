@@ -1,6 +1,6 @@
 """What the loop drives: the model, the optimizer, their data, and what of them a checkpoint holds.
 
-Axes: B batch, T position, R row, D hidden.
+Axes: B batch, T position, N row, D hidden, I input width.
 """
 
 import contextlib
@@ -72,10 +72,10 @@ class Trainer:
     def loss(self, micro: "MicroBatch") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sums over the rows of a micro-batch. Draws are keyed by the seed and the micro-batch's number."""
         generator = torch.Generator(self.accelerator.device).manual_seed(draw_seed(self.seed, micro.number))
-        noise_BRX = None
+        noise_BTI = None
         if width := self.spec.feature_noise:
-            noise_BRX = feature_noise(micro.batch, width, generator, taps=bool(self.config.taps))
-        hiddens = self.model(self.lent, micro.batch, noise_BRX, unroll_steps(self.spec, self.step))
+            noise_BTI = feature_noise(micro.batch, width, generator, taps=bool(self.config.taps))
+        hiddens = self.model(self.lent, micro.batch, noise_BTI, unroll_steps(self.spec, self.step))
         return self.objective(hiddens, micro.batch, self.lent, generator)
 
     def update(self) -> None:
@@ -180,8 +180,8 @@ def drafter_config(spec: TrainSpec, store: Store) -> DrafterConfig:
 def tap_sizes(store: Store) -> list[float]:
     """Root mean square of each tap's rows, the median over the tokens of the first dialogues."""
     batch = batch_of(store, store.train_indices[:SIZED])
-    rows_NX = batch.read_by(taps=True)[batch.valid_BT]
-    taps = rows_NX.split(rows_NX.shape[1] // len(store.taps), dim=1)
+    rows_NI = batch.read_by(taps=True)[batch.valid_BT]
+    taps = rows_NI.split(rows_NI.shape[1] // len(store.taps), dim=1)
     return [float(tap_ND.square().mean(1).sqrt().median()) for tap_ND in taps]
 
 

@@ -26,13 +26,13 @@ def test_pairing_removes_what_prompts_share():
 @pytest.mark.parametrize(("seeds", "seed_noise"), [(1, 0.0), (3, 0.0), (10, 0.02)])
 def test_95_of_100_intervals_hold_the_truth(seeds, seed_noise):
     """200 comparisons without a difference; with noise of seeds, only where there are seeds to see it in."""
-    generator, rounds_SP = np.random.default_rng(0), np.full((seeds, 200), 20.0)
+    generator, rounds_NP = np.random.default_rng(0), np.full((seeds, 200), 20.0)
     prompt_P, held = generator.uniform(2, 4, 200), 0
     for _ in range(200):
         pair = []
         for _ in range(2):
-            noise_SP = generator.normal(1, 0.1, rounds_SP.shape) + generator.normal(0, seed_noise, (seeds, 1))
-            pair.append((rounds_SP * prompt_P * noise_SP, rounds_SP))
+            noise_NP = generator.normal(1, 0.1, rounds_NP.shape) + generator.normal(0, seed_noise, (seeds, 1))
+            pair.append((rounds_NP * prompt_P * noise_NP, rounds_NP))
         low, high = ratio_ci95(*pair)
         held += low < 1 < high
     assert 176 <= held <= 198  # 190 expected; ten seeds under a normal quantile lose a little
@@ -40,6 +40,6 @@ def test_95_of_100_intervals_hold_the_truth(seeds, seed_noise):
 
 def test_seeds_that_disagree_widen_the_interval():
     """+6 %, -3 %, 0 %: over prompts alone this would look certain."""
-    factor_S1 = np.array([[1.06], [0.97], [1.0]])
-    low, high = ratio_ci95((TOKENS * factor_S1, ROUNDS), (TOKENS, ROUNDS))
+    factor_N1 = np.array([[1.06], [0.97], [1.0]])
+    low, high = ratio_ci95((TOKENS * factor_N1, ROUNDS), (TOKENS, ROUNDS))
     assert low < 0.99 < 1.03 < high

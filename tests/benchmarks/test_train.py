@@ -1,4 +1,4 @@
-"""The benchmark of training compares two ways to one number. Axes: none."""
+"""The benchmark of training compares two ways to one number."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def test_a_step_is_told_by_its_parts():
     parts = form.step(tiny_batch([14, 9], [(5, 14), (1, 9)]))
     assert list(parts) == ["unroll", "loss", "backward", "update", "vocabulary", "alignment"]
     assert min(parts.values()) > 0
-    assert len(form.objective.candidates.frequent_F) == 12
+    assert len(form.objective.candidates.frequent_C) == 12
 
 
 def test_figures_are_ratios_where_both_variants_fit():

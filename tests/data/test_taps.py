@@ -61,8 +61,8 @@ def test_a_store_holds_what_the_layers_read(tmp_path: Path) -> None:
     sample = store[3]
     with torch.no_grad():
         out = job.target.model(sample.ids_T[None], output_hidden_states=True)
-    wanted_TX = torch.cat([out.hidden_states[layer][0] for layer in TAPS], dim=-1)
-    torch.testing.assert_close(sample.tap_TX, wanted_TX, rtol=0, atol=1e-5)
+    wanted_TI = torch.cat([out.hidden_states[layer][0] for layer in TAPS], dim=-1)
+    torch.testing.assert_close(sample.tap_TI, wanted_TI, rtol=0, atol=1e-5)
     torch.testing.assert_close(sample.feature_TD, out.hidden_states[-1][0], rtol=0, atol=1e-5)
     assert standing(job).store is not None
 
@@ -116,12 +116,12 @@ def test_fp8_taps_have_scales_of_their_own(tmp_path: Path) -> None:
     """A tap may be far larger than another: one scale for all would leave nothing of the smaller."""
     torch.manual_seed(0)
     sizes = (1.0, 1e3, 1e6)
-    tap_TX = torch.cat([size * torch.randn(6, 16) for size in sizes], dim=1)
-    sample = Sample(torch.arange(6), torch.ones(6, dtype=torch.bool), torch.randn(6, 16), tap_TX)
+    tap_TI = torch.cat([size * torch.randn(6, 16) for size in sizes], dim=1)
+    sample = Sample(torch.arange(6), torch.ones(6, dtype=torch.bool), torch.randn(6, 16), tap_TI)
     facts = write_shard(tmp_path, 0, [sample], FP8)
-    read_TX = Shard(tmp_path / facts.file, "").sample(0).tap_TX
-    assert read_TX is not None
-    for size, read_TD, tap_TD in zip(sizes, read_TX.split(16, 1), tap_TX.split(16, 1), strict=True):
+    read_TI = Shard(tmp_path / facts.file, "").sample(0).tap_TI
+    assert read_TI is not None
+    for size, read_TD, tap_TD in zip(sizes, read_TI.split(16, 1), tap_TI.split(16, 1), strict=True):
         torch.testing.assert_close(read_TD, tap_TD, rtol=1 / 16, atol=size / 500)
 
 
@@ -132,12 +132,12 @@ def test_online_taps_are_the_stored_ones(tmp_path: Path) -> None:
 
     def ask(ids_BT, valid_BT):
         found = tap(job.target.tapping(TAPS), ids_BT, valid_BT)
-        return found.feature_BTD, found.tap_BTX
+        return found.feature_BTD, found.tap_BTI
 
     online = Store.open(job.folder, tap=ask)
     assert online.taps == TAPS
     kept, asked = batch_of(stored, [0, 4, 2]), batch_of(online, [0, 4, 2])
-    torch.testing.assert_close(asked.tap_BTX, kept.tap_BTX, rtol=0, atol=1e-5)
+    torch.testing.assert_close(asked.tap_BTI, kept.tap_BTI, rtol=0, atol=1e-5)
     torch.testing.assert_close(asked.feature_BTD, kept.feature_BTD, rtol=0, atol=1e-5)
 
 

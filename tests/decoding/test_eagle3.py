@@ -1,7 +1,4 @@
-"""A drafter of EAGLE-3's shape: what it reads of the target, that words stay the same, and that a draft is its own.
-
-Axes: T position, D hidden, B batch, H head, G key/value head, E head dimension.
-"""
+"""A drafter of EAGLE-3's shape: what it reads of the target, that words stay the same, and that a draft is its own."""
 
 import dataclasses
 
@@ -80,13 +77,13 @@ def test_taps_are_the_inputs_of_the_layers_behind_any_cache(family: str) -> None
 
     hooks = [layers[tap].register_forward_pre_hook(keep(tap), with_kwargs=True) for tap in taps]
     prompt_T = torch.tensor(some_prompt(3, 9))
-    given_TX = prefill(target.tapping(taps), prompt_T, SlotCache(8, 9))
+    given_TI = prefill(target.tapping(taps), prompt_T, SlotCache(8, 9))
     for hook in hooks:
         hook.remove()
-    wanted_TX = torch.cat([inputs[tap] for tap in taps], dim=-1)[: prompt_T.numel()]  # a forward fills rows up
+    wanted_TI = torch.cat([inputs[tap] for tap in taps], dim=-1)[: prompt_T.numel()]  # a forward fills rows up
     width = target.lent.embed_VD.shape[1]
-    assert torch.equal(given_TX[:, : 3 * width], wanted_TX)
-    assert torch.equal(given_TX[:, 3 * width :], prefill(target, prompt_T, SlotCache(8, 9)))
+    assert torch.equal(given_TI[:, : 3 * width], wanted_TI)
+    assert torch.equal(given_TI[:, 3 * width :], prefill(target, prompt_T, SlotCache(8, 9)))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 Each case reads the tokens of one path in another way and compares the outputs of every part of the model, in the order
 in which they are computed, bit for bit with one step per token. The first part that differs is named.
-Axes: B batch, T row, D hidden, M tree row.
 """
 
 import copy

@@ -25,10 +25,10 @@ def test_a_rounded_drafter_turns_heads_by_the_same_angles() -> None:
 def test_heads_turn_as_llamas_do() -> None:
     config = LlamaConfig(head_dim=8, hidden_size=32, num_attention_heads=4)
     position_BT = torch.tensor([[0, 1, 7, 300]])
-    query_BHTE, key_BGTE = torch.randn(1, 4, 4, 8), torch.randn(1, 2, 4, 8)
+    query_BHTE, key_BJTE = torch.randn(1, 4, 4, 8), torch.randn(1, 2, 4, 8)
     cos_BTE, sin_BTE = LlamaRotaryEmbedding(config)(query_BHTE, position_BT)
     turn = Rope(config)(position_BT, torch.float32)
     for own, expected in zip(
-        (query_BHTE, key_BGTE), apply_rotary_pos_emb(query_BHTE, key_BGTE, cos_BTE, sin_BTE), strict=True
+        (query_BHTE, key_BJTE), apply_rotary_pos_emb(query_BHTE, key_BJTE, cos_BTE, sin_BTE), strict=True
     ):
         torch.testing.assert_close(rotate(own, *turn), expected, rtol=0, atol=1e-6)

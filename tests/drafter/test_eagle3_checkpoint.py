@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints as their writers lay them out. Axes: D hidden, V vocabulary, K row of the drafter's own head."""
+"""EAGLE-3 checkpoints as their writers lay them out."""
 
 import dataclasses
 import json
@@ -34,8 +34,8 @@ def own_head(drafter):
     """With 32 rows of its own, random ones."""
     config = dataclasses.replace(drafter.config, draft_vocab_size=len(TOKENS))
     torch.manual_seed(5)
-    d2t_K = torch.tensor(TOKENS) - torch.arange(len(TOKENS))
-    weights = drafter.state_dict() | {"lm_head.weight": torch.randn(len(TOKENS), 32) / 5, "d2t": d2t_K}
+    d2t_C = torch.tensor(TOKENS) - torch.arange(len(TOKENS))
+    weights = drafter.state_dict() | {"lm_head.weight": torch.randn(len(TOKENS), 32) / 5, "d2t": d2t_C}
     return Drafter.build(config, weights, source="", remedy="")
 
 
@@ -107,7 +107,7 @@ def test_a_run_drafts_from_the_drafters_own_head(tmp_path, target):
     bring_in(str(write(tmp_path / "made", drafter)), tmp_path / "run", target)
     recipe = load_recipe(None, ["name=own", "decode.tree=fixed"])
     engine = Run(recipe, tmp_path / "run").engine(target)
-    assert engine.head.token_K.tolist() == TOKENS
+    assert engine.head.token_C.tolist() == TOKENS
     assert engine.target.taps == TAPS
 
 

@@ -1,6 +1,6 @@
 """EAGLE's draft layer again, from its papers and the tensor names alone: plain tensors, loops over heads, no cache.
 
-Reads an exported folder itself and shares nothing with coral_core. Axes: T position, D hidden, E head dimension.
+Reads an exported folder itself and shares nothing with coral_core.
 """
 
 import json
@@ -68,10 +68,10 @@ class WideReference(Reference):
 
     layer = "midlayer."
 
-    def __call__(self, ids_T: list[int], tap_TX: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids_T: list[int], tap_TI: torch.Tensor) -> torch.Tensor:
         """What the LM head reads: row t has read token t+1 and the taps of t."""
         embed_TD = torch.stack([self.weights["embed_tokens.weight"][token] for token in ids_T]).float()
-        state_TD = tap_TX @ self.weights["fc.weight"].T
+        state_TD = tap_TI @ self.weights["fc.weight"].T
         joined_TD = torch.cat([self.norm(embed_TD, "input_layernorm"), self.norm(state_TD, "hidden_norm")], dim=-1)
         x_TD = state_TD + self.attention(joined_TD)
         x_TD = x_TD + self.mlp(self.norm(x_TD))

@@ -1,7 +1,7 @@
 """llama.cpp drafts with coral's drafter: the same words as without it, and in each round what coral's chain accepts.
 
 Slow: it runs an interpreter that has xllamacpp (pip install xllamacpp gguf), this one or the one that
-CORAL_XLLAMACPP_PYTHON names. Axes: T position, D hidden, X row of queries or keys.
+CORAL_XLLAMACPP_PYTHON names.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def trained(target, prompts, folder):
         answer = [token for event in plain(target, prompt, Sampler(), NEW) for token in event.new_ids]
         ids_T = torch.tensor(prompt + answer)
         found = tap(target.tapping(taps), ids_T[None], torch.ones(1, len(ids_T), dtype=torch.bool))
-        samples.append(Sample(ids_T, torch.arange(len(ids_T)) >= len(prompt), found.feature_BTD[0], found.tap_BTX[0]))
+        samples.append(Sample(ids_T, torch.arange(len(ids_T)) >= len(prompt), found.feature_BTD[0], found.tap_BTI[0]))
     facts = {"drafter_config": drafter_shape(target.model.config), "taps": list(taps)}
     store = make_store(folder / "data", samples, lent=target.lent, facts=facts)
     spec = tiny_spec(**{**PRESETS["eagle3"], "unroll_steps": 3, "steps": 150, "learning_rate": 1e-2, "batch_size": 6})

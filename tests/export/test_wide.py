@@ -1,4 +1,4 @@
-"""Folders of EAGLE-3's shape for engines: names, keys, bits, and back. Axes: T position, D hidden, K own row."""
+"""Folders of EAGLE-3's shape for engines: names, keys, bits, and back."""
 
 import dataclasses
 import json
@@ -83,8 +83,8 @@ def test_a_folder_has_the_names_shapes_and_keys_of_the_engines_loader(tmp_path, 
 def test_export_and_import_leave_every_bit(tmp_path, to, rows):
     target = deep()
     drafter = random_drafter(target, taps=TAPS)
-    token_K = torch.arange(VOCAB).flip(0)[:rows] if rows else None
-    folder = export_engine(to, publish(tmp_path / "a", target, drafter), target, tmp_path / "a", token_K)
+    token_C = torch.arange(VOCAB).flip(0)[:rows] if rows else None
+    folder = export_engine(to, publish(tmp_path / "a", target, drafter), target, tmp_path / "a", token_C)
     bring_in(str(folder), tmp_path / "b", target)
     back = Drafter.load(tmp_path / "b" / "drafter")
     assert dataclasses.replace(back.config, head_dim=8, draft_vocab_size=0) == drafter.config
@@ -100,15 +100,15 @@ def test_our_drafter_and_an_independent_layer_agree_on_the_exported_folder(tmp_p
     target = deep()
     folder = export_engine("vllm", publish(tmp_path, target, random_drafter(target, taps=TAPS)), target, tmp_path)
     torch.manual_seed(2)
-    ids, tap_TX = torch.randint(0, VOCAB, (11,)), torch.randn(11, 96)
+    ids, tap_TI = torch.randint(0, VOCAB, (11,)), torch.randn(11, 96)
 
     def causal(query, key, value):
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     drafter = read_checkpoint(folder).drafter
     turn = drafter.rope(torch.arange(11)[None], torch.float32)
-    out_BTD = drafter.hidden(drafter(target.lent.embed(ids)[None], drafter.read(tap_TX[None]), turn, causal))
-    torch.testing.assert_close(out_BTD[0], WideReference(folder)(ids.tolist(), tap_TX), rtol=0, atol=1e-5)
+    out_BTD = drafter.hidden(drafter(target.lent.embed(ids)[None], drafter.read(tap_TI[None]), turn, causal))
+    torch.testing.assert_close(out_BTD[0], WideReference(folder)(ids.tolist(), tap_TI), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", WIDE)
@@ -192,8 +192,8 @@ def test_a_gguf_file_holds_every_tensor_by_llama_cpps_names(tmp_path):
     gguf = pytest.importorskip("gguf", reason="no gguf here: pip install 'coral-decoding[gguf]'")
     target = deep()
     source = publish(tmp_path, target, random_drafter(target, taps=TAPS))
-    token_K = torch.tensor([5, 90, 7])
-    reader = gguf.GGUFReader(export_engine(GGUF, source, target, tmp_path, token_K) / "drafter.gguf")
+    token_C = torch.tensor([5, 90, 7])
+    reader = gguf.GGUFReader(export_engine(GGUF, source, target, tmp_path, token_C) / "drafter.gguf")
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     assert sorted(tensors) == sorted(
         ["fc.weight", "output_norm.weight", "output.weight", "d2t"]

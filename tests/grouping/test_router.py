@@ -45,16 +45,16 @@ def some_samples(count: int) -> list[Sample]:
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_separable_toy_is_learnt_whole(inner: bool) -> None:
     torch.manual_seed(0)
-    token_M = torch.randint(20, (4000,))
+    token_N = torch.randint(20, (4000,))
     groups = by_id(20, 5)
-    hidden_MD = torch.eye(5, 16)[groups.group_V[token_M]] * 4 + 0.3 * torch.randn(4000, 16)
-    certain_M1 = torch.ones(4000, 1)
-    rows = Rows(hidden_MD[None], hidden_MD, certain_M1, token_M[:, None], certain_M1[None], token_M[None, :, None])
+    hidden_ND = torch.eye(5, 16)[groups.group_V[token_N]] * 4 + 0.3 * torch.randn(4000, 16)
+    certain_N1 = torch.ones(4000, 1)
+    rows = Rows(hidden_ND[None], hidden_ND, certain_N1, token_N[:, None], certain_N1[None], token_N[None, :, None])
     spec = HeadSpec(groups=5, active=1, router_steps=150, router_learning_rate=1e-2)
     lent = Lent(torch.zeros(20, 16), torch.zeros(20, 16))
     router = train_router(first_router(groups, lent, inner=inner), rows, groups, spec, seed=0)
-    everywhere_SM = torch.ones(1, 4000, dtype=torch.bool)
-    assert recall(router, rows, groups, 1, everywhere_SM)["argmax"] > 0.99
+    everywhere_SN = torch.ones(1, 4000, dtype=torch.bool)
+    assert recall(router, rows, groups, 1, everywhere_SN)["argmax"] > 0.99
 
 
 def test_a_router_begins_with_the_mean_logit_of_each_groups_rows() -> None:
@@ -73,32 +73,32 @@ def test_labels_are_the_drafters_mass_per_group(tmp_path: Path) -> None:
     samples = some_samples(5)
     store = make_store(tmp_path / "data", samples, lent=lent, holdout=2)
     rows = gather(Source(drafter, lent, 3), store, seed=0)
-    assert rows.hidden_SMD.shape[:2] == (3, 8 * 7)  # three steps, a full batch of dialogues, seven rows each
+    assert rows.hidden_SND.shape[:2] == (3, 8 * 7)  # three steps, a full batch of dialogues, seven rows each
     torch.testing.assert_close(group_mass(rows, groups).sum(1), torch.ones(3 * 56), rtol=0, atol=1e-5)
     unseen = held_out_rows(Source(drafter, lent, 2), store)
     batch = collate(samples[3:])
-    wanted_BR = loss_rows(batch)
-    p_MV = lent.logits(batch.feature_BTD[:, 1:][wanted_BR]).softmax(-1)
-    assert torch.equal(unseen.token_MK[:, 0], p_MV.argmax(1))
-    outputs = unroll(drafter, lent, batch, 2, wanted_BR=wanted_BR)
-    expected_SMD = torch.stack([out[wanted_BR] for out in outputs])
-    torch.testing.assert_close(unseen.hidden_SMD, expected_SMD, rtol=0, atol=1e-5)
-    q_NV = lent.logits(expected_SMD.flatten(0, 1)).softmax(-1)
+    wanted_BT = loss_rows(batch)
+    p_NV = lent.logits(batch.feature_BTD[:, 1:][wanted_BT]).softmax(-1)
+    assert torch.equal(unseen.token_NR[:, 0], p_NV.argmax(1))
+    outputs = unroll(drafter, lent, batch, 2, wanted_BT=wanted_BT)
+    expected_SND = torch.stack([out[wanted_BT] for out in outputs])
+    torch.testing.assert_close(unseen.hidden_SND, expected_SND, rtol=0, atol=1e-5)
+    q_NV = lent.logits(expected_SND.flatten(0, 1)).softmax(-1)
     torch.testing.assert_close(group_mass(unseen, groups), q_NV.unflatten(1, (6, 8)).sum(-1), rtol=0, atol=1e-5)
-    best_SM = q_NV.argmax(-1).view(2, -1)
-    assert torch.equal(drafted(unseen, 1), best_SM == p_MV.argmax(1))
+    best_SN = q_NV.argmax(-1).view(2, -1)
+    assert torch.equal(drafted(unseen, 1), best_SN == p_NV.argmax(1))
 
 
 def test_recall_by_hand() -> None:
     """A router that always ranks group 0 first, then group 1; four tokens in groups 0, 0, 1, 2."""
 
-    def router(hidden_SMD: torch.Tensor) -> torch.Tensor:
-        return torch.tensor([3.0, 2.0, 1.0]).expand(*hidden_SMD.shape[:2], -1)
+    def router(hidden_SND: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([3.0, 2.0, 1.0]).expand(*hidden_SND.shape[:2], -1)
 
     groups = Groups(torch.tensor([[0, 1], [2, -1], [3, -1]]))
-    hidden_SMD = torch.zeros(1, 2, 4)
-    prob_MK, token_MK = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[2, 3], [3, 1]])
-    rows = Rows(hidden_SMD, hidden_SMD[0], prob_MK, token_MK, prob_MK[None], token_MK[None])
+    hidden_SND = torch.zeros(1, 2, 4)
+    prob_NR, token_NR = torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([[2, 3], [3, 1]])
+    rows = Rows(hidden_SND, hidden_SND[0], prob_NR, token_NR, prob_NR[None], token_NR[None])
     found = recall(router, rows, groups, 2, torch.tensor([[True, False]]))  # type: ignore[arg-type]
     assert found == {"argmax": 0.5, "top10": 0.5, "mass": 0.625, "kept": 1.0}
 
@@ -108,11 +108,11 @@ def test_the_most_likely_tokens_are_those_of_float32(faster: bool, monkeypatch: 
     """Where bfloat16 is faster it only names candidates: neither order nor probabilities are its own."""
     monkeypatch.setattr(router, "bfloat16_is_faster", lambda: faster)
     generator = torch.Generator().manual_seed(3)
-    head_VD, hidden_MD = (torch.randn(rows, 64, generator=generator) / 4 for rows in (3000, 40))
+    head_VD, hidden_ND = (torch.randn(rows, 64, generator=generator) / 4 for rows in (3000, 40))
     lent = Lent(head_VD, head_VD, torch.randn(3000, generator=generator), logit_scale=0.5, logit_softcap=9.0)
     source = Source(tiny_drafter(), lent, 1)
     assert (source.quick is lent) != faster
-    prob_MK, token_MK = router._most_likely(source, hidden_MD)
-    logit_MK, wanted_MK = lent.logits(hidden_MD).topk(router.TOP)
-    assert torch.equal(token_MK, wanted_MK)
-    torch.testing.assert_close(prob_MK, logit_MK.softmax(-1), rtol=0, atol=1e-6)
+    prob_NR, token_NR = router._most_likely(source, hidden_ND)
+    logit_NR, wanted_NR = lent.logits(hidden_ND).topk(router.TOP)
+    assert torch.equal(token_NR, wanted_NR)
+    torch.testing.assert_close(prob_NR, logit_NR.softmax(-1), rtol=0, atol=1e-6)

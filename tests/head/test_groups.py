@@ -60,8 +60,8 @@ def test_kmeans_finds_the_clusters_that_are_there() -> None:
 
 def test_contexts_by_hand() -> None:
     """Two features, mean 0: token 1 follows both, the second time for sure."""
-    feature_MD = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    contexts = token_contexts(3, feature_MD, torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([[0, 1], [1, 2]]))
+    feature_ND = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    contexts = token_contexts(3, feature_ND, torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([[0, 1], [1, 2]]))
     assert contexts.mass_V.tolist() == [0.75, 1.25, 0.0]
     assert contexts.feature_VD.tolist() == [[0.75, 0.0], [-0.75, 0.0], [0.0, 0.0]]
 
@@ -70,10 +70,10 @@ def test_cooccurrence_finds_what_the_rows_do_not_show() -> None:
     """Random head rows; tokens t, t + 3, t + 6, t + 9 are likely together. The rows alone put them elsewhere."""
     generator = torch.Generator().manual_seed(2)
     rows_VD = torch.randn(12, 6, generator=generator)
-    kind_M = torch.arange(300) % 3
-    feature_MD = 3 * torch.eye(6)[kind_M] + 0.1 * torch.randn(300, 6, generator=generator)
-    token_MK = kind_M[:, None] + torch.tensor([0, 3, 6, 9])
-    contexts = token_contexts(12, feature_MD, torch.full((300, 4), 0.25), token_MK)
+    kind_N = torch.arange(300) % 3
+    feature_ND = 3 * torch.eye(6)[kind_N] + 0.1 * torch.randn(300, 6, generator=generator)
+    token_NR = kind_N[:, None] + torch.tensor([0, 3, 6, 9])
+    contexts = token_contexts(12, feature_ND, torch.full((300, 4), 0.25), token_NR)
 
     def bundles(groups: Groups) -> list[int]:
         return [len(set(groups.group_V[bundle::3].tolist())) for bundle in range(3)]

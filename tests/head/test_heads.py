@@ -75,10 +75,10 @@ def test_active_groups_are_the_full_head_restricted_to_their_rows(active: int) -
 
 def test_the_static_head_keeps_its_tokens_only() -> None:
     lent, hidden_ND = a_lent(), torch.randn(2, D)
-    token_K = torch.tensor([7, 3, 50])
-    candidates = StaticHead(lent, token_K).candidates(hidden_ND)
+    token_C = torch.tensor([7, 3, 50])
+    candidates = StaticHead(lent, token_C).candidates(hidden_ND)
     assert candidates.token_C.tolist() == [7, 3, 50]
-    torch.testing.assert_close(candidates.logit_NC, lent.logits(hidden_ND)[:, token_K], rtol=0, atol=1e-5)
+    torch.testing.assert_close(candidates.logit_NC, lent.logits(hidden_ND)[:, token_C], rtol=0, atol=1e-5)
 
 
 def test_best_maps_places_to_tokens() -> None:
@@ -107,7 +107,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     spec = HeadSpec(kind="static", groups=G, active=2)
     static = load_head(folder, spec, lent, target_fingerprint="t", drafter_fingerprint="d")
     assert isinstance(static, StaticHead)
-    assert static.token_K.tolist() == list(range(V * 2 // G))
+    assert static.token_C.tolist() == list(range(V * 2 // G))
     chosen = load_head(folder, HeadSpec(clustering="id"), lent, target_fingerprint="t", drafter_fingerprint="d")
     assert isinstance(chosen, GroupedHead)
     assert chosen.active == 3, "what the recipe leaves open is as group-head chose it"

@@ -1,7 +1,4 @@
-"""Attention at real models' widths, where other kernels serve than for tiny models: the same bits in a tree and alone.
-
-Axes: H attention head, G key/value head, T row, K column, E head dimension.
-"""
+"""Attention at real models' widths, where other kernels serve than for tiny ones: the same bits in a tree and alone."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Tiny drafters and batches for the training tests. Axes: B batch, T position, D hidden, V vocabulary."""
+"""Tiny drafters and batches for the training tests."""
 
 import dataclasses
 from pathlib import Path
@@ -71,7 +71,7 @@ def tiny_batch(lengths: list[int], answers: list[tuple[int, int]], pad_to: int =
         batch.valid_BT[row, :length] = True
         batch.feature_BTD[row, :length] = torch.randn(length, HIDDEN, generator=generator)
     for row, length in enumerate(lengths):
-        batch.tap_BTX[row, :length] = torch.randn(length, 3 * HIDDEN, generator=generator)
+        batch.tap_BTI[row, :length] = torch.randn(length, 3 * HIDDEN, generator=generator)
     return batch
 
 
@@ -83,8 +83,8 @@ def tiny_store(folder: Path, samples: int = 12, holdout: int = 0, *, taps: bool 
         length = int(torch.randint(4, 18, (), generator=generator))
         ids_T = torch.randint(VOCABULARY, (length,), generator=generator)
         feature_TD = torch.randn(length, HIDDEN, generator=generator)
-        tap_TX = 5 * torch.randn(length, 3 * HIDDEN, generator=generator) if taps else None
-        made.append(Sample(ids_T, torch.arange(length) >= length // 2, feature_TD, tap_TX))
+        tap_TI = 5 * torch.randn(length, 3 * HIDDEN, generator=generator) if taps else None
+        made.append(Sample(ids_T, torch.arange(length) >= length // 2, feature_TD, tap_TI))
     facts: dict[str, Any] = {"drafter_config": dataclasses.asdict(tiny_drafter().config)}
     if taps:
         facts["taps"] = list(TAPS)

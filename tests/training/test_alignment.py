@@ -1,4 +1,4 @@
-"""CSRA against numbers that can be checked by hand. Axes: S step, B batch, A packed row, D hidden, M negative."""
+"""CSRA against numbers that can be checked by hand."""
 
 import math
 
@@ -32,8 +32,8 @@ def test_three_steps_take_the_mean_over_the_two_others():
 
 
 def test_a_padded_row_is_neither_query_nor_negative():
-    present_BA = torch.tensor([[True, False]])
-    assert csra((EAST, NORTH), (EAST, NORTH), present=present_BA) == pytest.approx(0, abs=1e-6)
+    present_BN = torch.tensor([[True, False]])
+    assert csra((EAST, NORTH), (EAST, NORTH), present=present_BN) == pytest.approx(0, abs=1e-6)
 
 
 def test_one_step_has_nothing_to_align():
@@ -42,38 +42,38 @@ def test_one_step_has_nothing_to_align():
 
 def test_both_sides_of_a_pair_are_moved():
     """The query and the row that it is contrasted with: of two steps each is both."""
-    hidden_SBAD = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    alignment.csra(hidden_SBAD, torch.ones(1, 4, dtype=torch.bool), 0.2).backward()
-    both = hidden_SBAD.grad.clone()
-    hidden_SBAD.grad = None
-    first_BAD, second_BAD = hidden_SBAD[0], hidden_SBAD[1].detach()
-    alignment.csra(torch.stack((first_BAD, second_BAD)), torch.ones(1, 4, dtype=torch.bool), 0.2).backward()
-    torch.testing.assert_close(hidden_SBAD.grad[0], both[0])
+    hidden_SBND = torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    alignment.csra(hidden_SBND, torch.ones(1, 4, dtype=torch.bool), 0.2).backward()
+    both = hidden_SBND.grad.clone()
+    hidden_SBND.grad = None
+    first_BND, second_BND = hidden_SBND[0], hidden_SBND[1].detach()
+    alignment.csra(torch.stack((first_BND, second_BND)), torch.ones(1, 4, dtype=torch.bool), 0.2).backward()
+    torch.testing.assert_close(hidden_SBND.grad[0], both[0])
     assert both[1].abs().max() > 0
 
 
 def test_negatives_are_capped_seeded_and_present(monkeypatch):
     monkeypatch.setattr(alignment, "NEGATIVES", 5)
-    present_BA = torch.arange(20)[None] < torch.tensor([[20], [7]])
-    draws = [alignment.draw_negatives(present_BA, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
-    row_BM, usable_BAM = draws[0]
-    assert row_BM.shape == (2, 5)
-    assert usable_BAM.shape == (2, 20, 5)
-    assert row_BM[1].max() < 7
-    assert len(set(row_BM[0].tolist())) == 5
-    assert torch.equal(row_BM, draws[1][0])
-    assert not torch.equal(row_BM, draws[2][0])
-    assert not usable_BAM[0, row_BM[0, 2], 2], "a row is not its own negative"
+    present_BN = torch.arange(20)[None] < torch.tensor([[20], [7]])
+    draws = [alignment.draw_negatives(present_BN, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    row_BR, usable_BNR = draws[0]
+    assert row_BR.shape == (2, 5)
+    assert usable_BNR.shape == (2, 20, 5)
+    assert row_BR[1].max() < 7
+    assert len(set(row_BR[0].tolist())) == 5
+    assert torch.equal(row_BR, draws[1][0])
+    assert not torch.equal(row_BR, draws[2][0])
+    assert not usable_BNR[0, row_BR[0, 2], 2], "a row is not its own negative"
 
 
 def test_capped_negatives_by_drawing():
     """Three rows, all drawn: each may use the two others; the second sequence has only its first row."""
-    present_BA = torch.tensor([[True, True, True], [True, False, False]])
-    row_BM, usable_BAM = alignment.draw_negatives(present_BA, None)
-    usable_BAR = torch.zeros(2, 3, 3, dtype=torch.bool).scatter_(2, row_BM[:, None].expand(2, 3, 3), usable_BAM)
+    present_BN = torch.tensor([[True, True, True], [True, False, False]])
+    row_BR, usable_BNR = alignment.draw_negatives(present_BN, None)
+    usable_BNN = torch.zeros(2, 3, 3, dtype=torch.bool).scatter_(2, row_BR[:, None].expand(2, 3, 3), usable_BNR)
     F, T = False, True
-    assert usable_BAR[0].tolist() == [[F, T, T], [T, F, T], [T, T, F]]
-    assert usable_BAR[1].tolist() == [[F, F, F], [T, F, F], [T, F, F]]
+    assert usable_BNN[0].tolist() == [[F, T, T], [T, F, T], [T, T, F]]
+    assert usable_BNN[1].tolist() == [[F, F, F], [T, F, F], [T, F, F]]
 
 
 def test_cosine_between_steps_by_hand():

@@ -1,4 +1,4 @@
-"""The loss over candidates: which rows it reads, and when it is exact. Axes: S step, N row, D hidden, V vocabulary."""
+"""The loss over candidates: which rows it reads, and when it is exact."""
 
 import dataclasses
 import math
@@ -97,8 +97,8 @@ def test_frequent_tokens_are_those_of_the_training_answers(tmp_path):
     count_V = torch.bincount(answers, minlength=VOCABULARY)
     candidates = Candidates.of(store, 12, torch.device("cpu"))
     assert candidates.drawn == 3
-    assert len(candidates.frequent_F) == 9
-    assert count_V[candidates.frequent_F].min() >= count_V.sort(descending=True).values[9]
+    assert len(candidates.frequent_C) == 9
+    assert count_V[candidates.frequent_C].min() >= count_V.sort(descending=True).values[9]
 
 
 @pytest.mark.parametrize("count", [0, VOCABULARY, VOCABULARY + 1])

@@ -1,4 +1,4 @@
-"""Accuracy by depth and rank on held-out dialogues, against ranks counted one by one. Axes: D hidden."""
+"""Accuracy by depth and rank on held-out dialogues, against ranks counted one by one."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_ranks_counted_one_by_one(tmp_path):
         outputs = unroll(drafter, lent, batch, DEPTHS)
         for row in loss_rows(batch)[0].nonzero()[:, 0].tolist():
             token = int(lent.logits(batch.feature_BTD[0, row + 1]).argmax())
-            chain = [output_BRD[0, row] for output_BRD in outputs]
+            chain = [output_BTD[0, row] for output_BTD in outputs]
             for depth, hidden_D in enumerate(chain):
                 order = lent.logits(hidden_D).argsort(descending=True).tolist()
                 ranks[depth].append(order.index(token))

@@ -1,7 +1,4 @@
-"""Training in EAGLE-3's shape: from taps, through all steps, to a drafter that decoding reads.
-
-Axes: T position, D hidden.
-"""
+"""Training in EAGLE-3's shape: from taps, through all steps, to a drafter that decoding reads."""
 
 import dataclasses
 
@@ -132,4 +129,4 @@ def test_what_is_measured_by_depth_and_what_routers_learn_from_read_taps(tmp_pat
     with torch.no_grad():
         outs, same = (unroll(drafter, store.lent(), one, 2) for one in (batch, loud))
     assert torch.equal(outs[1], same[1])
-    assert rows.hidden_SMD.shape[-1] == HIDDEN
+    assert rows.hidden_SND.shape[-1] == HIDDEN

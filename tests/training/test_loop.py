@@ -1,4 +1,4 @@
-"""The loop's promises: resume, accumulation, processes, when it stops. Axes: V vocabulary, D hidden."""
+"""The loop's promises: resume, accumulation, processes, when it stops."""
 
 import dataclasses
 import json

@@ -1,7 +1,4 @@
-"""The losses, against numbers that can be checked by hand and against their eager references.
-
-Axes: N row, S step, B batch, A packed row, D hidden, V vocabulary.
-"""
+"""The losses, against numbers that can be checked by hand and against their eager references."""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""One batch's loss: what counts, what does not. Axes: B batch, R row, D hidden."""
+"""One batch's loss: what counts, what does not."""
 
 import dataclasses
 
@@ -49,11 +49,11 @@ def test_parts_add_up_to_the_loss_and_match_the_references():
     total, parts = CORAL(hiddens, batch, lent)
     summed = parts["regression"] + 0.1 * parts["distill"] + parts["topk"] + 0.1 * parts["csra"]
     torch.testing.assert_close(total.detach(), summed, rtol=1e-5, atol=1e-4)
-    rows_BR = loss_rows(batch)
-    feature_ND = batch.feature_BTD[:, 1:][rows_BR]
-    expected = sum(losses.topk(hidden_BRD[rows_BR], feature_ND, lent, 5) for hidden_BRD in hiddens) / 3
+    rows_BT = loss_rows(batch)
+    feature_ND = batch.feature_BTD[:, 1:][rows_BT]
+    expected = sum(losses.topk(hidden_BTD[rows_BT], feature_ND, lent, 5) for hidden_BTD in hiddens) / 3
     torch.testing.assert_close(parts["topk"], expected.detach(), rtol=1e-5, atol=1e-4)
-    drafted_N, wanted_N = (lent.logits(x_ND).argmax(-1) for x_ND in (hiddens[1][rows_BR], feature_ND))
+    drafted_N, wanted_N = (lent.logits(x_ND).argmax(-1) for x_ND in (hiddens[1][rows_BT], feature_ND))
     assert parts["accuracy_2"].item() == (drafted_N == wanted_N).sum().item()
 
 
@@ -77,10 +77,10 @@ def test_a_batch_without_an_answer_costs_nothing():
 
 def test_pack_drawn():
     F, T = False, True
-    row_BA, present_BA = pack(torch.tensor([[F, T, F, T], [F, F, F, F], [F, F, T, F]]))
-    assert row_BA[0].tolist() == [1, 3]
-    assert row_BA[2, 0].item() == 2
-    assert present_BA.tolist() == [[T, T], [F, F], [T, F]]
+    row_BN, present_BN = pack(torch.tensor([[F, T, F, T], [F, F, F, F], [F, F, T, F]]))
+    assert row_BN[0].tolist() == [1, 3]
+    assert row_BN[2, 0].item() == 2
+    assert present_BN.tolist() == [[T, T], [F, F], [T, F]]
 
 
 def test_bf16_products_on_a_cpu_have_few_shapes():

@@ -25,7 +25,7 @@ def fresh_accelerate():
 
 def ask(ids_BT, valid_BT):
     found = tap(make_target(), ids_BT, valid_BT)
-    return found.feature_BTD, found.tap_BTX
+    return found.feature_BTD, found.tap_BTI
 
 
 @pytest.fixture(scope="module")

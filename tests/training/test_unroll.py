@@ -1,7 +1,4 @@
-"""The unroll is what drafting sees: step F of training equals the F-th drafting step with a cache.
-
-Axes: B batch, R row, D hidden, H head, G key/value head, E head dimension, K cached position.
-"""
+"""The unroll is what drafting sees: step F of training equals the F-th drafting step with a cache."""
 
 import dataclasses
 import subprocess
@@ -28,20 +25,20 @@ class DraftCache:
     """Keys and values of the rows drafted so far: what an engine keeps. Independent of the unroll's code."""
 
     def __init__(self) -> None:
-        self.key_GKE = self.value_GKE = None
+        self.key_JKE = self.value_JKE = None
 
-    def attend(self, query_BHTE, key_BGTE, value_BGTE):
+    def attend(self, query_BHTE, key_BJTE, value_BJTE):
         """One sequence; new rows see the cached ones, and among themselves only what is not later."""
-        old = 0 if self.key_GKE is None else self.key_GKE.shape[1]
-        self.key_GKE = key_BGTE[0] if not old else torch.cat((self.key_GKE, key_BGTE[0]), 1)
-        self.value_GKE = value_BGTE[0] if not old else torch.cat((self.value_GKE, value_BGTE[0]), 1)
+        old = 0 if self.key_JKE is None else self.key_JKE.shape[1]
+        self.key_JKE = key_BJTE[0] if not old else torch.cat((self.key_JKE, key_BJTE[0]), 1)
+        self.value_JKE = value_BJTE[0] if not old else torch.cat((self.value_JKE, value_BJTE[0]), 1)
         outs = []
         for head, query_TE in enumerate(query_BHTE[0]):
-            group = head * len(self.key_GKE) // query_BHTE.shape[1]
-            score_TK = query_TE @ self.key_GKE[group].T / query_TE.shape[-1] ** 0.5
+            group = head * len(self.key_JKE) // query_BHTE.shape[1]
+            score_TK = query_TE @ self.key_JKE[group].T / query_TE.shape[-1] ** 0.5
             for new, row in enumerate(score_TK):
                 row[old + new + 1 :] = -torch.inf
-            outs.append(score_TK.softmax(-1) @ self.value_GKE[group])
+            outs.append(score_TK.softmax(-1) @ self.value_JKE[group])
         return torch.stack(outs)[None]
 
 
@@ -49,12 +46,12 @@ def draft_chain(drafter, lent, ids_T, feature_TD, root, steps):
     """Outputs [D] of `steps` drafting steps: rows 0 to root read the target's features, later ones the last output."""
     cache, outs = DraftCache(), []
     rows = torch.arange(root + 1)
-    state_1KD = drafter.read(feature_TD[None, : root + 1])
+    state_1TD = drafter.read(feature_TD[None, : root + 1])
     for _ in range(steps):
-        embed_1KD = lent.embed(ids_T[rows + 1])[None]
-        out_1KD = drafter(embed_1KD, state_1KD, drafter.rope(rows[None], embed_1KD.dtype), cache.attend)
-        outs.append(drafter.hidden(out_1KD)[0, -1])
-        rows, state_1KD = rows[-1:] + 1, out_1KD[:, -1:]
+        embed_1TD = lent.embed(ids_T[rows + 1])[None]
+        out_1TD = drafter(embed_1TD, state_1TD, drafter.rope(rows[None], embed_1TD.dtype), cache.attend)
+        outs.append(drafter.hidden(out_1TD)[0, -1])
+        rows, state_1TD = rows[-1:] + 1, out_1TD[:, -1:]
     return outs
 
 
@@ -86,8 +83,8 @@ def test_rows_cut_off_on_the_right_change_nothing_before_them():
     )
     with torch.no_grad():
         whole, cut = (unroll.unroll(drafter, lent, batch, 3) for batch in (BATCH, short))
-    for whole_BRD, cut_BRD in zip(whole, cut, strict=True):
-        torch.testing.assert_close(whole_BRD[:, :7], cut_BRD, rtol=0, atol=1e-5)
+    for whole_BTD, cut_BTD in zip(whole, cut, strict=True):
+        torch.testing.assert_close(whole_BTD[:, :7], cut_BTD, rtol=0, atol=1e-5)
 
 
 def test_what_each_row_sees_drawn():
@@ -104,12 +101,12 @@ def test_what_each_row_sees_drawn():
         "0 0 0 1 2",
     ]
     seen = [[10 * int(s) + c for c, s in enumerate(line.split()) if s != "."] for line in drawing]
-    expected_R = torch.tensor([sum(row) / len(row) for row in seen])
+    expected_T = torch.tensor([sum(row) / len(row) for row in seen])
     zeros = torch.zeros(1, 1, 5, 8)
     values = [(10 * stream + torch.arange(5.0))[None, None, :, None].expand(1, 1, 5, 8) for stream in range(3)]
     for attend in (attention.attend_eager, attention.attend_fast):
-        out_BHRE = attend(zeros, [zeros] * 3, values)
-        torch.testing.assert_close(out_BHRE[0, 0, :, 0], expected_R, rtol=0, atol=1e-5)
+        out_BHTE = attend(zeros, [zeros] * 3, values)
+        torch.testing.assert_close(out_BHTE[0, 0, :, 0], expected_T, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
@@ -118,12 +115,12 @@ def test_fast_attention_equals_eager_in_outputs_and_gradients(steps, rows):
     torch.manual_seed(steps * rows)
     tensors = [(torch.randn(2, 4, rows, 16) * 1.5).requires_grad_() for _ in range(1 + 2 * steps)]
     query, keys, values = tensors[0], tensors[1 : 1 + steps], tensors[1 + steps :]
-    grad_BHRE = torch.randn(2, 4, rows, 16)
+    grad_BHTE = torch.randn(2, 4, rows, 16)
     outs, grads = [], []
     for attend in (attention.attend_eager, attention.attend_fast):
-        out_BHRE = attend(query, keys, values)
-        outs.append(out_BHRE)
-        grads.append(torch.autograd.grad(out_BHRE, tensors, grad_BHRE, materialize_grads=True))
+        out_BHTE = attend(query, keys, values)
+        outs.append(out_BHTE)
+        grads.append(torch.autograd.grad(out_BHTE, tensors, grad_BHTE, materialize_grads=True))
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-5)
     for fast, eager in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-4)
@@ -139,10 +136,10 @@ def test_fast_attention_on_a_gpu_equals_eager(dtype, steps):
     tensors = [torch.randn(2, 4, 100, 64, device="cuda", dtype=dtype) for _ in range(2 + 2 * steps)]
     results = []
     for attend, kind in ((attention.attend_eager, torch.float32), (attention.attend_fast, dtype)):
-        query, grad_BHRE, *streams = [tensor.to(kind).requires_grad_() for tensor in tensors]
-        out_BHRE = attend(query, streams[:steps], streams[steps:])
-        grads = torch.autograd.grad(out_BHRE, [query, *streams], grad_BHRE.detach(), materialize_grads=True)
-        results.append([out_BHRE, *grads])
+        query, grad_BHTE, *streams = [tensor.to(kind).requires_grad_() for tensor in tensors]
+        out_BHTE = attend(query, streams[:steps], streams[steps:])
+        grads = torch.autograd.grad(out_BHTE, [query, *streams], grad_BHTE.detach(), materialize_grads=True)
+        results.append([out_BHTE, *grads])
     bound = 1e-4 if dtype == torch.float32 else 5e-2  # bf16 gradients here are of size 2 to 4
     for fast, eager in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(fast.float(), eager, rtol=bound, atol=bound)
@@ -152,17 +149,17 @@ def test_weights_get_the_same_gradient_from_both_attentions():
     lent, grads = tiny_lent(), []
     for attend in (attention.attend_eager, attention.attend_fast):
         drafter = tiny_drafter()
-        embed_BRD, feature_BRD = lent.embed(BATCH.ids_BT[:, 1:]), BATCH.feature_BTD[:, :-1]
-        rows_BR = BATCH.valid_BT[:, 1:]
-        hiddens = unroll.unroll_rows(drafter, (embed_BRD, feature_BRD), [rows_BR] * 4, attend)
-        sum((hidden_BRD[rows_BR] ** 2).mean() for hidden_BRD in hiddens).backward()
+        embed_BTD, feature_BTD = lent.embed(BATCH.ids_BT[:, 1:]), BATCH.feature_BTD[:, :-1]
+        rows_BT = BATCH.valid_BT[:, 1:]
+        hiddens = unroll.unroll_rows(drafter, (embed_BTD, feature_BTD), [rows_BT] * 4, attend)
+        sum((hidden_BTD[rows_BT] ** 2).mean() for hidden_BTD in hiddens).backward()
         grads.append({name: parameter.grad for name, parameter in drafter.named_parameters()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_memory_of_the_fast_attention_does_not_grow_with_the_square():
-    """Largest tensor that autograd keeps for backward: O(R) elements per head, where eager keeps R x R."""
+    """Largest tensor that autograd keeps for backward: O(T) elements per head, where eager keeps T x T."""
     rows, largest = 256, {}
     for attend in (attention.attend_eager, attention.attend_fast):
         saved = []
@@ -224,13 +221,13 @@ def test_gradients_run_through_all_steps_where_that_is_asked_for():
     """Every weight's gradient is that of finite differences, which detached streams would miss; so are the outputs."""
     lent, batch = tiny_lent(), BATCH
     drafter = tiny_drafter(taps=TAPS).double()
-    double = dataclasses.replace(batch, tap_BTX=batch.tap_BTX.double())
+    double = dataclasses.replace(batch, tap_BTI=batch.tap_BTI.double())
     lent = dataclasses.replace(lent, embed_VD=lent.embed_VD.double(), head_VD=lent.head_VD.double())
 
     def loss(attend=attention.attend_eager):
-        embed_BRD, read_BRX = lent.embed(double.ids_BT[:, 1:]), double.tap_BTX[:, :-1]
+        embed_BTD, read_BTI = lent.embed(double.ids_BT[:, 1:]), double.tap_BTI[:, :-1]
         rows = [double.valid_BT[:, 1:]] * 3
-        outs = unroll.unroll_rows(drafter, (embed_BRD, drafter.read(read_BRX)), rows, attend, through=True)
+        outs = unroll.unroll_rows(drafter, (embed_BTD, drafter.read(read_BTI)), rows, attend, through=True)
         return outs[-1][double.valid_BT[:, 1:]].square().mean() + outs[-1][0, 4, 3]
 
     loss().backward()
@@ -248,12 +245,12 @@ def test_gradients_run_through_all_steps_where_that_is_asked_for():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_computing_only_what_is_needed_changes_no_wanted_row_and_no_gradient(steps):
-    lent, wanted_BR = tiny_lent(), unroll.loss_rows(BATCH)
+    lent, wanted_BT = tiny_lent(), unroll.loss_rows(BATCH)
     found = []
-    for wanted in (None, wanted_BR):
+    for wanted in (None, wanted_BT):
         drafter = tiny_drafter()
-        hiddens = unroll.unroll(drafter, lent, BATCH, steps, wanted_BR=wanted)
-        chosen = torch.stack([hidden_BRD[wanted_BR] for hidden_BRD in hiddens])
+        hiddens = unroll.unroll(drafter, lent, BATCH, steps, wanted_BT=wanted)
+        chosen = torch.stack([hidden_BTD[wanted_BT] for hidden_BTD in hiddens])
         (chosen**2).mean().backward()
         found.append((chosen.detach(), [parameter.grad for parameter in drafter.parameters()]))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=0, atol=1e-5)
@@ -265,10 +262,10 @@ def test_needed_rows_drawn():
     """w wanted, . valid, x padding; then what steps 1 to 4 compute: the last its wanted rows, each earlier one more."""
     drawing = "....w.ww.xx"
     expected = ["11111111100", "00111111000", "00011111000", "00001011000"]
-    valid_BR, wanted_BR = (torch.tensor([[letter in letters for letter in drawing]]) for letters in (".w", "w"))
-    masks = unroll.needed_rows(valid_BR, wanted_BR, 4)
-    assert ["".join(str(int(x)) for x in mask_BR[0]) for mask_BR in masks] == expected
-    assert len(unroll.needed_rows(valid_BR, wanted_BR, 1)) == 1
+    valid_BT, wanted_BT = (torch.tensor([[letter in letters for letter in drawing]]) for letters in (".w", "w"))
+    masks = unroll.needed_rows(valid_BT, wanted_BT, 4)
+    assert ["".join(str(int(x)) for x in mask_BT[0]) for mask_BT in masks] == expected
+    assert len(unroll.needed_rows(valid_BT, wanted_BT, 1)) == 1
 
 
 def test_loss_rows_drawn():
@@ -292,8 +289,8 @@ def test_noise_depends_on_a_sequence_s_own_length_not_on_its_padding():
     generator = torch.Generator().manual_seed(0)
     lengths = [4, 8]
     batch = tiny_batch(lengths, [(1, 3), (1, 3)], pad_to=400)
-    noise_BRX = unroll.feature_noise(batch, 0.2, generator)
-    for noise_RX, length in zip(noise_BRX, lengths, strict=True):
-        assert noise_RX.abs().max() == pytest.approx(0.1 * 512 / length, rel=0.01)
-    assert noise_BRX.shape == (2, 399, HIDDEN)
+    noise_BTI = unroll.feature_noise(batch, 0.2, generator)
+    for noise_TI, length in zip(noise_BTI, lengths, strict=True):
+        assert noise_TI.abs().max() == pytest.approx(0.1 * 512 / length, rel=0.01)
+    assert noise_BTI.shape == (2, 399, HIDDEN)
     assert unroll.feature_noise(batch, 0.2, generator, taps=True).shape == (2, 399, 3 * HIDDEN)
