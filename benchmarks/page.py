@@ -6,16 +6,21 @@ A test compares both with what this prints, so that a file that is measured anew
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import real
+from benchmarks.paired import tau
 from benchmarks.record import RESULTS
 from coral_core.artifacts import write_text
 from coral_core.report.tables import table
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- begin: python -m benchmarks.page -->", "<!-- end -->"
-"""Between these two lines of the README stands its table."""
+BEGIN, END = "<!-- begin: {}, python -m benchmarks.page -->", "<!-- end -->"
+"""Between these two lines of the README stands the table of a file."""
+METHODS = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL"}
+MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 ABOUT = {
     "real": "Real chat models: EAGLE-2, HASS and CORAL, full and grouped head, against the fastest plain decoding.",
     "exact": "Whether a speculative answer has the bits of the plain one, and what that costs.",
@@ -62,8 +67,9 @@ def section(name: str, about: str) -> str:
         f"{machine['device']}, {machine['threads']} threads; torch {versions['torch']}, transformers "
         f"{versions['transformers']}; commit {versions['git_commit'][:7]}; {found['date']}"
     )
-    shown = pico_table(found["rows"]) if name == "pico" else table(("figure", "value"), flat(found["figures"]))
-    return f"## {name}\n\n{about}\n\n`{found['command']}`\n\n{where}\n\n{shown}\n"
+    shown = [TABLES[name](found["rows"])] if name in TABLES else []
+    shown += [] if name == "pico" else [table(("figure", "value"), flat(found["figures"]))]
+    return f"## {name}\n\n{about}\n\n`{found['command']}`\n\n{where}\n\n" + "\n\n".join(shown) + "\n"
 
 
 def flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -104,11 +110,47 @@ def pico_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def real_table(rows: list[dict[str, Any]]) -> str:
+    """Real models as the README shows them: tau with EAGLE-2's fixed tree, and the speed of the tree that pays."""
+    benches = list(dict.fromkeys(row["bench"] for row in rows))
+    lines = []
+    for model, temperature in dict.fromkeys((row["model"], row["temperature"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["temperature"]) == (model, temperature)]
+        for method, head in methods_and_heads(own):
+            cells = [real_cell([row for row in own if row["bench"] == bench], method, head) for bench in benches]
+            name = f"{METHODS.get(method, method)}, {head} head"
+            lines.append((MODELS.get(model, model), f"{temperature:g}", name, *cells))
+    return table(("model", "T", "method", *(f"{bench}: tau, speedup" for bench in benches)), lines)
+
+
+def methods_and_heads(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """In the order of METHODS; several seeds of a method are one."""
+    lanes = [name.split() for name in rows[0]["lanes"] if real.is_ours(name)]
+    found = dict.fromkeys((words[0].partition("@")[0], words[1]) for words in lanes)
+    return sorted(found, key=lambda one: (list(METHODS).index(one[0]) if one[0] in METHODS else len(METHODS), one[1]))
+
+
+def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
+    """Of one bench."""
+    ours = [name for name in rows[0]["lanes"] if name.split()[1:3] == [head, "auto"] and name.startswith(method)]
+    plains = [name for name in rows[0]["lanes"] if name.split()[0] in ("plain", "generate")]
+    speedup = real.fastest(rows, ours) / real.fastest(rows, plains)
+    return f"{tau(real.counts(rows, method, head)):.2f}, {speedup:.2f}x"
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {"real": real_table, "pico": pico_table}
+"""Files that the README shows, each in a table of its own."""
+
+
 def readme(text: str) -> str:
-    """The README with its table as the files have it now."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{pico_table(load('pico')['rows'])}\n{END}{after}"
+    """The README with its tables as the files have them now; the place of a file that is not there stays empty."""
+    for name, draw in TABLES.items():
+        begin = BEGIN.format(name)
+        before, found, rest = text.partition(begin)
+        if found:
+            shown = f"{draw(load(name)['rows'])}\n" if (RESULTS / f"{name}.json").exists() else ""
+            text = f"{before}{begin}\n{shown}{END}{rest.partition(END)[2]}"
+    return text
 
 
 def main() -> None:

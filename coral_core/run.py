@@ -11,9 +11,11 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
+from coral_core.errors import RecipeError
 from coral_core.head.candidates import Head
 from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
+from coral_core.kernels.exact import MOST_NODES
 from coral_core.lock import published
 from coral_core.recipe.schema import DecodeSpec, Recipe
 from coral_core.target.kin import refuse_other_target
@@ -73,7 +75,7 @@ class Run:
             drafter = self.drafter(target)
             own = drafter.config.draft_vocab_size
             head = whole_head(drafter, target.lent) if own else self.head(target)
-            engine = Engine(target, drafter, head, tree_shape(self.recipe.decode))
+            engine = Engine(target, drafter, head, checked_shape(self.recipe.decode, target))
         if self.recipe.decode.tree != "auto":
             return engine
         head_of = {"kind": "own", "rows": own} if own else self._head_of()
@@ -101,6 +103,16 @@ def tree_shape(decode: DecodeSpec) -> TreeShape:
         topk=decode.draft_topk,
         confidence=decode.draft_confidence,
     )
+
+
+def checked_shape(decode: DecodeSpec, target: Target) -> TreeShape:
+    """The recipe's tree. Raises RecipeError for one that is too large to be verified exactly."""
+    if target.exact and decode.draft_nodes > MOST_NODES:
+        raise RecipeError(
+            f"decode.draft_nodes is {decode.draft_nodes}; on a CPU, forwards are exact with {MOST_NODES} at most. "
+            f"Set decode.draft_nodes={MOST_NODES}, or decode.exact=false"
+        )
+    return tree_shape(decode)
 
 
 def sampler(recipe: Recipe) -> Sampler:

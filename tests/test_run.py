@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from coral_core.decoding.engine import Engine
+from coral_core.errors import RecipeError
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
 
@@ -12,3 +14,14 @@ from coral_core.run import Run
 def test_decode_exact_says_whether_forwards_are_exact(exact: bool, tmp_path: Path) -> None:
     recipe = load_recipe(None, [f"decode.exact={str(exact).lower()}"])
     assert Run(recipe, tmp_path).target().exact is exact
+
+
+def test_a_tree_that_is_too_large_to_be_exact_is_refused(tmp_path: Path) -> None:
+    def engine(*keys: str) -> Engine:
+        run = Run(load_recipe(None, ["decode.tree=fixed", "head.kind=full", *keys]), tmp_path)
+        return run.engine(run.target())
+
+    with pytest.raises(RecipeError, match=r"draft_nodes is 64; .* Set decode.draft_nodes=63, or decode.exact=false"):
+        engine("decode.draft_nodes=64")
+    assert engine("decode.draft_nodes=63").target.exact
+    assert not engine("decode.draft_nodes=64", "decode.exact=false").target.exact

@@ -22,6 +22,8 @@ BLOCK = 128
 """Positions of a block."""
 WIDEST = 192
 """Columns of the widest block: those of BLOCK positions, and the siblings among them."""
+MOST_NODES = WIDEST - BLOCK - 1
+"""Of a tree besides its root, so that no block is wider."""
 LEAST_ROWS, LEAST_COLUMNS = 4, 16
 SMALL_PRODUCT = 400
 """Multiplications below which PyTorch multiplies by a loop of its own (LinearAlgebra.cpp, `bmm_out_or_baddbmm_`)."""
