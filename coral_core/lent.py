@@ -1,7 +1,7 @@
 """What the target lends to the drafter: its embedding, its LM head, and what its logits go through.
 
 Saved beside the features, so that training runs on a machine that never loads the target.
-Axes: D hidden, V vocabulary.
+Axes: D hidden, V vocabulary, N row, X any axes.
 """
 
 import dataclasses

@@ -13,7 +13,8 @@ the same products, and no copy. On two cores of an AMD EPYC (AVX-512), 32 heads 
 
 With more than 16 rows it gains nothing there, and with few keys its 0.004 to 0.016 ms of small operations are a loss,
 but for a single row in bfloat16, for which the kernel is slow.
-Axes: B batch, H attention head, G key/value head, T new row, K cached row, E head dimension, F row of a folded head.
+Axes: B batch, H attention head, J key/value head, T position of a new row, K cached column, E head dimension, N row:
+the new rows of all heads that share keys, X any axes.
 """
 
 from typing import Any
@@ -49,7 +50,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[B,T,H,E] of queries [B,H,T,E] over keys and values [B,G,K,E], in the form that transformers asks for."""
+    """[B,T,H,E] of queries [B,H,T,E] over keys and values [B,J,K,E], in the form that transformers asks for."""
     layout = getattr(attention_mask, "columns", None)
     if layout is not None:
         return exact.attention(query, key, value, layout, kwargs.get("scaling")), None
@@ -64,30 +65,30 @@ def attend(
 
 def grouped(
     query_BHTE: torch.Tensor,
-    key_BGKE: torch.Tensor,
-    value_BGKE: torch.Tensor,
+    key_BJKE: torch.Tensor,
+    value_BJKE: torch.Tensor,
     mask_XTK: torch.Tensor | None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention [B,H,T,E]. A mask [T,K] or [B,1,T,K] is true where a row sees, or additive; without, it sees all."""
     batch, heads, rows, width = query_BHTE.shape
-    groups = key_BGKE.shape[1]
-    if not _folds(query_BHTE, key_BGKE):
+    groups = key_BJKE.shape[1]
+    if not _folds(query_BHTE, key_BJKE):
         return scaled_dot_product_attention(
-            query_BHTE, key_BGKE, value_BGKE, attn_mask=mask_XTK, scale=scale, enable_gqa=heads != groups
+            query_BHTE, key_BJKE, value_BJKE, attn_mask=mask_XTK, scale=scale, enable_gqa=heads != groups
         )
-    query_BGFE = query_BHTE.reshape(batch, groups, heads // groups * rows, width)
-    mask_XFK = mask_XTK
+    query_BJNE = query_BHTE.reshape(batch, groups, heads // groups * rows, width)
+    mask_XNK = mask_XTK
     if mask_XTK is not None:
-        mask_XFK = mask_XTK.repeat(*[1] * (mask_XTK.dim() - 2), heads // groups, 1)
-    out_BGFE = scaled_dot_product_attention(query_BGFE, key_BGKE, value_BGKE, attn_mask=mask_XFK, scale=scale)
-    return out_BGFE.reshape(batch, heads, rows, width)
+        mask_XNK = mask_XTK.repeat(*[1] * (mask_XTK.dim() - 2), heads // groups, 1)
+    out_BJNE = scaled_dot_product_attention(query_BJNE, key_BJKE, value_BJKE, attn_mask=mask_XNK, scale=scale)
+    return out_BJNE.reshape(batch, heads, rows, width)
 
 
-def _folds(query_BHTE: torch.Tensor, key_BGKE: torch.Tensor) -> bool:
+def _folds(query_BHTE: torch.Tensor, key_BJKE: torch.Tensor) -> bool:
     """Whether it is faster so. A GPU's kernels for masks take no grouped heads at all."""
     rows = query_BHTE.shape[2]
-    if query_BHTE.shape[1] == key_BGKE.shape[1]:
+    if query_BHTE.shape[1] == key_BJKE.shape[1]:
         return False
     slow = rows == 1 and query_BHTE.dtype == torch.bfloat16
-    return query_BHTE.device.type != "cpu" or slow or (rows <= FEW_ROWS and key_BGKE.numel() >= MANY_KEYS)
+    return query_BHTE.device.type != "cpu" or slow or (rows <= FEW_ROWS and key_BJKE.numel() >= MANY_KEYS)

@@ -2,8 +2,7 @@
 
 Nothing here waits for the device: which groups are active stays on it. The kernel is tested in Triton's interpreter
 against the reference; it has not been run on a GPU yet.
-Axes: N row, D hidden, V vocabulary in permuted order, G group, A active group, C candidate,
-P row of routes: 1 when all rows share their groups, N when each has its own.
+Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a list of active groups, C candidate.
 """
 
 import dataclasses
@@ -37,15 +36,18 @@ def grouped_best(
     hidden_ND: torch.Tensor,
     rows_VD: torch.Tensor,
     start_G: torch.Tensor,
-    chosen_PA: torch.Tensor,
+    chosen_NR: torch.Tensor,
     bias_V: torch.Tensor | None = None,
 ) -> Best:
-    """The best candidates among the rows of the chosen groups; group g is rows start_G[g] to start_G[g + 1]."""
+    """The best candidates among the rows of the chosen groups; group g is rows start_G[g] to start_G[g + 1].
+
+    `chosen_NR` is [1,R] where all rows share their groups.
+    """
     from coral_core.kernels.triton_blocks import launch
 
     parts = [slice(first, first + MAX_ROWS) for first in range(0, hidden_ND.shape[0], MAX_ROWS)]
-    own = chosen_PA.shape[0] > 1
-    found = [launch(hidden_ND[n], rows_VD, start_G, chosen_PA[n] if own else chosen_PA, bias_V) for n in parts]
+    own = chosen_NR.shape[0] > 1
+    found = [launch(hidden_ND[n], rows_VD, start_G, chosen_NR[n] if own else chosen_NR, bias_V) for n in parts]
     if len(found) == 1:
         return Best(*found[0])
     return Best(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
@@ -55,14 +57,14 @@ def grouped_best_reference(
     hidden_ND: torch.Tensor,
     rows_VD: torch.Tensor,
     start_G: torch.Tensor,
-    chosen_PA: torch.Tensor,
+    chosen_NR: torch.Tensor,
     bias_V: torch.Tensor | None = None,
 ) -> Best:
     """The same, row by row, all candidates kept."""
     start, logits, rows = start_G.tolist(), [], []
     for n, hidden_D in enumerate(hidden_ND):
-        chosen_A = chosen_PA[n if chosen_PA.shape[0] > 1 else 0]
-        row_C = torch.cat([torch.arange(start[g], start[g + 1], device=rows_VD.device) for g in chosen_A.tolist()])
+        chosen_R = chosen_NR[n if chosen_NR.shape[0] > 1 else 0]
+        row_C = torch.cat([torch.arange(start[g], start[g + 1], device=rows_VD.device) for g in chosen_R.tolist()])
         bias_C = 0 if bias_V is None else bias_V[row_C]
         logits.append(rows_VD[row_C].float() @ hidden_D.float() + bias_C)
         rows.append(row_C)

@@ -10,8 +10,9 @@ float32 of LEAST_ROWS rows and more, with at most WIDEST terms in a sum, adds th
 on the other rows nor on the other columns, from LEAST_COLUMNS columns on. A softmax does not depend on hidden columns
 behind the last one. With 16-bit products, and in PyTorch's own kernel (flash attention), none of this holds: keys and
 values are given in float32, which holds 16-bit numbers exactly.
-Axes: B batch, H attention head, G key/value head, T new row, K cached column, P position, E head dimension, N batch and
-key/value head, F row of a folded head.
+Axes: B batch, H attention head, J key/value head, T position (of a new row; the second T is that of what it sees), K
+cached column, E head dimension, N row: the new rows of all heads that share keys, X any axes (batch and key/value head
+as one).
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Tree:
     """Where the new rows of trees lie, from the first column `start` on that is not at its own position."""
 
     start: int
-    column_BTP: torch.Tensor
+    column_BTT: torch.Tensor
     """For each row the column of its path's position, counted from `start`; any where it has none."""
     position_BK: torch.Tensor
     """The position of each column, both counted from `start`."""
@@ -50,7 +51,7 @@ class Layout:
 
     rows: int
     """New rows; further ones only fill up."""
-    mask_BTP: torch.Tensor | None
+    mask_BTT: torch.Tensor | None
     """Additive, in float32, over positions. None where all is seen, or where rows of one answer are causal."""
     cuts_B: tuple[tuple[int, ...], ...]
     """For each answer the columns at which its blocks begin, 0 left out."""
@@ -78,11 +79,11 @@ def layout(position_BT: torch.Tensor, mask_B1TK: torch.Tensor | None) -> Layout:
     position_BK.clamp_max_(ends - 1)  # columns that no row of a shorter answer sees
     sees_BTK = mask_BTK[:, :, start:] == 0
     number_BTK = (torch.arange(1, last - start + 1) * sees_BTK).long()
-    found_BTP = number_BTK.new_zeros(answers, rows, ends)
-    found_BTP.scatter_reduce_(2, position_BK[:, None].expand_as(number_BTK), number_BTK, "amax")
-    near_BTP = torch.zeros(found_BTP.shape).masked_fill_(found_BTP == 0, -torch.inf)
-    mask_BTP = torch.cat((mask_BTK[:, :, :start].expand(answers, -1, -1), near_BTP), dim=2)
-    return Layout(rows, mask_BTP, cuts_B, Tree(start, (found_BTP - 1).clamp_min_(0), position_BK, sees_BTK.float()))
+    found_BTT = number_BTK.new_zeros(answers, rows, ends)
+    found_BTT.scatter_reduce_(2, position_BK[:, None].expand_as(number_BTK), number_BTK, "amax")
+    near_BTT = torch.zeros(found_BTT.shape).masked_fill_(found_BTT == 0, -torch.inf)
+    mask_BTT = torch.cat((mask_BTK[:, :, :start].expand(answers, -1, -1), near_BTT), dim=2)
+    return Layout(rows, mask_BTT, cuts_B, Tree(start, (found_BTT - 1).clamp_min_(0), position_BK, sees_BTK.float()))
 
 
 def cuts(positions: list[int]) -> tuple[int, ...]:
@@ -102,27 +103,27 @@ def cuts(positions: list[int]) -> tuple[int, ...]:
 
 def attention(
     query_BHTE: torch.Tensor,
-    key_BGKE: torch.Tensor,
-    value_BGKE: torch.Tensor,
+    key_BJKE: torch.Tensor,
+    value_BJKE: torch.Tensor,
     layout: Layout,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention [B,T,H,E] in the queries' dtype, over keys and values in float32; 0 in rows that only fill up."""
     batch, heads, filled, _ = query_BHTE.shape
     rows = layout.rows
-    if rows == 1 and layout.mask_BTP is None:  # what fills up is a copy of the row: no zeros to write, no lines to add
-        return _some(query_BHTE, key_BGKE, value_BGKE, layout, scale).transpose(1, 2).to(query_BHTE.dtype)
-    out_BTHE = query_BHTE.new_zeros(batch, filled, heads, value_BGKE.shape[-1])
+    if rows == 1 and layout.mask_BTT is None:  # what fills up is a copy of the row: no zeros to write, no lines to add
+        return _some(query_BHTE, key_BJKE, value_BJKE, layout, scale).transpose(1, 2).to(query_BHTE.dtype)
+    out_BTHE = query_BHTE.new_zeros(batch, filled, heads, value_BJKE.shape[-1])
     for first in range(0, rows, ROWS):
         end = min(first + ROWS, rows)
-        mask_BTP, seen = layout.mask_BTP, key_BGKE.shape[2]
-        if mask_BTP is not None:
-            mask_BTP = mask_BTP[:, first:end]
+        mask_BTT, seen = layout.mask_BTT, key_BJKE.shape[2]
+        if mask_BTT is not None:
+            mask_BTT = mask_BTT[:, first:end]
         elif rows > 1:
             seen += end - rows
-            mask_BTP = torch.full((1, end - first, seen), -torch.inf).triu_(seen - (end - first) + 1)
-        part = dataclasses.replace(layout, mask_BTP=mask_BTP, tree=_part(layout.tree, first, end))
-        out_BHTE = _some(query_BHTE[:, :, first:end], key_BGKE[:, :, :seen], value_BGKE[:, :, :seen], part, scale)
+            mask_BTT = torch.full((1, end - first, seen), -torch.inf).triu_(seen - (end - first) + 1)
+        part = dataclasses.replace(layout, mask_BTT=mask_BTT, tree=_part(layout.tree, first, end))
+        out_BHTE = _some(query_BHTE[:, :, first:end], key_BJKE[:, :, :seen], value_BJKE[:, :, :seen], part, scale)
         out_BTHE[:, first:end] = out_BHTE.transpose(1, 2)
     return out_BTHE
 
@@ -132,42 +133,42 @@ def _part(tree: Tree | None, first: int, end: int) -> Tree | None:
     if tree is None:
         return None
     some = slice(first, end)
-    return dataclasses.replace(tree, column_BTP=tree.column_BTP[:, some], sees_BTK=tree.sees_BTK[:, some])
+    return dataclasses.replace(tree, column_BTT=tree.column_BTT[:, some], sees_BTK=tree.sees_BTK[:, some])
 
 
 def _some(
-    query_BHTE: torch.Tensor, key_BGKE: torch.Tensor, value_BGKE: torch.Tensor, layout: Layout, scale: float | None
+    query_BHTE: torch.Tensor, key_BJKE: torch.Tensor, value_BJKE: torch.Tensor, layout: Layout, scale: float | None
 ) -> torch.Tensor:
     """[B,H,T,E] of rows whose scores are held at once."""
     batch, heads, rows, width = query_BHTE.shape
-    groups, columns = key_BGKE.shape[1:3]
+    groups, columns = key_BJKE.shape[1:3]
     lines = heads // groups * rows
     scale = width**-0.5 if scale is None else scale
-    query_NFE = query_BHTE.float().reshape(batch * groups, lines, width)
-    key_NKE, value_NKE = key_BGKE.flatten(0, 1), value_BGKE.flatten(0, 1)
+    query_XNE = query_BHTE.float().reshape(batch * groups, lines, width)
+    key_XKE, value_XKE = key_BJKE.flatten(0, 1), value_BJKE.flatten(0, 1)
     if lines < LEAST_ROWS:
-        query_NFE = torch.nn.functional.pad(query_NFE, (0, 0, 0, LEAST_ROWS - lines))
+        query_XNE = torch.nn.functional.pad(query_XNE, (0, 0, 0, LEAST_ROWS - lines))
     if columns < LEAST_COLUMNS:
-        key_NKE = torch.nn.functional.pad(key_NKE, (0, 0, 0, LEAST_COLUMNS - columns))
-    score_NFK = torch.baddbmm(query_NFE.new_empty(1), query_NFE, key_NKE.transpose(1, 2), beta=0, alpha=scale)
-    if layout.mask_BTP is None and columns >= LEAST_COLUMNS:
-        return _values(score_NFK.softmax(-1), value_NKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
-    score_BXTK = score_NFK[:, :lines, :columns].reshape(batch, -1, rows, columns)
+        key_XKE = torch.nn.functional.pad(key_XKE, (0, 0, 0, LEAST_COLUMNS - columns))
+    score_XNK = torch.baddbmm(query_XNE.new_empty(1), query_XNE, key_XKE.transpose(1, 2), beta=0, alpha=scale)
+    if layout.mask_BTT is None and columns >= LEAST_COLUMNS:
+        return _values(score_XNK.softmax(-1), value_XKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
+    score_BHTK = score_XNK[:, :lines, :columns].reshape(batch, -1, rows, columns)
     tree = layout.tree
     if tree is not None:
-        near_BXTP = score_BXTK[..., tree.start :].gather(3, _over_heads(tree.column_BTP, score_BXTK))
-        score_BXTK = torch.cat((score_BXTK[..., : tree.start], near_BXTP), dim=3)
-    if layout.mask_BTP is not None:
-        score_BXTK = score_BXTK + layout.mask_BTP[:, None]
-    weight_BXTK = _softmax(score_BXTK)
+        near_BHTT = score_BHTK[..., tree.start :].gather(3, _over_heads(tree.column_BTT, score_BHTK))
+        score_BHTK = torch.cat((score_BHTK[..., : tree.start], near_BHTT), dim=3)
+    if layout.mask_BTT is not None:
+        score_BHTK = score_BHTK + layout.mask_BTT[:, None]
+    weight_BHTK = _softmax(score_BHTK)
     if tree is not None:
-        near_BXTK = weight_BXTK[..., tree.start :].gather(3, _over_heads(tree.position_BK[:, None], score_BXTK))
-        near_BXTK *= tree.sees_BTK[:, None]
-        weight_BXTK = torch.cat((weight_BXTK[..., : tree.start], near_BXTK), dim=3)
-    weight_NFK = weight_BXTK.reshape(batch * groups, lines, columns)
+        near_BHTK = weight_BHTK[..., tree.start :].gather(3, _over_heads(tree.position_BK[:, None], score_BHTK))
+        near_BHTK *= tree.sees_BTK[:, None]
+        weight_BHTK = torch.cat((weight_BHTK[..., : tree.start], near_BHTK), dim=3)
+    weight_XNK = weight_BHTK.reshape(batch * groups, lines, columns)
     if lines < LEAST_ROWS:
-        weight_NFK = torch.nn.functional.pad(weight_NFK, (0, 0, 0, LEAST_ROWS - lines))
-    return _values(weight_NFK, value_NKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
+        weight_XNK = torch.nn.functional.pad(weight_XNK, (0, 0, 0, LEAST_ROWS - lines))
+    return _values(weight_XNK, value_XKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
 
 
 def _softmax(score_XK: torch.Tensor) -> torch.Tensor:
@@ -179,38 +180,38 @@ def _softmax(score_XK: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(score_XK, hidden, value=-torch.inf).softmax(-1)[..., :columns]
 
 
-def _over_heads(index_BTX: torch.Tensor, like_BXTK: torch.Tensor) -> torch.Tensor:
+def _over_heads(index_BTX: torch.Tensor, like_BHTK: torch.Tensor) -> torch.Tensor:
     """An index for every head and row."""
-    return index_BTX[:, None].expand(-1, like_BXTK.shape[1], like_BXTK.shape[2], -1)
+    return index_BTX[:, None].expand(-1, like_BHTK.shape[1], like_BHTK.shape[2], -1)
 
 
-def _values(weight_NFK: torch.Tensor, value_NKE: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """[N,F,E]: the values, weighted and added block by block."""
+def _values(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[X,N,E]: the values, weighted and added block by block."""
     answers = layout.cuts_B
     longest = max(answers, key=len)
     if any(own != longest[: len(own)] for own in answers):
-        each = zip(weight_NFK.chunk(len(answers)), value_NKE.chunk(len(answers)), answers, strict=True)
-        return torch.cat([_blocks(weight_NFK, value_NKE, own) for weight_NFK, value_NKE, own in each])
-    return _blocks(weight_NFK, value_NKE, longest)
+        each = zip(weight_XNK.chunk(len(answers)), value_XKE.chunk(len(answers)), answers, strict=True)
+        return torch.cat([_blocks(weight_XNK, value_XKE, own) for weight_XNK, value_XKE, own in each])
+    return _blocks(weight_XNK, value_XKE, longest)
 
 
-def _blocks(weight_NFK: torch.Tensor, value_NKE: torch.Tensor, cuts: tuple[int, ...]) -> torch.Tensor:
-    columns = weight_NFK.shape[2]
+def _blocks(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, cuts: tuple[int, ...]) -> torch.Tensor:
+    columns = weight_XNK.shape[2]
     starts = [0, *(cut for cut in cuts if cut < columns)]
     ends = [*starts[1:], columns]
-    out_NFE = torch.bmm(*_terms(weight_NFK, value_NKE, 0, ends[0]))
+    out_XNE = torch.bmm(*_terms(weight_XNK, value_XKE, 0, ends[0]))
     for start, end in zip(starts[1:], ends[1:], strict=True):
-        out_NFE.baddbmm_(*_terms(weight_NFK, value_NKE, start, end))
-    return out_NFE
+        out_XNE.baddbmm_(*_terms(weight_XNK, value_XKE, start, end))
+    return out_XNE
 
 
 def _terms(
-    weight_NFK: torch.Tensor, value_NKE: torch.Tensor, start: int, end: int
+    weight_XNK: torch.Tensor, value_XKE: torch.Tensor, start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A block's weights and values; with columns of 0 behind them where there are so few that they would be multiplied
     by a loop of PyTorch's own."""
-    weight_NFK, value_NKE = weight_NFK[:, :, start:end], value_NKE[:, start:end]
+    weight_XNK, value_XKE = weight_XNK[:, :, start:end], value_XKE[:, start:end]
     more = LEAST_COLUMNS - (end - start)
-    if more <= 0 or weight_NFK[0].numel() * value_NKE.shape[2] >= SMALL_PRODUCT:
-        return weight_NFK, value_NKE
-    return torch.nn.functional.pad(weight_NFK, (0, more)), torch.nn.functional.pad(value_NKE, (0, 0, 0, more))
+    if more <= 0 or weight_XNK[0].numel() * value_XKE.shape[2] >= SMALL_PRODUCT:
+        return weight_XNK, value_XKE
+    return torch.nn.functional.pad(weight_XNK, (0, more)), torch.nn.functional.pad(value_XKE, (0, 0, 0, more))

@@ -14,7 +14,7 @@ packed, the median of 11 forwards in turns:
 The layout is a second copy of the weights, made when it is first wanted. It serves any number of rows, so that a row
 has the same bits in a prompt and in a step (1,024 rows: 1.20 times as fast in float32, 1.04 in bfloat16). The plain
 weights stay for training, and for saving the model.
-Axes: N row, I input, O output.
+Axes: N row, I input width, O output width, X any axes.
 """
 
 import functools

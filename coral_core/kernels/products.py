@@ -15,7 +15,7 @@ plain: 16 of 64 x 256 2.5 at 1 row and 1.16 at 4, 32 of 128 x 256 1.45 and 0.78,
 2,048 1.53 and 0.66; a tree's levels have one row once and then several. On a Xeon (AVX-512, AMX) the first line was
 4.8 at 10 rows, and packed 5.5. Fewer than four rows are filled up to four: the kernel is faster with rows that nobody
 wants. Small blocks copied side by side, for one product, took twice as long as packed once they left the cache.
-Axes: N row, D hidden, R head row of one block, V head row of all blocks, C head row of the active blocks.
+Axes: N row, D hidden, V vocabulary in the blocks' order, G group.
 """
 
 from collections.abc import Iterable, Sequence

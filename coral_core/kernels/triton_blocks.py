@@ -1,7 +1,8 @@
 """The Triton kernel behind `kernel.grouped_best`; imported only where it is used, since Triton is on few machines.
 
 One program multiplies all rows of a route with one tile of one active group's rows, and keeps the tile's best, so that
-the other logits never reach memory. Axes as in blocks.py, T tile.
+the other logits never reach memory. Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a list
+(of active groups, or of a tile's best), X any axes: the active groups' tiles.
 """
 
 import torch
@@ -67,25 +68,25 @@ def launch(
     hidden_ND: torch.Tensor,
     rows_VD: torch.Tensor,
     start_G: torch.Tensor,
-    chosen_PA: torch.Tensor,
+    chosen_NR: torch.Tensor,
     bias_V: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N,C] and permuted rows [N,C] of each tile's best."""
     rows, (vocabulary, width) = hidden_ND.shape[0], rows_VD.shape
-    routes, active = chosen_PA.shape
+    routes, active = chosen_NR.shape
     tiles = triton.cdiv(-(-vocabulary // (start_G.numel() - 1)), TILE_ROWS)
     route_rows = rows if routes == 1 else 1
     device = hidden_ND.device
-    value_NTK = torch.empty(rows, active * tiles, BEST, device=device)
-    row_NTK = torch.empty(rows, active * tiles, BEST, dtype=torch.int64, device=device)
+    value_NXR = torch.empty(rows, active * tiles, BEST, device=device)
+    row_NXR = torch.empty(rows, active * tiles, BEST, dtype=torch.int64, device=device)
     _tile_best[(active * tiles, routes)](
         hidden_ND.contiguous(),
         rows_VD,
         rows_VD if bias_V is None else bias_V,
         start_G,
-        chosen_PA.contiguous(),
-        value_NTK,
-        row_NTK,
+        chosen_NR.contiguous(),
+        value_NXR,
+        row_NXR,
         rows,
         vocabulary,
         WIDTH=width,
@@ -98,4 +99,4 @@ def launch(
         BLOCK_D=TILE_HIDDEN,
         KEEP=BEST,
     )
-    return value_NTK.flatten(1), row_NTK.flatten(1)
+    return value_NXR.flatten(1), row_NXR.flatten(1)

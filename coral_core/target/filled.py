@@ -3,7 +3,7 @@
 Products of one, of two or three, and of four and more rows round differently; so do activations at the end of what a
 thread computes, which is less than a vector. A forward is therefore filled up with copies of its last row; attention
 is exact.py's. Rows that only fill up are not kept in the cache.
-Axes: B batch, T row, D hidden, H attention head, G key/value head, K column, E head dimension.
+Axes: B batch, T position of a row, J key/value head, E head dimension.
 """
 
 from typing import Any
@@ -56,9 +56,9 @@ class Filled:
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the cache's own."""
-        key_BGTE, value_BGTE = key_states[:, :, : self._rows], value_states[:, :, : self._rows]
+        key_BJTE, value_BJTE = key_states[:, :, : self._rows], value_states[:, :, : self._rows]
         rows: tuple[torch.Tensor, torch.Tensor] = self._cache.update(
-            key_BGTE.float(), value_BGTE.float(), *args, **kwargs
+            key_BJTE.float(), value_BJTE.float(), *args, **kwargs
         )
         return rows
 

@@ -1,4 +1,7 @@
-"""Loading a target: model and tokenizer, what coral needs to know of them, and what its drafter is shaped like."""
+"""Loading a target: model and tokenizer, what coral needs to know of them, and what its drafter is shaped like.
+
+Axes: V vocabulary, D hidden.
+"""
 
 import contextlib
 import dataclasses

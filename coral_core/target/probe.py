@@ -3,7 +3,7 @@
 A round reads rows that no plain step would have read together: siblings of one position, and positions that will be
 taken back. So a row must depend on its token, its position and the rows that its mask shows it, and on no others. What
 a config says is not believed: each property is seen in the model's own numbers.
-Axes: B batch, T row, K column, D hidden, P sampled position.
+Axes: B batch, T position of a row, K cached column, D hidden, V vocabulary.
 """
 
 import contextlib
@@ -191,9 +191,9 @@ def _changed(target: Target, company: int) -> bool:
 
 
 def _spread(target: Target, company: int) -> torch.Tensor:
-    position_P = torch.tensor([*SPREAD, company], device=target.device)
-    mask = _mask(target, position_P, position_P)
-    return target.forward(_ids(target, len(SPREAD) + 1), position_BT=position_P[None], mask=mask)[:, :-1]
+    position_T = torch.tensor([*SPREAD, company], device=target.device)
+    mask = _mask(target, position_T, position_T)
+    return target.forward(_ids(target, len(SPREAD) + 1), position_BT=position_T[None], mask=mask)[:, :-1]
 
 
 def _ids(target: Target, count: int) -> torch.Tensor:

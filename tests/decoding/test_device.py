@@ -80,14 +80,14 @@ def best_of_chosen(
     hidden_ND: torch.Tensor,
     rows_VD: torch.Tensor,
     start_G: torch.Tensor,
-    chosen_PA: torch.Tensor,
+    chosen_NR: torch.Tensor,
     bias_V: torch.Tensor | None = None,
 ) -> blocks.Best:
     """The kernel's answer from all products, without a look at which groups were chosen."""
     logits_NV = hidden_ND @ rows_VD.T if bias_V is None else hidden_ND @ rows_VD.T + bias_V
     row_V = torch.arange(rows_VD.shape[0], device=rows_VD.device)
     group_V = torch.searchsorted(start_G, row_V, right=True, out_int32=False) - 1
-    active_V = (group_V[:, None] == chosen_PA[0]).any(dim=1)
+    active_V = (group_V[:, None] == chosen_NR[0]).any(dim=1)
     logprob_NV = logits_NV.masked_fill(~active_V, -torch.inf).log_softmax(-1)
     return blocks.Best(*logprob_NV.topk(blocks.BEST))
 

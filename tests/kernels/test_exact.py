@@ -26,8 +26,8 @@ def test_a_path_has_the_same_bits_among_siblings_and_alone(widths: tuple[int, in
     heads, groups, width = widths
     torch.manual_seed(past)
     draw = random.Random(past)
-    query_BHTE, key_BGKE = torch.randn(1, heads, PATH, width), torch.randn(1, groups, past + PATH, width)
-    value_BGKE = torch.randn(1, groups, past + PATH, width)
+    query_BHTE, key_BJKE = torch.randn(1, heads, PATH, width), torch.randn(1, groups, past + PATH, width)
+    value_BJKE = torch.randn(1, groups, past + PATH, width)
     rows, parents, above = [0], [0], 0
     for _ in range(PATH - 1):
         first, siblings = len(parents), draw.randrange(1, 10)
@@ -38,18 +38,18 @@ def test_a_path_has_the_same_bits_among_siblings_and_alone(widths: tuple[int, in
     depth_M, count = sees_MM.sum(1) - 1, len(parents)
     mask_MK = torch.zeros(count, past + count).masked_fill_(~masks.tree(past, depth_M, sees_MM, 0), -torch.inf)
     query_BHME = torch.randn(1, heads, count, width)
-    tree_key_BGKE, tree_value_BGKE = torch.randn(2, 1, groups, past + count, width)
+    tree_key_BJKE, tree_value_BJKE = torch.randn(2, 1, groups, past + count, width)
     query_BHME[:, :, rows] = query_BHTE
     column = [*range(past), *(past + row for row in rows)]
-    tree_key_BGKE[:, :, column], tree_value_BGKE[:, :, column] = key_BGKE, value_BGKE
+    tree_key_BJKE[:, :, column], tree_value_BJKE[:, :, column] = key_BJKE, value_BJKE
     layout = exact.layout((past + depth_M)[None], mask_MK[None, None])
-    together = exact.attention(query_BHME, tree_key_BGKE, tree_value_BGKE, layout)
+    together = exact.attention(query_BHME, tree_key_BJKE, tree_value_BJKE, layout)
     for level, row in enumerate(rows):
         seen, one = past + level + 1, exact.layout(torch.tensor([[past + level]]), None)
         query = query_BHTE[:, :, level : level + 1]
-        alone = exact.attention(query, key_BGKE[:, :, :seen], value_BGKE[:, :, :seen], one)
+        alone = exact.attention(query, key_BJKE[:, :, :seen], value_BJKE[:, :, :seen], one)
         assert torch.equal(alone[0, 0], together[0, row])
     whole = torch.nn.functional.scaled_dot_product_attention(
-        query_BHME, tree_key_BGKE, tree_value_BGKE, attn_mask=mask_MK, enable_gqa=True
+        query_BHME, tree_key_BJKE, tree_value_BJKE, attn_mask=mask_MK, enable_gqa=True
     )
     torch.testing.assert_close(together, whole.transpose(1, 2), rtol=0, atol=1e-5)
