@@ -24,8 +24,8 @@ from benchmarks.decode_steps import (
     target_work,
 )
 from benchmarks.train import LLAMA_3_8B
-from coral_core.decoding import graphs
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding import recorded as recording
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.grouping.clustering import by_id
@@ -140,7 +140,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compiled(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """In place of graphs.record: a library's own CUDA graphs with fused kernels, its results copied to fixed places."""
+    """In place of `record`: a library's own CUDA graphs with fused kernels, its results copied to fixed places."""
     fast = torch.compile(call, mode="reduce-overhead", dynamic=False)
     out = fast()
     held = {name: tensor.clone() for name, tensor in _tensors(out)}
@@ -168,7 +168,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.form == "compiled":
-        graphs.record = compiled
+        recording.record = compiled
     elif options.form == "recorded" and device.type != "cuda":
         sys.exit("recorded: CUDA graphs need a GPU, and this machine has none")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -14,15 +14,15 @@ import torch
 
 from benchmarks.decode_race import per_round
 from coral_core.bench.race import Lane, run_lane
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates
 from coral_core.target.target import Target
 
-TREE = TreeShape(depth=6, nodes=10, topk=4, confidence=0.05)
+TREE = TreeShape(depth=6, nodes=10, topk=4)
 """Fixed, so that the rounds of one p are the same work on every machine."""
 RIGHT = (0.0, 0.5, 0.75, 0.9, 1.0)
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from coral_core.decoding import masks, replayed
-from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.graphs import Graphs, padded_rows
-from coral_core.decoding.rounds import Clock, Round, prefill
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.rounds import Clock, Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.seat import Memory
+from coral_core.decoding.step import prefill
 from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
@@ -140,22 +140,14 @@ class Parts:
 
     def verify(self, sizes: Sequence[int]) -> dict[str, Callable[[], object]]:
         """The target over N rows of a tree, the token at each of them, and the cache cut again."""
-        target, rows = self.target, max(sizes)
-        layers = target.model.config.get_text_config().num_hidden_layers
-        cache = SlotCache(layers, self.context + padded_rows(rows), Graphs() if target.graphs else None)
-        prefill(target, self.prompt_T, cache)
+        target, memory, forwards = self.target, Memory(self.target), Engine(self.target).forwards
+        memory.cache.reserve(self.context + forwards.rows(max(sizes)))
+        prefill(target, self.prompt_T, memory.cache)
 
         def call(size: int) -> None:
-            chain = self.chain(size)
-            if target.graphs:
-                logits_MV = replayed.verify(target, cache, chain)[1]
-            else:
-                mask = masks.for_target(target, self.context, chain.depth_M, chain.sees_MM)
-                position_BM = (chain.depth_M + self.context)[None]
-                feature_BMD = target.forward(chain.token_M[None], position_BT=position_BM, mask=mask, cache=cache)
-                logits_MV = target.lent.logits(feature_BMD[0])
+            _, logits_MV = forwards.verify(target, memory, self.chain(size))
             logits_MV.argmax(-1).tolist()
-            cache.truncate(self.context)
+            memory.cache.truncate(self.context)
 
         return {f"verify {size}": lambda size=size: call(size) for size in sizes}  # type: ignore[misc]
 
@@ -173,20 +165,23 @@ class Parts:
 
     def level(self, name: str, width: int) -> dict[str, Callable[[], object]]:
         """Drafts of one level and of 1 + LEVELS, `width` nodes expanded on each; `level_s` is their difference."""
-        slots = Slots(self.context + (1 + LEVELS) * width, Graphs() if self.target.graphs else None)
+        memory = Memory(self.target)
+        memory.slots.reserve(self.context + (1 + LEVELS) * width)
+        engine = Engine(self.target, self.drafter, self.heads[name])
         found: dict[str, Callable[[], object]] = {}
         generator = torch.Generator().manual_seed(0)
         hidden = self.drafter.config.hidden_size
         feature_TD = torch.randn(self.context, hidden, generator=generator).to(self.target.device, self.target.dtype)
         for depth in (1, 1 + LEVELS):
             shape = TreeShape(depth=depth, nodes=1, topk=width)
-            drafting = replayed.drafting(self.drafter, self.target.lent, self.heads[name], shape, slots)
-            if slots.length == 0:
+            drafting = engine.drafting(shape, memory)
+            assert drafting is not None
+            if memory.slots.length == 0:
                 drafting.feed(self.prompt_T[:-1], feature_TD[:-1])
 
             def call(drafting: Drafting = drafting) -> None:
                 drafting.draft(self.prompt_T[-1:], feature_TD[-1:], Sampler(), Clock())
-                slots.truncate(self.context - 1)
+                memory.slots.truncate(self.context - 1)
 
             found[f"draft {name} {width} x {depth}"] = call
         return found

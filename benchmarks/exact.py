@@ -25,10 +25,10 @@ import torch
 from benchmarks.record import RESULTS, record
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.engine import Engine
-from coral_core.decoding.rounds import Clock, prefill
+from coral_core.decoding.engine import Eager, Engine
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.step import verify_one
+from coral_core.decoding.seat import Memory
+from coral_core.decoding.step import prefill
 from coral_core.decoding.table import Request, decode_all
 from coral_core.target.target import Target
 
@@ -99,7 +99,7 @@ def differing(
     while at + 1 < len(ids):
         path = ids[at : at + 1 + draw.randrange(levels + 1)][: len(ids) - 1 - at]
         draft, past = drafted(path, levels, nodes, draw, logits[0].numel()), cache.length
-        _, logits_MV = verify_one(target, cache, draft, Clock())
+        _, logits_MV = Eager().verify(target, Memory(target, cache), draft)
         rows = right_rows(draft, path)
         differ += sum(not torch.equal(logits_MV[row], logits[at + 1 + n]) for n, row in enumerate(rows))
         verdict = sampler.judge(draft, logits_MV, past + 1)
@@ -173,7 +173,7 @@ def costs(target: Target, prompt: list[int]) -> dict[str, float]:
             caches[kind] = one, fresh(one, len(prompt) + 2 * rows)
             prefill(one, torch.tensor(prompt), caches[kind][1])
         path = prompt[:1]
-        draft = drafted(path, 4, rows - 1, random.Random(0), 1000) if rows > 1 else tree.lone(torch.tensor(path))
+        draft = drafted(path, 4, rows - 1, random.Random(0), 1000) if rows > 1 else tree.root_only(torch.tensor(path))
         for _ in range(TIMED):
             for kind, (one, cache) in caches.items():
                 past, start = cache.length, time.process_time()

@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from benchmarks.record import record
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter

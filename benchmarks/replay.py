@@ -19,8 +19,8 @@ import torch
 
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import plain
-from coral_core.decoding.rounds import prefill
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.step import prefill
 from coral_core.target.target import Target
 
 

@@ -6,16 +6,19 @@ from typing import Any
 
 from coral_core import embedded
 from coral_core.artifacts import Manifest
-from coral_core.decoding.drafting import TreeShape, whole_head
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs, tuned
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.errors import RecipeError
 from coral_core.head.candidates import Head
+from coral_core.head.full import FullHead
 from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
+from coral_core.head.static import StaticHead
 from coral_core.kernels.exact import MOST_NODES
+from coral_core.lent import Lent
 from coral_core.lock import published
 from coral_core.recipe.schema import DecodeSpec, Recipe
 from coral_core.target.kin import refuse_other_target
@@ -97,12 +100,14 @@ def wire(target: Target, drafter: Drafter, head: Head, decode: DecodeSpec) -> En
 
 def tree_shape(decode: DecodeSpec) -> TreeShape:
     """The recipe's tree, or the bounds of the one that pays."""
-    return TreeShape(
-        depth=decode.draft_depth,
-        nodes=decode.draft_nodes,
-        topk=decode.draft_topk,
-        confidence=decode.draft_confidence,
-    )
+    return TreeShape(depth=decode.draft_depth, nodes=decode.draft_nodes, topk=decode.draft_topk)
+
+
+def whole_head(drafter: Drafter, lent: Lent) -> Head:
+    """Every row that the drafter can draft: of an LM head of its own, if it has one, or of the target's."""
+    if not drafter.config.draft_vocab_size:
+        return FullHead(lent)
+    return StaticHead(lent, drafter.draft_tokens, drafter.lm_head.weight)
 
 
 def checked_shape(decode: DecodeSpec, target: Target) -> TreeShape:

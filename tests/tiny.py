@@ -1,14 +1,16 @@
 """Random two-layer targets of many families, and drafters of known character, for tests on a laptop."""
 
+import dataclasses
 import functools
+import math
 import random
 from types import SimpleNamespace
 
 import torch
 import transformers
 
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.drafter.blocks import Turn
 from coral_core.drafter.config import DrafterConfig
@@ -140,6 +142,23 @@ class OracleHead:
             tokens[self.random.randrange(self.count)] = self.answer[place]
         logprob_NC = torch.linspace(-0.1, -2.0, self.count).expand(hidden_ND.shape[0], -1)
         return Candidates(logprob_NC, torch.tensor(tokens))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfidentShape(TreeShape):
+    """A plan of which nodes are left out whose path the drafter believes in less than `confidence`."""
+
+    confidence: float
+
+    @property
+    def shape(self) -> None:  # type: ignore[override]
+        """The size of a draft depends on scores."""
+
+    def width(self, score_N: torch.Tensor) -> int:
+        return int((score_N >= math.log(self.confidence)).sum())
+
+    def count(self, score_N: torch.Tensor) -> int:
+        return min(self.nodes, self.width(score_N))
 
 
 def tiny_engine(target: Target, depth: int = 4, nodes: int = 7, topk: int = 3) -> Engine:

@@ -12,9 +12,9 @@ from coral_core.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from coral_core.decoding.memory import Memory
     from coral_core.decoding.rounds import Round
     from coral_core.decoding.sampling import Sampler
+    from coral_core.decoding.seat import Memory
     from coral_core.target.target import Target
 
 SAMPLE_TOKENS = 16
@@ -109,7 +109,7 @@ class Session:
 
     def clear(self) -> None:
         """Forget what was said, and free its caches; settings and numbers stay."""
-        from coral_core.decoding.memory import Memory
+        from coral_core.decoding.seat import Memory
 
         self.messages: list[dict[str, str]] = []
         self.memory = Memory(self.target)

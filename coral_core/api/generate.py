@@ -21,8 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Ahead, Sampler
-from coral_core.decoding.tree import Draft
-from coral_core.decoding.verify import Verdict, walk
+from coral_core.decoding.tree import Draft, Verdict, walk
 from coral_core.errors import DataError, TargetError
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run

@@ -12,8 +12,8 @@ from typing import Any
 
 from coral_core.api.stream import TextStream
 from coral_core.artifacts import MANIFEST, Manifest
-from coral_core.decoding.drafting import TreeShape, whole_head
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
@@ -21,7 +21,7 @@ from coral_core.errors import ArtifactError
 from coral_core.head.candidates import Head
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import DecodeSpec, HeadSpec
-from coral_core.run import wire
+from coral_core.run import whole_head, wire
 from coral_core.target.kin import refuse_other_target
 from coral_core.target.target import Target
 from coral_core.target.template import prompt_ids

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from coral_core.decoding import tree
-from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.rounds import Clock, prefill
+from coral_core.decoding.engine import Eager
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.step import verify_one
+from coral_core.decoding.seat import Memory
+from coral_core.decoding.step import prefill
 from coral_core.target.target import Target
 
 
@@ -113,12 +113,12 @@ def _read(
     """Logits [M,V] of the rows that are read together, behind the others; `begun` is called before they are."""
     rows = min(company.rows, len(context))
     draft = _path(context[-rows:], company.siblings, target.device)
-    layers = target.model.config.get_text_config().num_hidden_layers
-    cache = SlotCache(layers, len(context) + draft.token_M.numel())
+    memory = Memory(target)
+    memory.cache.reserve(len(context) + draft.token_M.numel())
     if len(context) > rows:
-        prefill(target, torch.tensor(context[:-rows], device=target.device), cache)
+        prefill(target, torch.tensor(context[:-rows], device=target.device), memory.cache)
     begun()
-    return verify_one(target, cache, draft, Clock())[1]
+    return Eager().verify(target, memory, draft)[1]
 
 
 def _path(ids: list[int], siblings: bool, device: torch.device) -> tree.Draft:

@@ -14,7 +14,7 @@ storage. Answers differ in length, so that a pass over several writes to other c
     seat 0   a b c d x y .      new rows x y at columns 4 5
     seat 1   a b x y . . .      new rows x y at columns 2 3
 
-A recorded forward (graphs.py), whose shapes may not depend on the length, is told its columns in the same way.
+A recorded forward (recorded.py), whose shapes may not depend on the length, is told its columns in the same way.
 
 Layers that look alike share one block of memory, so that a path is kept in all of them by one gather: with a storage
 each, 24 layers took 160 small operations a round, and 32 would take some 130 launches on a GPU.
@@ -28,7 +28,20 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from coral_core.decoding.graphs import Graphs, columns
+LEAST_ROWS = 256
+
+
+def rounded_rows(rows: int) -> int:
+    """A number of rows of which there are few, and which is little more than `rows`.
+
+    Powers of two up to 2,048, then in steps of an eighth of one:
+
+        300 → 512,   1,500 → 2,048,   2,100 → 2,304,   5,000 → 5,120
+    """
+    if rows <= 8 * LEAST_ROWS:
+        return max(LEAST_ROWS, 1 << (rows - 1).bit_length())
+    unit = 1 << ((rows - 1).bit_length() - 4)
+    return -(-rows // unit) * unit
 
 
 class Slots(CacheLayerMixin):
@@ -38,12 +51,10 @@ class Slots(CacheLayerMixin):
     keys: torch.Tensor | None
     values: torch.Tensor | None
 
-    def __init__(self, capacity: int, graphs: Graphs | None = None, seats: int = 1) -> None:
+    def __init__(self, capacity: int, seats: int = 1) -> None:
         super().__init__()
         self.capacity, self.seats = capacity, seats
         self.length = 0
-        self.graphs = graphs
-        """Recordings of forwards over this storage; none where forwards run as they come."""
         self.placed: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -114,11 +125,14 @@ class Slots(CacheLayerMixin):
         """Make room for at least `capacity` rows; what is held is copied once."""
         if capacity <= self.capacity:
             return
-        if self.graphs is not None:
-            self.graphs.forget()
         if self.keys is not None and self.values is not None:
             self.keys, self.values = _grown(self.keys, capacity), _grown(self.values, capacity)
         self.capacity = capacity
+
+    @property
+    def storage(self) -> torch.Tensor | None:
+        """What the rows are kept in; another tensor once there is room for more, and none before the first rows."""
+        return self.keys
 
     def get_seq_length(self) -> int:
         return self.placed[1] if self.placed else self.length
@@ -138,11 +152,9 @@ class SlotCache(Cache):
     _block_LBGKE: torch.Tensor | None = None
     """What all layers' keys and values are views of; none before the first rows, nor where layers differ in shape."""
 
-    def __init__(self, layers: int, capacity: int, graphs: Graphs | None = None, seats: int = 1) -> None:
+    def __init__(self, layers: int, capacity: int, seats: int = 1) -> None:
         super().__init__(layers=[Slots(capacity, seats=seats) for _ in range(layers)])
-        self.graphs = graphs
-        """As in `Slots`."""
-        self._lent: dict[int, SlotCache] = {}
+        self._seats: dict[int, SlotCache] = {}
         """The seats that were asked for."""
 
     @property
@@ -156,21 +168,27 @@ class SlotCache(Cache):
             layer.length = length
 
     @property
+    def storage(self) -> torch.Tensor | None:
+        """`Slots.storage` of the first layer: the others' move with it."""
+        storage: torch.Tensor | None = self.layers[0].storage
+        return storage
+
+    @property
     def capacity(self) -> int:
         """Rows that there is room for."""
         return self.layers[0].capacity
 
     def seat(self, number: int) -> "SlotCache":
         """One seat as the cache of one answer, with a length of its own, on this cache's storage."""
-        if number not in self._lent:
-            self._lent[number] = SlotCache(len(self.layers), self.capacity)
-            self._lent[number].whole = self
-            self._lend(number)
-        return self._lent[number]
+        if number not in self._seats:
+            self._seats[number] = SlotCache(len(self.layers), self.capacity)
+            self._seats[number].whole = self
+            self._point(number)
+        return self._seats[number]
 
-    def _lend(self, number: int) -> None:
+    def _point(self, number: int) -> None:
         """Point one seat at the storage as it is now."""
-        seat, block_LBGKE = self._lent[number], self._block_LBGKE
+        seat, block_LBGKE = self._seats[number], self._block_LBGKE
         seat._block_LBGKE = None if block_LBGKE is None else block_LBGKE[:, number : number + 1]
         for own, part in zip(self.layers, seat.layers, strict=True):
             part.capacity, part.is_initialized = own.capacity, own.is_initialized
@@ -200,19 +218,19 @@ class SlotCache(Cache):
             if alike and (block_LBGKE.dtype, block_LBGKE.device) == (value_BGTE.dtype, value_BGTE.device):
                 self._view(number, block_LBGKE)
             else:
-                self._part()
+                self._separate()
         if not layer.is_initialized:
             layer.lazy_initialization(key_BGTE, value_BGTE)
-        for lent in self._lent:
-            self._lend(lent)
+        for seat in self._seats:
+            self._point(seat)
 
     def _view(self, number: int, block_LBGKE: torch.Tensor) -> None:
         layer = self.layers[number]
         layer.keys, layer.values = block_LBGKE[2 * number], block_LBGKE[2 * number + 1]
         layer.is_initialized = True
 
-    def _part(self) -> None:
-        """Every layer for itself."""
+    def _separate(self) -> None:
+        """Give every layer storage of its own."""
         self._block_LBGKE = None
         for layer in self.layers:
             if layer.is_initialized:
@@ -254,10 +272,8 @@ class SlotCache(Cache):
         if capacity <= self.capacity:
             return
         if self.whole is not None:
-            self.whole.reserve(columns(capacity))  # few steps: every one copies all seats
+            self.whole.reserve(rounded_rows(capacity))  # few steps: every one copies all seats
             return
-        if self.graphs is not None:
-            self.graphs.forget()
         if self._block_LBGKE is not None:
             self._block_LBGKE = _grown(self._block_LBGKE, capacity)
         for number, layer in enumerate(self.layers):
@@ -266,8 +282,8 @@ class SlotCache(Cache):
             layer.capacity = capacity
             if self._block_LBGKE is not None and layer.is_initialized:
                 self._view(number, self._block_LBGKE)
-        for lent in self._lent:
-            self._lend(lent)
+        for seat in self._seats:
+            self._point(seat)
 
 
 def _grown(states_XKE: torch.Tensor, capacity: int) -> torch.Tensor:

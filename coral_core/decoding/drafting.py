@@ -8,7 +8,6 @@ row, C candidate, K cached row, H query head, G key/value head, E head dimension
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,72 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.policy.adaptive import Plan
-from coral_core.decoding.rounds import PREFILL_ROWS, Clock
+from coral_core.decoding.policy.plan import Plan
+from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Ahead, Picker
-from coral_core.decoding.verify import Verdict
 from coral_core.drafter.blocks import Turn
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Candidates, Head
-from coral_core.head.full import FullHead
-from coral_core.head.static import StaticHead
 from coral_core.kernels.attention import grouped
 from coral_core.lent import Lent
 
-
-def whole_head(drafter: Drafter, lent: Lent) -> Head:
-    """Every row that the drafter can draft: of an LM head of its own, if it has one, or of the target's."""
-    if not drafter.config.draft_vocab_size:
-        return FullHead(lent)
-    return StaticHead(lent, drafter.draft_tokens, drafter.lm_head.weight)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TreeShape:
-    """How large a draft is: true numbers of levels, nodes, and nodes expanded per level.
-
-    As a plan, every draft is this large; where a tree is chosen by what it costs (policy/), these are its bounds.
-    """
-
-    depth: int
-    nodes: int
-    topk: int
-    confidence: float = 0.0
-    """Nodes whose path the drafter believes in less than this are neither expanded nor verified."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of the drafter's cache that a growing draft takes, at most."""
-        return self.depth * self.topk
-
-    @property
-    def floor(self) -> float:
-        """The confidence as a score."""
-        return math.log(self.confidence) if self.confidence else -math.inf
-
-    @property
-    def shift(self) -> float:
-        return 0.0
-
-    @property
-    def shape(self) -> "TreeShape | None":
-        return None if self.confidence else self
-
-    def drafts(self) -> bool:
-        return self.nodes > 0
-
-    def width(self, score_N: torch.Tensor) -> int:
-        return int((score_N >= self.floor).sum()) if self.confidence else score_N.numel()
-
-    def count(self, score_N: torch.Tensor) -> int:
-        return min(self.nodes, self.width(score_N))
-
-    def learn(self, draft: tree.Draft, verdict: Verdict) -> None:
-        """A fixed tree learns nothing."""
-
-
-ROOT_ONLY = TreeShape(depth=0, nodes=0, topk=0)
-"""The plan of plain decoding."""
+PREFILL_ROWS = 1024
+"""Prompt rows of one forward pass: a long prompt must not spike memory."""
 FEW_ROWS = 16
 """Rows that a batch feeds together, for each answer at most; a prompt is fed alone."""
 
@@ -96,7 +40,6 @@ class Drafting:
     def draft(self, token_T: torch.Tensor, feature_TD: torch.Tensor, picker: Picker, clock: Clock) -> tree.Draft:
         """Append committed rows (token t+1, feature t), and draft a tree below the last token."""
         hidden_1D = self.feed(token_T, feature_TD)
-        clock.lap("draft")
         committed = self.slots.length
         return self.grow(token_T[-1:], hidden_1D, committed, self.ahead(picker, committed), clock)
 
@@ -137,35 +80,31 @@ class Drafting:
         column_S = torch.arange(most, device=root_1.device) + committed
         cos_11LE, sin_11LE = self.drafter.rope(column_S[None, : plan.depth - 1], hidden_1D.dtype)
         sees_K = masks.committed(committed, int(committed) + most if columns is None else columns, hidden_1D)
-        clock.lap("other")
-        logprob_1R, token_1R = self.propose(hidden_1D, ahead, 0)
-        clock.lap("head")
-        beam = tree.plant(logprob_1R[0], token_1R[0], plan.topk, sees_K)
+        logprob_1R, token_1R = self.propose(hidden_1D, ahead, 0, clock)
+        beam = tree.first_level(logprob_1R[0], token_1R[0], plan.topk, sees_K)
         for level in range(1, plan.depth):
             if (width := plan.width(beam.score_N)) == 0:
                 break
             column_N = column_S[drafted : drafted + width]
             beam = tree.narrow(beam, width)
-            tree.settle(beam, column_N)
+            tree.give_columns(beam, column_N)
             drafted += width
             end = int(committed) + drafted if columns is None else columns
             turn = cos_11LE[:, :, level - 1 : level], sin_11LE[:, :, level - 1 : level]
-            clock.lap("other")
             with self.slots.place(column_N, end):
                 hidden_ND = self.layer(beam.token_N, hidden_ND[beam.row_N], turn, beam.sees_NK[:, :end])
-            clock.lap("draft")
-            logprob_NC, token_NC = self.propose(hidden_ND, ahead, level)
-            clock.lap("head")
+            logprob_NC, token_NC = self.propose(hidden_ND, ahead, level, clock)
             beam = tree.extend(beam, logprob_NC, token_NC, plan.topk)
-        draft = tree.rerank(beam, root_1, plan.count)
-        clock.lap("other")
-        return draft
+        return tree.rerank(beam, root_1, plan.count)
 
-    def propose(self, hidden_ND: torch.Tensor, ahead: Ahead, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def propose(
+        self, hidden_ND: torch.Tensor, ahead: Ahead, level: int, clock: Clock
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """For each drafted feature, the tokens that the target will most likely pick there: [N,R] twice."""
-        found = self.head.candidates(self.drafter.hidden(hidden_ND))
-        logprob_NC = ahead.rank(level, found.logit_NC, found.token_C)
-        logprob_NR, token_NR = Candidates(logprob_NC, found.token_C).best(self.plan.topk)
+        with clock.phase("head"):
+            found = self.head.candidates(self.drafter.hidden(hidden_ND))
+            logprob_NC = ahead.rank(level, found.logit_NC, found.token_C)
+            logprob_NR, token_NR = Candidates(logprob_NC, found.token_C).best(self.plan.topk)
         return (logprob_NR + self.plan.shift).clamp_max(0) if self.plan.shift else logprob_NR, token_NR
 
     def layer(
@@ -185,8 +124,8 @@ class Drafting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stem:
-    """What a tree is drafted below, in a batch: one answer's rows that the drafter has not read, and its plan."""
+class DraftInput:
+    """What a draft of a batch begins from: one answer's rows that the drafter has not read, and its plan."""
 
     drafting: Drafting
     """Over a seat of the batch's cache."""
@@ -200,33 +139,29 @@ class Stem:
 class BatchDrafting:
     """The drafts of several answers, a level at a time: one pass of the drafter and of the head for all of them."""
 
-    def __init__(self, stems: Sequence[Stem]) -> None:
-        first = stems[0].drafting
+    def __init__(self, inputs: Sequence[DraftInput]) -> None:
+        first = inputs[0].drafting
         assert isinstance(first.slots, SlotCache) and first.slots.whole is not None, "a batch shares a cache"
         self.drafter, self.lent, self.head, self.cache = first.drafter, first.lent, first.head, first.slots.whole
-        self.stems, self.device = stems, self.lent.head_VD.device
-        seats = [stem.seat for stem in stems]
+        self.inputs, self.device = inputs, self.lent.head_VD.device
+        seats = [own.seat for own in inputs]
         self.seat_B = None if seats == list(range(len(seats))) else torch.tensor(seats, device=self.device)
-        self.topk = max(stem.plan.topk for stem in stems)
+        self.topk = max(own.plan.topk for own in inputs)
 
-    def draft(self, clock: Clock) -> list[tree.Draft]:
-        """As `Drafting.draft`, for each stem."""
-        hidden_BD = self.feed()
-        clock.lap("draft")
-        drafts = self.grow(hidden_BD)
-        clock.lap("draft")
-        return drafts
+    def draft(self) -> list[tree.Draft]:
+        """As `Drafting.draft`, for each input."""
+        return self._grow_all(self._feed_all())
 
-    def feed(self) -> torch.Tensor:
+    def _feed_all(self) -> torch.Tensor:
         """Append each answer's committed rows; the drafted feature [B,D] after the last of them.
 
         Shorter ones are filled up with their last row, written again to the same place.
         """
         tokens, features = [], []
-        for stem in self.stems:
-            token_T, feature_TD = stem.token_T, stem.feature_TD
+        for own in self.inputs:
+            token_T, feature_TD = own.token_T, own.feature_TD
             if token_T.numel() > FEW_ROWS:
-                stem.drafting.feed(token_T[:-1], feature_TD[:-1])
+                own.drafting.feed(token_T[:-1], feature_TD[:-1])
                 token_T, feature_TD = token_T[-1:], feature_TD[-1:]
             tokens.append(token_T)
             features.append(feature_TD)
@@ -238,49 +173,49 @@ class BatchDrafting:
         feature_BTD = pad_sequence(features, batch_first=True).take_along_dim(index_BT[..., None], dim=1)
         sees_BTK = torch.arange(max(map(sum, zip(past, new, strict=True))), device=self.device) <= column_BT[:, :, None]
         hidden_BTD = self._forward(token_BT, self.drafter.read(feature_BTD), column_BT, column_BT, sees_BTK)
-        for stem, rows in zip(self.stems, new, strict=True):
-            stem.drafting.slots.length += rows
+        for own, rows in zip(self.inputs, new, strict=True):
+            own.drafting.slots.length += rows
         return hidden_BTD[:, -1]
 
     def _committed(self) -> list[int]:
-        return [stem.drafting.slots.length for stem in self.stems]
+        return [own.drafting.slots.length for own in self.inputs]
 
-    def grow(self, hidden_BD: torch.Tensor) -> list[tree.Draft]:
+    def _grow_all(self, hidden_BD: torch.Tensor) -> list[tree.Draft]:
         """A tree below each root, from the drafted feature that follows it."""
-        past, stems = self._committed(), self.stems
+        past, inputs = self._committed(), self.inputs
         vocab = self.lent.head_VD.shape[0]
         aheads = [
-            stem.picker.ahead(rows + 1, stem.plan.depth, vocab, self.device)
-            for stem, rows in zip(stems, past, strict=True)
+            own.picker.ahead(rows + 1, own.plan.depth, vocab, self.device)
+            for own, rows in zip(inputs, past, strict=True)
         ]
-        columns = max(past) + max(stem.plan.depth for stem in stems) * self.topk
-        proposed = zip(stems, past, *self._propose(hidden_BD, aheads, [1] * len(stems), 0), strict=True)
+        columns = max(past) + max(own.plan.depth for own in inputs) * self.topk
+        proposed = zip(inputs, past, *self._propose(hidden_BD, aheads, [1] * len(inputs), 0), strict=True)
         beams = [
-            tree.plant(logprob_1C[0], token_1C[0], stem.plan.topk, masks.committed(rows, columns, hidden_BD))
-            for stem, rows, logprob_1C, token_1C in proposed
+            tree.first_level(logprob_1C[0], token_1C[0], own.plan.topk, masks.committed(rows, columns, hidden_BD))
+            for own, rows, logprob_1C, token_1C in proposed
         ]
-        firsts, starts, hidden_ND = past, list(range(len(stems))), hidden_BD
-        for level in range(1, max(stem.plan.depth for stem in stems)):
-            beams = [self._narrow(stem, beam, level) for stem, beam in zip(stems, beams, strict=True)]
+        firsts, starts, hidden_ND = past, list(range(len(inputs))), hidden_BD
+        for level in range(1, max(own.plan.depth for own in inputs)):
+            beams = [self._narrow(own, beam, level) for own, beam in zip(inputs, beams, strict=True)]
             widths = [beam.token_N.numel() for beam in beams]
             if not any(widths):
                 break
             feature_ND = torch.cat([hidden_ND[start + beam.row_N] for start, beam in zip(starts, beams, strict=True)])
             for first, width, beam in zip(firsts, widths, beams, strict=True):
-                tree.settle(beam, torch.arange(first, first + width, device=self.device))
+                tree.give_columns(beam, torch.arange(first, first + width, device=self.device))
             hidden_ND = self._level(beams, feature_ND, firsts, [rows - 1 + level for rows in past])
-            proposals = zip(stems, beams, *self._propose(hidden_ND, aheads, widths, level), strict=True)
+            proposals = zip(inputs, beams, *self._propose(hidden_ND, aheads, widths, level), strict=True)
             beams = [
-                tree.extend(beam, logprob_WC, token_WC, stem.plan.topk) if len(token_WC) else beam
-                for stem, beam, logprob_WC, token_WC in proposals
+                tree.extend(beam, logprob_WC, token_WC, own.plan.topk) if len(token_WC) else beam
+                for own, beam, logprob_WC, token_WC in proposals
             ]
             starts = [sum(widths[:seat]) for seat in range(len(widths))]
             firsts = [first + width for first, width in zip(firsts, widths, strict=True)]
-        return [tree.rerank(beam, stem.token_T[-1:], stem.plan.count) for stem, beam in zip(stems, beams, strict=True)]
+        return [tree.rerank(beam, own.token_T[-1:], own.plan.count) for own, beam in zip(inputs, beams, strict=True)]
 
-    def _narrow(self, stem: Stem, beam: tree.Beam, level: int) -> tree.Beam:
-        wide = level < stem.plan.depth and beam.token_N.numel()
-        return tree.narrow(beam, stem.plan.width(beam.score_N) if wide else 0)
+    def _narrow(self, own: DraftInput, beam: tree.Beam, level: int) -> tree.Beam:
+        wide = level < own.plan.depth and beam.token_N.numel()
+        return tree.narrow(beam, own.plan.width(beam.score_N) if wide else 0)
 
     def _propose(
         self, hidden_ND: torch.Tensor, aheads: list[Ahead], widths: list[int], level: int
@@ -295,8 +230,8 @@ class BatchDrafting:
             logprob_NC = torch.cat([ahead.rank(level, logit_NC, token_C) for ahead, logit_NC, token_C in parts])
         logprob_NR, token_NR = Candidates(logprob_NC, found.token_C).best(self.topk)
         shifted = [
-            (part_NR + stem.plan.shift).clamp_max(0) if stem.plan.shift else part_NR
-            for stem, part_NR in zip(self.stems, logprob_NR.split(widths), strict=True)
+            (part_NR + own.plan.shift).clamp_max(0) if own.plan.shift else part_NR
+            for own, part_NR in zip(self.inputs, logprob_NR.split(widths), strict=True)
         ]
         return shifted, list(token_NR.split(widths))
 

@@ -1,22 +1,67 @@
 """A target with the drafter and head that speed it up, and plain decoding, which is the same without them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Protocol
 
-from coral_core.decoding import replayed
-from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.drafting import ROOT_ONLY, Drafting, TreeShape
-from coral_core.decoding.graphs import padded_rows
-from coral_core.decoding.memory import Memory, borrowed
-from coral_core.decoding.policy.adaptive import Paying, Plan
-from coral_core.decoding.policy.constant import Steady
+import torch
+
+from coral_core.decoding import masks
+from coral_core.decoding.drafting import Drafting
+from coral_core.decoding.policy.adaptive import AdaptiveTree
+from coral_core.decoding.policy.constant import ConstantTree
 from coral_core.decoding.policy.costs import Costs
+from coral_core.decoding.policy.plan import ROOT_ONLY, Plan, TreeShape
+from coral_core.decoding.recorded import Recorded
 from coral_core.decoding.rounds import Clock, Round
 from coral_core.decoding.sampling import Picker
+from coral_core.decoding.seat import Memory
 from coral_core.decoding.step import sit, step
+from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
 from coral_core.head.candidates import Head
 from coral_core.target.target import Target
+
+
+class Forwards(Protocol):
+    """How the forwards of a round run: as they come (Eager), or recorded (recorded.py). Chosen once for an engine."""
+
+    def rows(self, nodes: int) -> int:
+        """Rows that the verification of so many drafted nodes takes of the target's cache, besides those it keeps."""
+        ...
+
+    def memory(self, target: Target) -> contextlib.AbstractContextManager[Memory]:
+        """An empty memory for a single answer."""
+        ...
+
+    def drafting(self, drafter: Drafter, target: Target, head: Head, plan: Plan, memory: Memory) -> Drafting:
+        """The drafting of one answer."""
+        ...
+
+    def verify(self, target: Target, memory: Memory, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
+        """The features [M,D] and logits [M,V] of a tree's rows, which the target's cache takes in."""
+        ...
+
+
+class Eager:
+    """Forwards that run as they come."""
+
+    def rows(self, nodes: int) -> int:
+        return nodes
+
+    def memory(self, target: Target) -> contextlib.AbstractContextManager[Memory]:
+        return contextlib.nullcontext(Memory(target))
+
+    def drafting(self, drafter: Drafter, target: Target, head: Head, plan: Plan, memory: Memory) -> Drafting:
+        return Drafting(drafter, target.lent, head, plan, memory.slots)
+
+    def verify(self, target: Target, memory: Memory, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = memory.cache
+        mask = masks.for_target(target, cache.length, draft.depth_M, draft.sees_MM)
+        position_BM = (draft.depth_M + cache.length)[None]
+        feature_MD = target.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)[0]
+        return feature_MD, target.logits(feature_MD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +69,8 @@ class Engine:
     """What decodes. Without a drafter and a head, every round is a plain step.
 
     With the `costs` of its rounds on this device (measure.py), the tree is chosen within `shape`, round by round where
-    that makes nobody wait (policy/), and rounds whose draft would not pay are plain steps; without, every tree has
-    that shape.
+    no device must be waited for (policy/), and rounds whose draft would not pay are plain steps; without, every tree
+    has that shape.
     """
 
     target: Target
@@ -33,30 +78,32 @@ class Engine:
     head: Head | None = None
     shape: TreeShape = ROOT_ONLY
     costs: Costs | None = None
+    forwards: Forwards = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         """The target gives what this drafter reads of it."""
         if self.drafter is not None:
             object.__setattr__(self, "target", self.target.tapping(self.drafter.config.taps))
+        object.__setattr__(self, "forwards", Recorded() if self.target.graphs else Eager())
 
     @property
     def rows(self) -> int:
         """Rows that a round takes of the target's cache, besides those that it keeps."""
-        return padded_rows(self.shape.nodes + 1) if self.target.graphs else self.shape.nodes
+        return self.forwards.rows(self.shape.nodes)
 
-    def plan(self, company: int = 1) -> Plan:
+    def plan(self, seats: int = 1) -> Plan:
         """Who decides on the drafts of one answer, in rounds that so many answers share."""
         if self.costs is None:
             return self.shape
-        if company == 1 and self.target.device.type == "cpu":
-            return Paying(self.costs, self.shape, self.target.device)
-        return Steady(self.costs, self.shape, company)
+        if seats == 1 and self.target.device.type == "cpu":
+            return AdaptiveTree(self.costs, self.shape, self.target.device)
+        return ConstantTree(self.costs, self.shape, seats)
 
-    def drafting(self, plan: Plan, slots: Slots | SlotCache) -> Drafting | None:
+    def drafting(self, plan: Plan, memory: Memory) -> Drafting | None:
         """The drafting of one answer; None without a drafter."""
         if self.drafter is None or self.head is None:
             return None
-        return replayed.drafting(self.drafter, self.target.lent, self.head, plan, slots)
+        return self.forwards.drafting(self.drafter, self.target, self.head, plan, memory)
 
     def decode(
         self, prompt: list[int], sampler: Picker, max_new_tokens: int, memory: Memory | None = None
@@ -68,7 +115,7 @@ class Engine:
         Raises DataError for a prompt that is empty or does not fit the target's context.
         """
         clock = Clock()
-        with borrowed(self.target, memory) as held:
+        with contextlib.nullcontext(memory) if memory else self.forwards.memory(self.target) as held:
             seat, event = sit(self, held, prompt, sampler, max_new_tokens, clock)
             yield event
             while not seat.stop.done:

@@ -24,14 +24,14 @@ import torch
 
 from coral_core.artifacts import fingerprint, versions, write_text
 from coral_core.decoding import tree
-from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.graphs import Graphs
 from coral_core.decoding.policy.costs import Costs, rising
-from coral_core.decoding.rounds import Clock, prefill
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.step import verify_one
+from coral_core.decoding.seat import Memory
+from coral_core.decoding.step import prefill
 
 FILE = "tree.json"
 FORM = 4
@@ -230,10 +230,11 @@ class _Bench:
         self.context = min(context, target.max_positions // 2)
         vocab, self.device = target.lent.embed_VD.shape[0], target.device
         self.ids_T = torch.arange(1, self.context + ROWS[-1] + 1, device=self.device) * 7919 % vocab
-        layers, recorded = target.model.config.get_text_config().num_hidden_layers, target.graphs
-        self.cache = SlotCache(layers, self.context + ROWS[-1], Graphs() if recorded else None)
+        self.memory = Memory(target)
+        self.cache, self.slots = self.memory.cache, self.memory.slots
+        self.cache.reserve(self.context + ROWS[-1])
         self.feature_TD = prefill(target, self.ids_T[: self.context], self.cache)
-        self.slots = Slots(self.context + FED + (1 + LEVELS) * WIDTHS[-1], Graphs() if recorded else None)
+        self.slots.reserve(self.context + FED + (1 + LEVELS) * WIDTHS[-1])
         self._drafting(1, 1).feed(self.ids_T[: self.context], self.feature_TD)
 
     def parts(self) -> Iterator[tuple[tuple[str, int], Callable[[], None]]]:
@@ -248,7 +249,7 @@ class _Bench:
 
     def _drafting(self, depth: int, width: int) -> Drafting:
         """Of as many nodes on every level, and one of them verified."""
-        drafting = self.engine.drafting(TreeShape(depth=depth, nodes=1, topk=width), self.slots)
+        drafting = self.engine.drafting(TreeShape(depth=depth, nodes=1, topk=width), self.memory)
         assert drafting is not None, "costs are those of drafts"
         return drafting
 
@@ -266,7 +267,7 @@ class _Bench:
         )
 
     def _verify(self, draft: tree.Draft) -> None:
-        _, logits_MV = verify_one(self.engine.target, self.cache, draft, Clock())
+        _, logits_MV = self.engine.forwards.verify(self.engine.target, self.memory, draft)
         verdict = Sampler().judge(draft, logits_MV, self.context + 1)
         self.cache.keep(verdict.path_A, self.context)
         self.cache.truncate(self.context)

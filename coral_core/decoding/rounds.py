@@ -1,22 +1,8 @@
-"""What both decoders share: the event they yield, the rule that stops them, the prefill.
-
-Axes: B batch, T position, D hidden, V vocabulary.
-"""
+"""What a round brings, and how long its phases took."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from typing import Literal
-
-import torch
-
-from coral_core.decoding import masks
-from coral_core.decoding.cache import SlotCache
-from coral_core.errors import DataError
-from coral_core.target.target import Target
-
-PREFILL_ROWS = 1024
-"""Prompt rows of one forward pass: a long prompt must not spike memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,83 +19,45 @@ class Round:
 
 
 class Clock:
-    """Splits a round's wall-clock into phases; `lap` closes one.
+    """Splits a round's wall-clock into phases.
 
-    prefill; draft (the drafter's layer), head (its LM head), verify (the target's forward and logits), accept (picks,
-    and the rows that are kept), other (trees, masks, lists: Python). On a GPU the work of one phase may end in a later
-    one, as nothing waits for the device in between, and a recorded draft is `draft` as a whole.
+    `with clock.phase("draft"): …` is how one is told; a phase within another is not part of it.
+
+    prefill; draft (the drafter's layer, the tree); head (the drafter's LM head); verify (masks, the target's forward,
+    logits); accept (picks, and the rows that are kept); other (the rest). On a GPU the work of one phase may end in a
+    later one, as nothing waits for the device in between. A recorded draft, and one for several seats, is `draft` as a
+    whole.
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._open = ["other"]
+        self._last = time.perf_counter()
 
     def restart(self) -> None:
-        """What was done since the last lap belongs to nobody: the caller had the round."""
-        self.last = time.perf_counter()
+        """Forget the time since the last phase: the caller had the round."""
+        self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
-        """Add the time since the last lap to `phase`."""
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
+    def phase(self, name: str) -> "Clock":
+        """What runs within `with` is of this phase."""
+        self._add()
+        self._open.append(name)
+        return self
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self._add()
+        self._open.pop()
 
     def take(self) -> dict[str, float]:
         """The phases so far; starts anew."""
-        seconds, self.seconds = self.seconds, {}
+        self._add()
+        seconds, self._seconds = self._seconds, {}
         return seconds
 
-
-@dataclasses.dataclass
-class Stop:
-    """The one stopping rule: a stop token, which is kept, or the number of new tokens."""
-
-    ids: frozenset[int]
-    remaining: int
-
-    def cut(self, new_ids: list[int]) -> list[int]:
-        """The tokens to emit; afterwards `done` tells whether they are the last."""
-        new_ids = new_ids[: self.remaining]
-        for index, token in enumerate(new_ids):
-            if token in self.ids:
-                new_ids = new_ids[: index + 1]
-                self.remaining = 0
-                return new_ids
-        self.remaining -= len(new_ids)
-        return new_ids
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more may be emitted."""
-        return self.remaining == 0
-
-
-def room(target: Target, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """New tokens that fit the target's context.
-
-    Raises DataError when the prompt alone fills it, is empty, or has a token that the target does not know.
-    """
-    if not prompt:
-        raise DataError("the prompt has no tokens; give at least one")
-    if len(prompt) >= target.max_positions:
-        where = ", as far as its rotary factors stay the same" if target.bounded else ""
-        raise DataError(
-            f"the prompt has {len(prompt)} tokens and the target's context holds {target.max_positions}{where}; "
-            "shorten the prompt"
-        )
-    target.refuse_strange(prompt)
-    return min(max_new_tokens, target.max_positions - len(prompt))
-
-
-@torch.no_grad()
-def prefill(target: Target, ids_T: torch.Tensor, cache: SlotCache) -> torch.Tensor:
-    """Append the rows not yet in the cache, in chunks; their features [T,D]."""
-    features = []
-    while cache.length < ids_T.numel():
-        past = cache.length
-        chunk_BT = ids_T[past : past + PREFILL_ROWS][None]
-        new = chunk_BT.shape[1]
-        position_BT = torch.arange(past, past + new, device=ids_T.device)[None]
-        mask = masks.for_rows(target, past, new)
-        features.append(target.forward(chunk_BT, position_BT=position_BT, mask=mask, cache=cache)[0])
-    return torch.cat(features)
+    def _add(self) -> None:
+        """Add the time since the last change to the phase that is open."""
+        now, phase = time.perf_counter(), self._open[-1]
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        self._last = now

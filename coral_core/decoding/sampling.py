@@ -23,11 +23,10 @@ from transformers import (
 )
 
 from coral_core.decoding.noise import NoiseRows, gumbel
-from coral_core.decoding.tree import Draft
-from coral_core.decoding.verify import Verdict, judge
+from coral_core.decoding.tree import Draft, Verdict, judge
 from coral_core.errors import DataError
 
-SURENESS = 0.5
+GAP_SCALE = 0.5
 """Scale of the difference between the drafter's and the target's logits, where the target is not drawn from."""
 LEAST_TEMPERATURE = 1e-30
 """Below it a temperature counts as 0. Logits divided by less overflow float32, and what is left of them are equal
@@ -125,7 +124,7 @@ class Sampler:
         """One token id per row [N]; `position` is the absolute one that the picked token will take, or each row's [N].
 
         `past_NL` holds the tokens before each row's pick, prompt included, in any order and as often as one likes
-        (see history.py); wanted when the sampler `looks_back`. An unnormalised log p serves as well: a constant per
+        (History in seat.py); wanted when the sampler `looks_back`. An unnormalised log p serves as well: a constant per
         row does not move the argmax.
         """
         if self.temperature == 0:
@@ -164,7 +163,7 @@ class Sampler:
         Measured on pico, tau with the grouped head, 8 questions of mt-bench, 8 nodes: at temperature 0 by
         softmax(log q / x) 3.26 (x 1, EAGLE-2's score), 3.49 (0.7), 3.68 (0.5).
         """
-        return self.temperature / max(self.temperature, SURENESS) if self.temperature else 1 / SURENESS
+        return self.temperature / max(self.temperature, GAP_SCALE) if self.temperature else 1 / GAP_SCALE
 
     def _noise(self, position: int | torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
         """[1,V] for all rows or [N,V]. Nodes of one depth share a position: each distinct one is hashed once."""

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coral_core.decoding import masks, replayed, tree
+from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.drafting import BatchDrafting, Stem
-from coral_core.decoding.history import History
-from coral_core.decoding.memory import Memory
-from coral_core.decoding.policy.adaptive import Plan
-from coral_core.decoding.rounds import Clock, Round, Stop, prefill, room
+from coral_core.decoding.drafting import PREFILL_ROWS, BatchDrafting, DraftInput
+from coral_core.decoding.policy.plan import Plan
+from coral_core.decoding.rounds import Clock, Round
 from coral_core.decoding.sampling import Picker, Sampler, pick_together
-from coral_core.decoding.seat import Seat
-from coral_core.decoding.tree import Draft
-from coral_core.decoding.verify import Verdict
+from coral_core.decoding.seat import History, Memory, Seat, Stop
+from coral_core.decoding.tree import Draft, Verdict
+from coral_core.errors import DataError
 from coral_core.target.target import Target
 
 if TYPE_CHECKING:
@@ -37,6 +35,12 @@ def sit(
 
     Raises DataError for a prompt that is empty or does not fit the target's context.
     """
+    with clock.phase("prefill"):
+        seat = _read(engine, memory, prompt, sampler, max_new_tokens)
+    return seat, Round(seat.stop.cut(memory.ids[-1:]), "prefill", 0, clock.take())
+
+
+def _read(engine: "Engine", memory: Memory, prompt: list[int], sampler: Picker, max_new_tokens: int) -> Seat:
     target, plan = engine.target, engine.plan(1)
     stop = Stop(target.stop_ids, room(target, prompt, max_new_tokens))
     capacity = len(prompt) + stop.remaining + engine.rows
@@ -49,19 +53,47 @@ def sit(
     if history:
         history.extend(root_1)
     memory.ids = [*prompt, *root_1.tolist()]
-    seat = Seat(
+    return Seat(
         memory=memory,
         sampler=sampler,
         stop=stop,
         history=history,
         plans={1: plan},
-        drafting=engine.drafting(plan, memory.slots),
+        drafting=engine.drafting(plan, memory),
         token_T=torch.cat((prompt_T[kept + 1 :], root_1)),
         feature_TD=feature_TD[:0] if engine.drafter is None else feature_TD,
     )
-    new_ids = stop.cut(memory.ids[-1:])
-    clock.lap("prefill")
-    return seat, Round(new_ids, "prefill", 0, clock.take())
+
+
+def room(target: Target, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """New tokens that fit the target's context.
+
+    Raises DataError when the prompt alone fills it, is empty, or has a token that the target does not know.
+    """
+    if not prompt:
+        raise DataError("the prompt has no tokens; give at least one")
+    if len(prompt) >= target.max_positions:
+        where = ", as far as its rotary factors stay the same" if target.bounded else ""
+        raise DataError(
+            f"the prompt has {len(prompt)} tokens and the target's context holds {target.max_positions}{where}; "
+            "shorten the prompt"
+        )
+    target.refuse_strange(prompt)
+    return min(max_new_tokens, target.max_positions - len(prompt))
+
+
+@torch.no_grad()
+def prefill(target: Target, ids_T: torch.Tensor, cache: SlotCache) -> torch.Tensor:
+    """Append the rows not yet in the cache, in chunks; their features [T,D]."""
+    features = []
+    while cache.length < ids_T.numel():
+        past = cache.length
+        chunk_BT = ids_T[past : past + PREFILL_ROWS][None]
+        new = chunk_BT.shape[1]
+        position_BT = torch.arange(past, past + new, device=ids_T.device)[None]
+        mask = masks.for_rows(target, past, new)
+        features.append(target.forward(chunk_BT, position_BT=position_BT, mask=mask, cache=cache)[0])
+    return torch.cat(features)
 
 
 @torch.no_grad()
@@ -69,17 +101,18 @@ def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
     """One round of each seat. Several seats are the first ones of one cache, in order (table.py)."""
     clock.restart()
     plans = [_plan(engine, seat, len(seats)) for seat in seats]
-    drafts = _draft(engine, seats, plans, clock)
-    features, logits_NV = _verify(engine.target, seats, drafts, clock)
-    verdicts = _judge(seats, drafts, logits_NV)
-    for seat, draft, verdict in zip(seats, drafts, verdicts, strict=True):
-        rows = draft.token_M.numel()
-        if verdict.path_A.numel() < rows:
-            seat.memory.cache.keep(verdict.path_A, seat.rows - rows)
-    clock.lap("accept")
+    with clock.phase("draft"):
+        drafts = _draft(engine, seats, plans, clock)
+    with clock.phase("verify"):
+        features, logits_NV = _verify(engine, seats, drafts)
+    with clock.phase("accept"):
+        verdicts = _judge(seats, drafts, logits_NV)
+        for seat, draft, verdict in zip(seats, drafts, verdicts, strict=True):
+            rows = draft.token_M.numel()
+            if verdict.path_A.numel() < rows:
+                seat.memory.cache.keep(verdict.path_A, seat.rows - rows)
     found = zip(seats, plans, drafts, verdicts, features, strict=True)
     emitted = [_commit(*parts) for parts in found]
-    clock.lap("other")
     seconds = {phase: value / len(seats) for phase, value in clock.take().items()}
     return [
         Round(new_ids, "draft" if plan else "plain", min(verdict.accepted_drafts, len(new_ids)), seconds)
@@ -87,12 +120,12 @@ def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
     ]
 
 
-def _plan(engine: "Engine", seat: Seat, company: int) -> Plan | None:
-    """Who decides on the seat's draft in a round of so many; None for a round without one."""
-    company = 1 << (company - 1).bit_length()
-    if company not in seat.plans:
-        seat.plans[company] = engine.plan(company)
-    return seat.plans[company] if seat.plans[company].drafts() else None
+def _plan(engine: "Engine", seat: Seat, seats: int) -> Plan | None:
+    """Who decides on the seat's draft in a round of so many seats; None for a round without one."""
+    seats = 1 << (seats - 1).bit_length()
+    if seats not in seat.plans:
+        seat.plans[seats] = engine.plan(seats)
+    return seat.plans[seats] if seat.plans[seats].drafts() else None
 
 
 def _draft(engine: "Engine", seats: Sequence[Seat], plans: Sequence[Plan | None], clock: Clock) -> list[Draft]:
@@ -101,28 +134,28 @@ def _draft(engine: "Engine", seats: Sequence[Seat], plans: Sequence[Plan | None]
         (seat,) = seats
         assert seat.drafting is not None
         return [seat.drafting.draft(seat.token_T, seat.feature_TD, seat.sampler, clock)]
-    stems = [
-        Stem(seat.drafting, number, seat.token_T, seat.feature_TD, seat.sampler, plan)
+    inputs = [
+        DraftInput(seat.drafting, number, seat.token_T, seat.feature_TD, seat.sampler, plan)
         for number, (seat, plan) in enumerate(zip(seats, plans, strict=True))
         if plan is not None and seat.drafting is not None
     ]
-    grown = iter(BatchDrafting(stems).draft(clock) if stems else ())
-    return [next(grown) if plan else tree.lone(seat.token_T[-1:]) for seat, plan in zip(seats, plans, strict=True)]
+    grown = iter(BatchDrafting(inputs).draft() if inputs else ())
+    return [next(grown) if plan else tree.root_only(seat.token_T[-1:]) for seat, plan in zip(seats, plans, strict=True)]
 
 
 def _verify(
-    target: Target, seats: Sequence[Seat], drafts: Sequence[Draft], clock: Clock
+    engine: "Engine", seats: Sequence[Seat], drafts: Sequence[Draft]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """One target forward over all trees: the features [M,D] of each, and the logits [N,V] of all."""
+    target = engine.target
     if len(seats) == 1:
-        feature_MD, logits_MV = verify_one(target, seats[0].memory.cache, drafts[0], clock)
+        feature_MD, logits_MV = engine.forwards.verify(target, seats[0].memory, drafts[0])
         return [feature_MD], logits_MV
     forest, past = tree.pad(drafts), [seat.rows for seat in seats]
     rows, whole = forest.token_M.shape[1], seats[0].memory.cache.whole
     assert whole is not None, "seats that share a round share a cache"
     past_B1, end = torch.tensor(past, device=target.device)[:, None], max(past) + rows
     mask = masks.for_batch(target, past_B1, forest.depth_M, forest.sees_MM, end)
-    clock.lap("other")
     with whole.place(past_B1 + torch.arange(rows, device=target.device), end):
         feature_BMD = target.forward(
             forest.token_M.clamp_min(0), position_BT=past_B1 + forest.depth_M, mask=mask, cache=whole
@@ -131,23 +164,7 @@ def _verify(
     for seat, draft, feature_MD in zip(seats, drafts, feature_BMD, strict=True):
         features.append(feature_MD[: draft.token_M.numel()])
         seat.memory.cache.length += draft.token_M.numel()
-    logits_NV = target.logits(torch.cat(features))
-    clock.lap("verify")
-    return features, logits_NV
-
-
-def verify_one(target: Target, cache: SlotCache, draft: Draft, clock: Clock) -> tuple[torch.Tensor, torch.Tensor]:
-    """The features [M,D] and logits [M,V] of one tree's rows, which the cache takes in."""
-    if cache.graphs is not None:
-        found = replayed.verify(target, cache, draft)
-    else:
-        mask = masks.for_target(target, cache.length, draft.depth_M, draft.sees_MM)
-        position_BM = (draft.depth_M + cache.length)[None]
-        clock.lap("other")
-        feature_MD = target.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)[0]
-        found = feature_MD, target.logits(feature_MD)
-    clock.lap("verify")
-    return found
+    return features, target.logits(torch.cat(features))
 
 
 def _judge(seats: Sequence[Seat], drafts: Sequence[Draft], logits_NV: torch.Tensor) -> list[Verdict]:

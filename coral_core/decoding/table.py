@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Engine
-from coral_core.decoding.memory import Memory
-from coral_core.decoding.rounds import Clock, Round, room
+from coral_core.decoding.rounds import Clock, Round
 from coral_core.decoding.sampling import Picker
-from coral_core.decoding.seat import Seat
-from coral_core.decoding.step import sit, step
+from coral_core.decoding.seat import Memory, Seat
+from coral_core.decoding.step import room, sit, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Table:
 
     def __init__(self, engine: Engine, places: int) -> None:
         assert places >= 1
-        self.engine, self.places = engine, places
+        target = dataclasses.replace(engine.target, graphs=False)  # a recording is of one seat
+        self.engine, self.places = dataclasses.replace(engine, target=target), places
         self.seats: list[Seat] = []
         layers = engine.target.model.config.get_text_config().num_hidden_layers
         self.cache, self.drafted = SlotCache(layers, 0, seats=places), SlotCache(1, 0, seats=places)

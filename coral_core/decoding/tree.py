@@ -1,8 +1,10 @@
-"""The draft tree: growing it level by level (EAGLE-2, arXiv 2406.16858) and ranking its nodes.
+"""The draft tree: growing it level by level (EAGLE-2, arXiv 2406.16858), ranking its nodes, accepting a path of it.
 
 Index code only: no model, no cache. Row 0 is the root (the last token already chosen), drafted nodes follow, parents
-before children. Axes: N drafted node or tree row, M tree row (root included), C candidate, K column of the drafter's
-cache.
+before children. Acceptance is a pure function of ids, the same at every temperature (sampling.py): the target has
+picked one token at every row, and the picks are followed as long as they were drafted.
+Axes: N drafted node or tree row, M tree row (root included), C candidate, K column of the drafter's cache, A accepted
+path, P the same, filled up.
 """
 
 import dataclasses
@@ -57,7 +59,7 @@ def narrow(beam: Beam, width: int) -> Beam:
     )
 
 
-def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int, sees_K: torch.Tensor) -> Beam:
+def first_level(score_C: torch.Tensor, token_C: torch.Tensor, width: int, sees_K: torch.Tensor) -> Beam:
     """The first level: the root's candidates, best first; the `width` best are the beam, and see what `sees_K` says."""
     width = min(width, score_C.numel())
     parent_C = torch.full_like(token_C, -1)
@@ -72,8 +74,8 @@ def plant(score_C: torch.Tensor, token_C: torch.Tensor, width: int, sees_K: torc
     )
 
 
-def settle(beam: Beam, column_N: torch.Tensor) -> None:
-    """Its nodes get rows of their own, in these columns of the drafter's cache; each sees its own from now on."""
+def give_columns(beam: Beam, column_N: torch.Tensor) -> None:
+    """The beam's nodes get these columns of the drafter's cache. Each node sees its own from now on."""
     beam.sees_NK.scatter_(1, column_N[:, None], 0.0)
 
 
@@ -99,8 +101,8 @@ def extend(beam: Beam, logprob_NC: torch.Tensor, token_NC: torch.Tensor, width: 
     )
 
 
-def lone(root_1: torch.Tensor) -> Draft:
-    """The draft of nothing: verifying it is a plain step."""
+def root_only(root_1: torch.Tensor) -> Draft:
+    """A tree without drafted nodes: its verification is a plain step."""
     zero_1 = torch.zeros_like(root_1)
     return Draft(
         token_M=root_1,
@@ -148,7 +150,7 @@ def ancestry(parent_M: torch.Tensor, depth: int) -> torch.Tensor:
 
 
 NO_TOKEN = -1
-"""The token of a row that only fills up a batch; nobody picks it."""
+"""The token of a row that only fills up a batch; it is never picked."""
 
 
 def pad(drafts: Sequence[Draft], rows: int = 0) -> Draft:
@@ -191,3 +193,64 @@ def filled(draft: Draft, rows: int) -> Draft:
         score_M=padded.score_M[0],
         levels=draft.levels,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one verification decided."""
+
+    path_A: torch.Tensor
+    """Rows of the accepted path, root first: their features and cache rows are kept."""
+    new_A: torch.Tensor
+    """The target's picks along the path: the accepted drafts, then the bonus token."""
+    new_ids: list[int]
+    """The same, read from the device."""
+
+    @property
+    def accepted_drafts(self) -> int:
+        """Drafted tokens that the target picked too; the bonus token is not counted."""
+        return len(self.new_ids) - 1
+
+
+def on_path(draft: Draft, picked_M: torch.Tensor) -> torch.Tensor:
+    """[M] true for the rows on the accepted path, root included; with an axis B in front everywhere, for B trees.
+
+    A node stands when the pick at its parent is its token, and all its ancestors stand. Siblings hold distinct
+    tokens, so the standing nodes form one path, and the deepest of them ends it.
+    """
+    stands_M = picked_M.gather(-1, draft.parent_M) == draft.token_M
+    stands_M[..., 0] = True
+    whole_M = (stands_M[..., None, :] | ~draft.sees_MM).all(dim=-1)
+    last_1 = (whole_M * (draft.depth_M + 1)).argmax(-1, keepdim=True)
+    return draft.sees_MM.take_along_dim(last_1[..., None], dim=-2).squeeze(-2)
+
+
+def judge(draft: Draft, picked_M: torch.Tensor) -> Verdict:
+    """Walk from the root while the picked token is a drafted child. The host looks at the device once.
+
+    For that, the path is sorted to the front of as many rows as it can have (`nonzero` would wait for its length).
+    """
+    rows = picked_M.numel()
+    on_path_M = on_path(draft, picked_M)
+    rank_M = on_path_M * torch.arange(rows, 0, -1, device=picked_M.device)
+    path_P = rows - rank_M.topk(min(rows, draft.levels + 1)).values.clamp_min(1)
+    new_P = picked_M[path_P]
+    length, *new_ids = torch.cat((on_path_M.sum()[None], new_P)).tolist()
+    return Verdict(path_P[:length], new_P[:length], new_ids[:length])
+
+
+def walk(draft: Draft, pick: Callable[[int], tuple[int, bool]]) -> Verdict:
+    """`judge` for picks that must be made in order: `pick` picks at a row, and says whether to go on."""
+    edges = zip(draft.parent_M[1:].tolist(), draft.token_M[1:].tolist(), strict=True)
+    child_of = {edge: row for row, edge in enumerate(edges, start=1)}
+    path, new, going_on = [0], [], True
+    while going_on:
+        token, going_on = pick(path[-1])
+        new.append(token)
+        child = child_of.get((path[-1], token))
+        if child is None:
+            break
+        if going_on:
+            path.append(child)
+    device = draft.token_M.device
+    return Verdict(torch.tensor(path, device=device), torch.tensor(new, device=device), new)

@@ -30,7 +30,7 @@ class Head(Protocol):
     """Turns the drafter's hidden states into candidates."""
 
     recordable: bool
-    """Whether nothing in it waits for the device, so that a draft can be recorded (decoding/graphs.py)."""
+    """Whether nothing in it waits for the device, so that a draft can be recorded (decoding/recorded.py)."""
 
     def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
         """Candidates for rows [N,D]."""

@@ -36,7 +36,7 @@ class Target:
     exact: bool = False
     """Whether the rows of a forward have the same bits whatever is read with them (target/filled.py)."""
     graphs: bool = False
-    """Whether decoding records its forwards (decoding/graphs.py)."""
+    """Whether decoding records its forwards (decoding/recorded.py)."""
     taps: tuple[int, ...] = ()
     """Layers whose inputs `forward` gives before the features (`tapping`)."""
     idle: list[Any] = dataclasses.field(default_factory=list, repr=False, compare=False)

@@ -11,8 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from coral_core.api.generate import Speculate
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import DataError, TargetError
 from tests.decoding.test_lossless import some_prompt

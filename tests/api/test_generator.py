@@ -10,8 +10,8 @@ import torch
 
 from coral_core import Drafter, Generator, Target
 from coral_core.artifacts import Manifest
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import ArtifactError

@@ -13,8 +13,8 @@ from benchmarks import decode, decode_cost, decode_gpu, decode_oracle, decode_ra
 from benchmarks.decode_steps import Machine, Parts, level_work, target_work
 from coral_core.bench.methods import Method
 from coral_core.bench.race import Lane
-from coral_core.decoding import graphs
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding import recorded as recording
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.head.full import FullHead
 from coral_core.kernels import attention
 from coral_core.target.target import Target
@@ -161,7 +161,7 @@ def test_the_gpu_part_runs_where_there_is_no_gpu_with_a_tiny_shape() -> None:
 
 def test_the_gpu_part_measures_recorded_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tapes stand in for graphs: every timed call replays, and the figures are the recorded ones."""
-    monkeypatch.setattr(graphs, "record", tape.record)
+    monkeypatch.setattr(recording, "record", tape.record)
     rows = [
         row for on in (False, True) for row in decode_gpu.measure("tiny", torch.device("cpu"), torch.float32, 1, on)
     ]

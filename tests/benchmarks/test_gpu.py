@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import decode_gpu, gpu
-from coral_core.decoding import graphs
+from coral_core.decoding import recorded as recording
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -50,6 +50,6 @@ def test_the_command_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
 def test_what_a_library_compiles_stands_in_for_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its compiler: that results are copied to one place, for a draft and for a verification."""
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
-    monkeypatch.setattr(graphs, "record", decode_gpu.compiled)
+    monkeypatch.setattr(recording, "record", decode_gpu.compiled)
     rows = list(decode_gpu.measure("tiny", torch.device("cpu"), torch.float32, 1, True))
     assert {"plain step", "verify", "round"} <= {row["what"] for row in rows}

@@ -8,9 +8,9 @@ import pytest
 
 from coral_cli.talk.commands import run
 from coral_cli.talk.session import Session
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.costs import Costs
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import CoralError
 from tests.cli.test_chat_session import counting, session, told

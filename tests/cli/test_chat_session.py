@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from coral_cli.talk.session import SAMPLE_TOKENS, Piece, Session
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import ArtifactError, DataError

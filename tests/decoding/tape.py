@@ -45,7 +45,7 @@ def _address(x: torch.Tensor) -> int:
 
 
 def record(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """As graphs.record."""
+    """As recorded.record."""
     call()
     with _Tape() as tape:
         out = call()

@@ -10,16 +10,16 @@ import torch
 
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request, decode_all
-from coral_core.decoding.verify import judge, on_path
+from coral_core.decoding.tree import judge, on_path
 from coral_core.errors import DataError
 from coral_core.target.target import Target
 from tests.decoding.test_lossless import ids_of, some_prompt
-from tests.tiny import FAMILIES, PlainHead, tiny_drafter, tiny_target
+from tests.tiny import FAMILIES, ConfidentShape, PlainHead, tiny_drafter, tiny_target
 
 F, T = False, True
 WIDE = TreeShape(depth=3, nodes=60, topk=20)
@@ -91,7 +91,7 @@ def test_trees_of_different_sizes_in_one_round(confidence: float) -> None:
     """Down to answers that draft nothing while others do."""
     target = dataclasses.replace(tiny_target("mistral-sliding"), stop_ids=frozenset())
     prompts = prompts_of([4, 17, 9, 2])
-    shape = dataclasses.replace(WIDE, depth=4, confidence=confidence)
+    shape = ConfidentShape(depth=4, nodes=WIDE.nodes, topk=WIDE.topk, confidence=confidence)
     for own, prompt in zip(decode(batch_of(target, 4, shape), prompts, Sampler(), 16), prompts, strict=True):
         assert ids_of(own) == ids_of(list(plain(target, prompt, Sampler(), 16)))
 
@@ -99,7 +99,7 @@ def test_trees_of_different_sizes_in_one_round(confidence: float) -> None:
 def test_waiting_prompts_take_the_seats_of_finished_ones() -> None:
     """Rounds, not answers, are shared: two seats never wait for the longest answer."""
     target = dataclasses.replace(tiny_target("llama"), stop_ids=frozenset())
-    shape = TreeShape(depth=1, nodes=1, topk=1, confidence=0.99)  # nothing is drafted: one token per round
+    shape = ConfidentShape(depth=1, nodes=1, topk=1, confidence=0.99)  # nothing is drafted: one token per round
     prompts = prompts_of([150, 5, 6, 7, 8])  # the first has room for ten tokens only
     order = [
         number

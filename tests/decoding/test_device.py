@@ -9,11 +9,11 @@ import transformers
 
 from benchmarks import decode_gpu
 from coral_core.api.generate import Speculate
-from coral_core.decoding import graphs
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding import recorded as recording
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.measure import measure_costs
-from coral_core.decoding.policy.constant import Steady
+from coral_core.decoding.policy.constant import ConstantTree
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request, decode_all
@@ -106,7 +106,7 @@ def test_a_recorded_round_is_two_replays_and_a_few_launches(sampler: Sampler, mo
     prompt = words(2, 9)
     expected = ids_of(plain(on_host(), prompt, sampler, 12))
     with pretend.Device() as device:
-        monkeypatch.setattr(graphs, "record", device.record)
+        monkeypatch.setattr(recording, "record", device.record)
         engine = on_device(recorded=True)
         judged = 25 if sampler.temperature or sampler.looks_back else 0  # processors, noise and the tokens so far
         for rounds, replays, launches in (
@@ -128,7 +128,7 @@ def test_a_tree_that_is_chosen_by_its_cost_asks_the_device_nothing() -> None:
     expected = ids_of(plain(on_host(), prompt, GREEDY, 40))
     with pretend.Device() as device:
         engine = dataclasses.replace(on_device(), costs=DEAR)
-        assert isinstance(engine.plan(), Steady)
+        assert isinstance(engine.plan(), ConstantTree)
         assert {event.kind for event in engine.decode(prompt, GREEDY, 40)} == {"prefill", "draft", "plain"}
         said, spent = watched(engine.decode(prompt, GREEDY, 40), device)
     assert said == expected
@@ -138,7 +138,7 @@ def test_a_tree_that_is_chosen_by_its_cost_asks_the_device_nothing() -> None:
 def test_costs_are_measured_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coral_core.decoding.measure.REPEATS", (1, 1))
     with pretend.Device() as device:
-        monkeypatch.setattr(graphs, "record", device.record)
+        monkeypatch.setattr(recording, "record", device.record)
         monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
         costs = measure_costs(on_device(recorded=True))
     assert costs.step_s > 0 and set(costs.level) and costs.verify[1] == 1.0
@@ -168,7 +168,7 @@ def test_generate_of_transformers_runs_there() -> None:
 
 def test_the_gpu_part_of_the_benchmark_runs_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pretend.Device() as device:
-        monkeypatch.setattr(graphs, "record", device.record)
+        monkeypatch.setattr(recording, "record", device.record)
         rows = [
             row
             for recorded in (False, True)

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.drafting import BatchDrafting, Drafting, Stem, TreeShape
+from coral_core.decoding.drafting import BatchDrafting, Drafting, DraftInput
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.tree import Draft
@@ -84,7 +85,7 @@ def test_drafts_of_a_batch() -> None:
         for rows, seat in zip(ROWS, seats, strict=True):
             cache.seat(seat).length = 0
             drafting = Drafting(drafter, target.lent, FullHead(target.lent), SHAPE, cache.seat(seat))
-            stems.append(Stem(drafting, seat, *committed(target, rows), Sampler(), SHAPE))
+            stems.append(DraftInput(drafting, seat, *committed(target, rows), Sampler(), SHAPE))
         for rows, draft in zip(ROWS, BatchDrafting(stems).draft(Clock()), strict=True):
             check(target, drafter, rows, draft)
 

@@ -15,10 +15,10 @@ import torch
 
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.rounds import prefill
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.step import prefill
 from coral_core.kernels import exact
 from coral_core.target.load import wrap
 from coral_core.target.target import Target

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.engine import plain
-from coral_core.decoding.memory import Memory
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.seat import Memory
 from coral_core.drafter.model import Drafter
 from coral_core.target.target import Target
 from tests.decoding.test_lossless import ids_of, some_prompt

@@ -6,12 +6,22 @@ import random
 import pytest
 import torch
 
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
-from tests.tiny import FAMILIES, VOCAB, OracleHead, PlainHead, ScriptHead, tiny_drafter, tiny_engine, tiny_target
+from tests.tiny import (
+    FAMILIES,
+    VOCAB,
+    ConfidentShape,
+    OracleHead,
+    PlainHead,
+    ScriptHead,
+    tiny_drafter,
+    tiny_engine,
+    tiny_target,
+)
 
 SAMPLERS = {
     "greedy": Sampler(),
@@ -69,7 +79,7 @@ def test_speculative_equals_plain_when_unlikely_branches_are_left_out(family: st
     prompt = some_prompt(6, 9)
     expected = ids_of(list(plain(target, prompt, Sampler(), 20)))
     head = OracleHead(expected, right=0.8)
-    shape = TreeShape(depth=4, nodes=12, topk=3, confidence=confidence)
+    shape = ConfidentShape(depth=4, nodes=12, topk=3, confidence=confidence)
     engine = Engine(target, tiny_drafter(target), head, shape)
     rounds = [head.follow(event) for event in engine.decode(prompt, Sampler(), 20)]
     assert ids_of(rounds) == expected

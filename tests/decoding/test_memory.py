@@ -9,11 +9,11 @@ import torch
 
 from coral_core.decoding import tree
 from coral_core.decoding.cache import Slots
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.memory import Memory
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.seat import Memory
 from coral_core.errors import DataError
 from coral_core.target.target import Target
 from tests.tiny import VOCAB, OracleHead, tiny_drafter, tiny_engine, tiny_target

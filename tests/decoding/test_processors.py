@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.history import History
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.seat import History
 from coral_core.decoding.tree import Draft, ancestry
 from tests.decoding.test_lossless import ids_of, some_prompt
 from tests.tiny import VOCAB, OracleHead, tiny_drafter, tiny_target

@@ -8,8 +8,9 @@ import torch
 
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import Slots
-from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.verify import judge
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.tree import judge
+from tests.tiny import ConfidentShape
 
 T, F = True, False
 
@@ -102,14 +103,14 @@ def test_growing_two_levels_by_hand() -> None:
     In the drafter's cache is one committed row; a and b take columns 1 and 2, c and e 3 and 4.
     """
     a, b, c, d, e, f = 1, 2, 3, 4, 5, 6
-    beam = tree.plant(torch.tensor([-0.1, -1.0]), torch.tensor([a, b]), width=2, sees_K=ONE_ROW)
-    tree.settle(beam, torch.tensor([1, 2]))
+    beam = tree.first_level(torch.tensor([-0.1, -1.0]), torch.tensor([a, b]), width=2, sees_K=ONE_ROW)
+    tree.give_columns(beam, torch.tensor([1, 2]))
     assert seen(beam) == [[T, T, F, F, F], [T, F, T, F, F]]
     beam = tree.extend(beam, torch.tensor([[-0.2, -3.0], [-0.1, -2.0]]), torch.tensor([[c, d], [e, f]]), width=2)
     assert beam.token_N.tolist() == [c, e]
     assert beam.row_N.tolist() == [0, 1]
     assert beam.pool_N.tolist() == [2, 4]
-    tree.settle(beam, torch.tensor([3, 4]))
+    tree.give_columns(beam, torch.tensor([3, 4]))
     assert seen(beam) == [[T, T, F, T, F], [T, F, T, F, T]]
     draft = tree.rerank(beam, torch.tensor([9]), count=first(3))
     assert draft.token_M.tolist() == [9, a, b, c]
@@ -119,11 +120,11 @@ def test_growing_two_levels_by_hand() -> None:
 
 
 def test_unlikely_branches_are_cut() -> None:
-    beam = tree.plant(torch.tensor([-0.1, -1.0, -2.0]), torch.tensor([1, 2, 3]), 3, ONE_ROW)
-    likely = TreeShape(depth=1, nodes=5, topk=3, confidence=math.exp(-1.5))
+    beam = tree.first_level(torch.tensor([-0.1, -1.0, -2.0]), torch.tensor([1, 2, 3]), 3, ONE_ROW)
+    likely = ConfidentShape(depth=1, nodes=5, topk=3, confidence=math.exp(-1.5))
     beam = tree.narrow(beam, likely.width(beam.score_N))
     assert beam.token_N.tolist() == [1, 2]
-    tree.settle(beam, torch.tensor([1, 2]))
+    tree.give_columns(beam, torch.tensor([1, 2]))
     assert seen(beam) == [[T, T, F, F, F], [T, F, T, F, F]]
     assert tree.rerank(beam, torch.tensor([9]), count=likely.count).token_M.tolist() == [9, 1, 2]
     sure = dataclasses.replace(likely, confidence=math.exp(-0.05))
@@ -134,7 +135,7 @@ def test_unlikely_branches_are_cut() -> None:
 
 def test_a_sure_child_never_ranks_before_its_parent() -> None:
     """Log-probability exactly 0 ties child and parent; a naive rerank keeps the child without its parent."""
-    beam = tree.plant(torch.tensor([-1.0, -1.0]), torch.tensor([1, 2]), 2, ONE_ROW)
+    beam = tree.first_level(torch.tensor([-1.0, -1.0]), torch.tensor([1, 2]), 2, ONE_ROW)
     beam = tree.extend(beam, torch.tensor([[0.0], [0.0]]), torch.tensor([[3], [4]]), width=2)
     beam = tree.extend(beam, torch.tensor([[0.0], [0.0]]), torch.tensor([[5], [6]]), width=2)
     for nodes in range(1, 7):

@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coral_core.artifacts import Manifest
-from coral_core.decoding.drafting import TreeShape, whole_head
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.checkpoint import read_checkpoint
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.export.bring_in import bring_in
 from coral_core.recipe.loader import load_recipe
-from coral_core.run import Run
+from coral_core.run import Run, whole_head
 from tests.export.helpers import random_drafter
 from tests.tiny import VOCAB, tiny_target
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from coral_core.api.generator import Generator
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.embedded import FOLDER as PICO
 from coral_core.export.run import export_engine, open_source
 from coral_core.recipe.schema import Recipe

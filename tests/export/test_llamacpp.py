@@ -12,8 +12,8 @@ import re
 import pytest
 import torch
 
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.export.gguf_file import neighbours
 from coral_core.export.run import GGUF, export_engine

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from coral_core.artifacts import Manifest
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.checkpoint import read_checkpoint
 from coral_core.drafter.model import Drafter

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.blocks import Attend, Turn
 from coral_core.drafter.model import Drafter

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from coral_core.api.generate import Speculate
-from coral_core.decoding.drafting import TreeShape
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import TargetError
 from coral_core.target.load import wrap

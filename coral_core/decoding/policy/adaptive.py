@@ -4,88 +4,74 @@ A round of E expected tokens that costs C plain steps is worth E - rate · C, wh
 rounds bring per plain step: the most tokens per second come from making each round worth as much as can be
 (Dinkelbach's rule for a ratio). E is 1 + Σ over verified nodes of the probability that their path is accepted. So
 
-    a level is drafted with its w best nodes when    goes_on · Σ p  >  rate · (level(w) + w more rows verified)
+    a level is drafted with its w best nodes when    hit_rate · Σ p  >  rate · (level(w) + w more rows verified)
     n nodes are verified for the largest             Σ p  -  rate · verify(n)
 
 and where drafted rounds bring less than one token per plain step, rounds are plain steps; now and then a draft is
-tried again. Probabilities are the drafter's own, each conditional one multiplied with its `surety`: accepted over
+tried again. Probabilities are the drafter's own, each conditional one multiplied with `calibration`: accepted over
 expected at the nodes that were reached. Nothing here reads a clock, and nothing outlives an answer: an answer's rounds
 are a function of its tokens and of the costs.
 Axes: N candidate or node, best first; M tree row, root included; W width; R row.
 """
 
 import math
-from collections.abc import Hashable
-from typing import Protocol
 
 import torch
 
 from coral_core.decoding.policy.costs import Costs
-from coral_core.decoding.policy.trials import FORGET, Trials
-from coral_core.decoding.tree import Draft
-from coral_core.decoding.verify import Verdict
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.tree import Draft, Verdict
 
-SURETY, GOES_ON, TRIES = 0.85, 0.7, 4.0
-"""What is believed before anything was seen, and the number of reached nodes that it weighs.
+CALIBRATION, HIT_RATE, TRIES = 0.85, 0.7, 4.0
+"""The calibration and the hit rate before the first draft, and the number of reached nodes that they weigh.
 
 pico, trees of 48 nodes in 8 levels, accepted over expected: 0.85 at temperature 0 and 0.98 at 1, about the same at
 every depth and for every probability.
 """
-LEAST_SURE, SUREST = 0.02, 1.25
-"""No drafter is believed less, or taken for more modest."""
+LEAST_CALIBRATION, MOST_CALIBRATION = 0.02, 1.25
+"""Bounds of the calibration."""
+FORGET = 0.95
+"""What the past of an answer keeps of its weight with each drafted round: it spans some twenty."""
+RATE, SPENT = 1.5, 2.0
+"""The rate before the first draft, and the plain steps that it weighs."""
+PAUSE, LONGEST_PAUSE = 4, 64
+"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them; one
+that does halves them, so that a drafter that is right now and then is not tried all the time."""
 
 
-class Plan(Protocol):
-    """Who decides on the size of a draft: a TreeShape, always the same way, or a Paying."""
+class Trials:
+    """Whether drafts pay at all, by an answer's drafted rounds, the recent ones above all."""
+
+    def __init__(self) -> None:
+        self.tokens, self.spent = RATE * SPENT, SPENT
+        self.pause = PAUSE
+        self.plain_left = 0
+        self.small = False
+        """Whether the next draft should be a small one: the last did not pay."""
 
     @property
-    def topk(self) -> int:
-        """Nodes expanded per level at most, and children each proposes."""
-        ...
-
-    @property
-    def depth(self) -> int:
-        """Levels at most."""
-        ...
-
-    @property
-    def shift(self) -> float:
-        """What is added to each conditional log-probability."""
-        ...
-
-    @property
-    def shape(self) -> Hashable | None:
-        """What says how large every draft is; None where their size depends on scores."""
-        ...
+    def rate(self) -> float:
+        """Tokens of drafted rounds per plain step; a plain step itself brings one."""
+        return max(1.0, self.tokens / self.spent)
 
     def drafts(self) -> bool:
-        """Whether the next round drafts; asked once per round."""
-        ...
+        """Whether the next round drafts."""
+        if self.plain_left:
+            self.plain_left -= 1
+            return False
+        return True
 
-    def width(self, score_N: torch.Tensor) -> int:
-        """How many of the newest level's nodes are expanded."""
-        ...
-
-    def count(self, score_N: torch.Tensor) -> int:
-        """How many of all candidates are verified."""
-        ...
-
-    def learn(self, draft: Draft, verdict: Verdict) -> None:
-        """What came of a drafted round."""
-        ...
-
-
-class Bounds(Protocol):
-    """What of a TreeShape the choice must keep to."""
-
-    @property
-    def depth(self) -> int: ...
-    @property
-    def nodes(self) -> int: ...
-    @property
-    def topk(self) -> int: ...
-    @property
-    def floor(self) -> float: ...
+    def learn(self, tokens: int, spent: float) -> None:
+        """A drafted round brought so many tokens for so many plain steps."""
+        self.tokens = FORGET * self.tokens + tokens
+        self.spent = FORGET * self.spent + spent
+        self.small = self.tokens < self.spent and tokens < spent
+        if self.small:
+            self.plain_left, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
+        elif self.tokens >= self.spent:
+            self.pause = PAUSE
+        else:
+            self.pause = max(PAUSE, self.pause // 2)
 
 
 def best_prefix(gain_N: torch.Tensor, cost_N: torch.Tensor) -> int:
@@ -98,19 +84,19 @@ def best_prefix(gain_N: torch.Tensor, cost_N: torch.Tensor) -> int:
     return int((worth_N - cost_N).argmax())
 
 
-class Paying:
+class AdaptiveTree:
     """The plan of one answer, with a tree of its own for every round."""
 
     shape = None
 
-    def __init__(self, costs: Costs, bounds: Bounds, device: torch.device) -> None:
+    def __init__(self, costs: Costs, bounds: TreeShape, device: torch.device) -> None:
         self.bounds = bounds
         self.topk, self.depth = bounds.topk, bounds.depth
         self.base = costs.base
         self.verify, self.level = costs.verified(bounds.nodes + bounds.topk), costs.expanded(bounds.topk)
         self.verify_R = torch.tensor(self.verify, device=device)
         self.level_W = torch.tensor(self.level, device=device)
-        self.hits, self.expected, self.tries = TRIES * GOES_ON, TRIES * GOES_ON / SURETY, TRIES
+        self.hits, self.expected, self.tries = TRIES * HIT_RATE, TRIES * HIT_RATE / CALIBRATION, TRIES
         self.trials = Trials()
         self._begin()
 
@@ -119,18 +105,18 @@ class Paying:
         self.drafting, self.expanded = self.base, 0
 
     @property
-    def surety(self) -> float:
+    def calibration(self) -> float:
         """Accepted over expected: what the drafter's probabilities are worth."""
-        return min(SUREST, max(LEAST_SURE, self.hits / self.expected))
+        return min(MOST_CALIBRATION, max(LEAST_CALIBRATION, self.hits / self.expected))
 
     @property
-    def goes_on(self) -> float:
+    def hit_rate(self) -> float:
         """How often a reached node with children has the right one among them."""
         return self.hits / self.tries
 
     @property
     def shift(self) -> float:
-        return math.log(self.surety)
+        return math.log(self.calibration)
 
     def drafts(self) -> bool:
         drafts = self.trials.drafts()
@@ -144,14 +130,14 @@ class Paying:
             return 0
         first, wide = min(self.expanded, self.bounds.nodes), score_N.numel()
         cost_N = self.level_W[: wide + 1] + self.verify_R[first : first + wide + 1] - self.verify[first]
-        width = best_prefix(self._probable(score_N) * self.goes_on, cost_N * self.trials.rate)
+        width = best_prefix(score_N.exp() * self.hit_rate, cost_N * self.trials.rate)
         self.expanded += width
         self.drafting += self.level[width]
         return width
 
     def count(self, score_N: torch.Tensor) -> int:
-        """One node at least, unless it is below the floor: without a trial nothing would be learnt."""
-        probable_N = self._probable(score_N[: self.bounds.nodes])
+        """One node at least, if it can be right at all: without a trial nothing would be learnt."""
+        probable_N = score_N[: self.bounds.nodes].exp()
         count = best_prefix(probable_N, self.verify_R[: probable_N.numel() + 1] * self.trials.rate)
         return count or int(probable_N[0] > 0)
 
@@ -163,13 +149,8 @@ class Paying:
         chance_N = (draft.score_M[1:] - draft.score_M[parent_N]).exp() * reached_M[parent_N]
         failed_N = (parent_N == verdict.path_A[-1]).to(chance_N.dtype)
         expected, failed = torch.stack((chance_N.sum(), failed_N.sum())).tolist()
-        surety = self.surety
+        calibration = self.calibration
         self.hits = FORGET * self.hits + accepted
-        self.expected = FORGET * self.expected + expected / surety
+        self.expected = FORGET * self.expected + expected / calibration
         self.tries = FORGET * self.tries + accepted + (failed > 0)
         self.trials.learn(accepted + 1, self.drafting + self.verify[nodes])
-
-    def _probable(self, score_N: torch.Tensor) -> torch.Tensor:
-        """Probabilities of paths; 0 below the recipe's confidence."""
-        probable_N = score_N.exp()
-        return probable_N if self.bounds.floor == -math.inf else probable_N * (score_N >= self.bounds.floor)

@@ -1,6 +1,6 @@
 """One tree for all drafts of an answer, where it cannot be chosen round by round: in a batch, and on a GPU.
 
-There, to look at the drafter's confidence is to wait for the device on every level, and a recorded draft (replayed.py)
+There, to look at the drafter's confidence is to wait for the device on every level, and a recorded draft (recorded.py)
 has one shape.
 """
 
@@ -10,58 +10,58 @@ from collections.abc import Callable
 
 import torch
 
-from coral_core.decoding.drafting import TreeShape
+from coral_core.decoding.policy.adaptive import Trials
 from coral_core.decoding.policy.costs import Costs
-from coral_core.decoding.policy.trials import Trials
-from coral_core.decoding.tree import Draft
-from coral_core.decoding.verify import Verdict
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.tree import Draft, Verdict
 
 
-def fixed(bounds: TreeShape, costs: Costs, seats: int) -> TreeShape:
+def best_shape(bounds: TreeShape, costs: Costs, seats: int) -> TreeShape:
     """The tree within `bounds` that is best for a drafter as they usually are, for so many answers side by side.
 
     A path goes on with probability 0.75 per level, and each doubling of the nodes adds 0.65 accepted drafts: EAGLE-2's
     trees of 8 to 60 nodes, and pico's.
     """
-    spent = prices(bounds, costs, seats)
+    cost = round_cost(bounds, costs, seats)
 
-    def pays(size: tuple[int, int]) -> float:
+    def tokens_per_step(size: tuple[int, int]) -> float:
         depth, nodes = size
         drafts = min(3 * (1 - 0.75**depth), 0.65 * math.log2(1 + nodes))
-        return (1 + drafts) / spent(depth, nodes)
+        return (1 + drafts) / cost(depth, nodes)
 
     sizes = [(depth, nodes) for depth in range(1, bounds.depth + 1) for nodes in range(1, bounds.nodes + 1)]
-    depth, nodes = max(sizes, key=pays)
+    depth, nodes = max(sizes, key=tokens_per_step)
     return dataclasses.replace(bounds, depth=depth, nodes=nodes)
 
 
-def prices(bounds: TreeShape, costs: Costs, seats: int) -> Callable[[int, int], float]:
-    """What a round with a tree of such depth and so many nodes costs in plain steps; rows of all seats are paid for."""
+def round_cost(bounds: TreeShape, costs: Costs, seats: int) -> Callable[[int, int], float]:
+    """What a round with a tree of such depth and so many nodes costs in plain steps, the rows of all seats included."""
     verify, level = costs.verified(seats * (bounds.nodes + 1)), costs.expanded(seats * bounds.topk)[-1]
     return lambda depth, nodes: costs.base + (depth - 1) * level + verify[seats * (nodes + 1) - 1]
 
 
-class Steady:
+class ConstantTree:
     """The plan of one answer: the same tree in every round that drafts, and plain steps where that does not pay."""
 
     shift = 0.0
 
     def __init__(self, costs: Costs, bounds: TreeShape, seats: int = 1) -> None:
-        self.tree = fixed(bounds, costs, seats)
-        self.depth, self.topk, self.shape = self.tree.depth, self.tree.topk, self.tree.shape
+        self.shape = best_shape(bounds, costs, seats)
+        self.depth, self.topk = self.shape.depth, self.shape.topk
         plain = costs.verified(seats)[seats - 1]
-        self.spent = prices(bounds, costs, seats)(self.tree.depth, self.tree.nodes) / plain
+        self.cost = round_cost(bounds, costs, seats)(self.shape.depth, self.shape.nodes) / plain
+        """Of a drafted round, in plain steps."""
         self.trials = Trials()
 
     def drafts(self) -> bool:
         return self.trials.drafts()
 
     def width(self, score_N: torch.Tensor) -> int:
-        return self.tree.width(score_N)
+        return self.shape.width(score_N)
 
     def count(self, score_N: torch.Tensor) -> int:
-        return self.tree.count(score_N)
+        return self.shape.count(score_N)
 
     def learn(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing is asked of the device."""
-        self.trials.learn(verdict.accepted_drafts + 1, self.spent)
+        self.trials.learn(verdict.accepted_drafts + 1, self.cost)

@@ -9,15 +9,16 @@ import torch
 
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots
-from coral_core.decoding.drafting import Drafting, TreeShape
+from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.memory import Memory
-from coral_core.decoding.policy.adaptive import Paying, best_prefix
+from coral_core.decoding.policy.adaptive import LONGEST_PAUSE, AdaptiveTree, best_prefix
 from coral_core.decoding.policy.costs import Costs
-from coral_core.decoding.policy.trials import LONGEST_REST
-from coral_core.decoding.rounds import Round, prefill
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.verify import judge
+from coral_core.decoding.seat import Memory
+from coral_core.decoding.step import prefill
+from coral_core.decoding.tree import judge
 from coral_core.head.candidates import Candidates
 from coral_core.target.target import Target
 from tests.decoding.test_lossless import SAMPLERS, ids_of, some_prompt
@@ -156,9 +157,9 @@ class Spying(Engine):
     spent: list[float] = dataclasses.field(default_factory=lambda: [0.0])
     nodes: list[int] = dataclasses.field(default_factory=list)
 
-    def plan(self, company: int = 1) -> Paying:
+    def plan(self, company: int = 1) -> AdaptiveTree:
         plan, spent, nodes = Engine.plan(self, company), self.spent, self.nodes
-        assert isinstance(plan, Paying)
+        assert isinstance(plan, AdaptiveTree)
         learn = plan.learn
 
         def noting(draft: tree.Draft, verdict: object) -> None:
@@ -228,32 +229,27 @@ def test_the_best_prefix_is_that_of_brute_force() -> None:
 def test_nodes_by_hand() -> None:
     """Path probabilities 0.8 0.4 0.2 0.1 at 1.5 tokens per step: rows up to 0.13 steps pay for all but the last."""
     scores_N = torch.tensor([0.8, 0.4, 0.2, 0.1]).log()
-    counts = {row: Paying(costs(row=row, level=0.1), BOUNDS, CPU).count(scores_N) for row in (0.01, 0.13, 0.2, 0.4, 2)}
+    counts = {
+        row: AdaptiveTree(costs(row=row, level=0.1), BOUNDS, CPU).count(scores_N) for row in (0.01, 0.13, 0.2, 0.4, 2)
+    }
     assert counts == {0.01: 4, 0.13: 3, 0.2: 2, 0.4: 1, 2: 1}
 
 
 def test_a_step_in_the_cost_is_stepped_over_where_it_pays() -> None:
     """A device that takes rows by fours: the fifth row is dear, the sixth to eighth come with it."""
     stairs = Costs(step_s=1, verify={1: 1.0, 4: 1.0, 5: 1.3, 8: 1.3}, level={1: 0.1, 8: 0.1}, base=0.1)
-    plan = Paying(stairs, BOUNDS, CPU)
+    plan = AdaptiveTree(stairs, BOUNDS, CPU)
     assert plan.count(torch.tensor([0.8, 0.4, 0.2, 0.15, 0.1]).log()) == 3
     assert plan.count(torch.tensor([0.8, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2]).log()) == 7
 
 
 def test_a_level_is_drafted_with_the_nodes_that_pay_or_not_at_all() -> None:
-    """goes_on 0.7, 1.5 tokens per step, rows at 0.05, a level at 0.2: nodes below 0.11 never pay, nor do 0.5 in all."""
-    plan = Paying(costs(row=0.05, level=0.2), BOUNDS, CPU)
+    """Hit rate 0.7, 1.5 tokens a step, rows at 0.05, a level at 0.2: nodes below 0.11 never pay, nor do 0.5 in all."""
+    plan = AdaptiveTree(costs(row=0.05, level=0.2), BOUNDS, CPU)
     assert plan.width(torch.tensor([0.6, 0.2, 0.1]).log()) == 2
     assert plan.drafting == pytest.approx(0.1 + 0.2) and plan.expanded == 2
     assert plan.width(torch.tensor([0.4, 0.05, 0.02]).log()) == 0
     assert plan.drafting == pytest.approx(0.3), "no level, no cost"
-
-
-def test_nothing_below_the_recipes_confidence_is_drafted() -> None:
-    plan = Paying(CHEAP, dataclasses.replace(BOUNDS, confidence=0.15), CPU)
-    scores_N = torch.tensor([0.8, 0.2, 0.1]).log()
-    assert (plan.width(scores_N), plan.count(scores_N)) == (2, 2)
-    assert plan.count(torch.tensor([0.1]).log()) == 0
 
 
 def chain(*chances: float) -> tree.Draft:
@@ -269,36 +265,36 @@ def chain(*chances: float) -> tree.Draft:
     )
 
 
-def test_surety_is_accepted_over_expected_at_the_nodes_that_were_reached() -> None:
+def test_calibration_is_accepted_over_expected_at_the_nodes_that_were_reached() -> None:
     """Drafted 0.9 0.5 0.8, the first accepted: 1 of 1.4 expected at two nodes; the third was never tried."""
-    plan = Paying(PLAIN_CPU, BOUNDS, CPU)
-    hits, expected, tries, surety = plan.hits, plan.expected, plan.tries, plan.surety
+    plan = AdaptiveTree(PLAIN_CPU, BOUNDS, CPU)
+    hits, expected, tries, calibration = plan.hits, plan.expected, plan.tries, plan.calibration
     plan.learn(chain(0.9, 0.5, 0.8), judge(chain(0.9, 0.5, 0.8), torch.tensor([1, 9, 9, 9])))
     assert plan.hits == pytest.approx(0.95 * hits + 1)
-    assert plan.expected == pytest.approx(0.95 * expected + 1.4 / surety)
+    assert plan.expected == pytest.approx(0.95 * expected + 1.4 / calibration)
     assert plan.tries == pytest.approx(0.95 * tries + 2)
 
 
-def test_surety_follows_a_drafter_that_is_too_sure_and_one_that_is_not() -> None:
-    plan = Paying(PLAIN_CPU, BOUNDS, CPU)
+def test_calibration_follows_a_drafter_that_is_too_sure_and_one_that_is_not() -> None:
+    plan = AdaptiveTree(PLAIN_CPU, BOUNDS, CPU)
     for picked, times in ((9, 60), (1, 60)):
         for _ in range(times):
-            draft = chain(0.9 * plan.surety)
+            draft = chain(0.9 * plan.calibration)
             plan.learn(draft, judge(draft, torch.tensor([picked, 9])))
-        assert plan.surety < 0.1 if picked == 9 else plan.surety > 0.8
+        assert plan.calibration < 0.1 if picked == 9 else plan.calibration > 0.8
 
 
 def test_trials_are_further_and_further_apart_and_one_that_pays_ends_the_rest() -> None:
-    plan, draft = Paying(DEAR, BOUNDS, CPU), chain(0.9)
+    plan, draft = AdaptiveTree(DEAR, BOUNDS, CPU), chain(0.9)
     rounds = []
     for _ in range(400):
         rounds.append(plan.drafts())
         if rounds[-1]:
             plan.learn(draft, judge(draft, torch.tensor([9, 9])))
     rests = [len(list(run)) for drafts, run in itertools.groupby(rounds) if not drafts]
-    assert rests[:5] == [4, 8, 16, 32, LONGEST_REST] and set(rests[5:-1]) == {LONGEST_REST}
+    assert rests[:5] == [4, 8, 16, 32, LONGEST_PAUSE] and set(rests[5:-1]) == {LONGEST_PAUSE}
     assert plan.trials.small and plan.width(torch.tensor([0.9]).log()) == 0, "a trial is one level deep"
-    plan = Paying(PLAIN_CPU, BOUNDS, CPU)
+    plan = AdaptiveTree(PLAIN_CPU, BOUNDS, CPU)
     for picks in [[9, 9]] * 20:
         plan.learn(draft, judge(draft, torch.tensor(picks)))
     plan.trials.plain_left = 0
@@ -306,4 +302,4 @@ def test_trials_are_further_and_further_apart_and_one_that_pays_ends_the_rest() 
     plan.learn(draft, judge(draft, torch.tensor([1, 9])))
     assert plan.trials.rate == 1.0 and plan.drafts(), "two tokens for 1.15 steps"
     assert not plan.trials.small, "and the next draft is a whole one"
-    assert plan.trials.rest == LONGEST_REST // 2, "one trial that paid is not yet trusted"
+    assert plan.trials.pause == LONGEST_PAUSE // 2, "one trial that paid is not yet trusted"

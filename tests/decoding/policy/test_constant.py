@@ -5,10 +5,10 @@ import dataclasses
 import torch
 
 from coral_core.decoding.engine import plain
-from coral_core.decoding.policy.constant import Steady, fixed, prices
+from coral_core.decoding.policy.constant import ConstantTree, best_shape, round_cost
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request, decode_all
-from coral_core.decoding.verify import judge
+from coral_core.decoding.tree import judge
 from tests.decoding.policy.test_adaptive import BOUNDS, CHEAP, PLAIN_CPU, chain
 from tests.decoding.test_lossless import ids_of, some_prompt
 from tests.tiny import tiny_engine, tiny_target
@@ -16,13 +16,11 @@ from tests.tiny import tiny_engine, tiny_target
 
 def test_one_tree_for_all_rounds_rests_where_it_does_not_pay_and_no_longer_than_that() -> None:
     """On a GPU: nodes and depth are chosen once, by the costs; what was accepted decides whether to draft at all."""
-    shape = dataclasses.replace(BOUNDS, confidence=0.0)
-    plan = Steady(PLAIN_CPU, shape)
-    assert plan.shape == fixed(shape, PLAIN_CPU, 1) and plan.spent == prices(shape, PLAIN_CPU, 1)(
-        plan.depth, plan.tree.nodes
-    )
-    score_N = torch.zeros(plan.tree.nodes + 3)
-    assert (plan.count(score_N), plan.width(score_N[:2])) == (plan.tree.nodes, 2)
+    plan = ConstantTree(PLAIN_CPU, BOUNDS)
+    assert plan.shape == best_shape(BOUNDS, PLAIN_CPU, 1)
+    assert plan.cost == round_cost(BOUNDS, PLAIN_CPU, 1)(plan.depth, plan.shape.nodes)
+    score_N = torch.zeros(plan.shape.nodes + 3)
+    assert (plan.count(score_N), plan.width(score_N[:2])) == (plan.shape.nodes, 2)
     draft = chain(0.9, 0.9)
     for _ in range(40):
         if plan.drafts():
@@ -36,9 +34,9 @@ def test_one_tree_for_all_rounds_rests_where_it_does_not_pay_and_no_longer_than_
 
 def test_a_batch_takes_one_tree_that_is_smaller_where_rows_are_dear_and_seats_many() -> None:
     engine = tiny_engine(tiny_target(), depth=8, nodes=60, topk=4)
-    large = fixed(engine.shape, CHEAP, 1)
-    small = fixed(engine.shape, PLAIN_CPU, 1)
-    crowded = fixed(engine.shape, PLAIN_CPU, 8)
+    large = best_shape(engine.shape, CHEAP, 1)
+    small = best_shape(engine.shape, PLAIN_CPU, 1)
+    crowded = best_shape(engine.shape, PLAIN_CPU, 8)
     assert large.nodes > small.nodes >= crowded.nodes >= 1
     assert large.depth > small.depth >= crowded.depth >= 1
 

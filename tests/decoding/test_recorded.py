@@ -8,18 +8,21 @@ import dataclasses
 import gc
 import random
 import weakref
+from collections.abc import Hashable
+from typing import Any
 
 import pytest
 import torch
 
-from coral_core.decoding import graphs, replayed, tree
-from coral_core.decoding.cache import Slots
-from coral_core.decoding.drafting import TreeShape
-from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.graphs import Graphs, columns, padded_rows
-from coral_core.decoding.memory import Memory
+from coral_core.decoding import recorded as recording
+from coral_core.decoding import tree
+from coral_core.decoding.cache import Slots, rounded_rows
+from coral_core.decoding.engine import Eager, Engine, plain
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.recorded import Recorded, padded_rows
 from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.seat import Memory
 from coral_core.drafter.blocks import Attend, Turn
 from coral_core.errors import TargetError
 from coral_core.head.candidates import Candidates
@@ -46,12 +49,18 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("tape")
         return tape.record(call)
 
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(recording, "record", record)
     return made
 
 
 def recorded(family: str) -> Target:
     return dataclasses.replace(tiny_target(family), stop_ids=frozenset(), graphs=True, idle=[])
+
+
+def room_for(rows: int) -> Memory:
+    memory = Memory(tiny_target("llama"))
+    memory.slots.reserve(rows)
+    return memory
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-sliding", "gemma3-mixed", "gpt2", "gpt-neox"])
@@ -87,8 +96,8 @@ def test_drafts_and_rounds_are_those_of_forwards_that_run_as_they_come() -> None
 def test_a_recorded_draft_is_the_tree_of_one_that_runs_as_it_comes(sampler: Sampler, taped: list[str]) -> None:
     """Behind a prompt, then behind paths of every length: what fills them up is seen by nobody."""
     target, drafter = tiny_target("llama"), tiny_drafter(tiny_target("llama"))
-    parts = (drafter, target.lent, FullHead(target.lent), TREE)
-    recorded, eager = replayed.drafting(*parts, Slots(400, Graphs())), replayed.drafting(*parts, Slots(400))
+    parts = (drafter, target, FullHead(target.lent), TREE)
+    recorded, eager = Recorded().drafting(*parts, room_for(400)), Eager().drafting(*parts, room_for(400))
     for seed, fed in enumerate((20, 1, 5, 3, 2, 4, 5)):
         token_T, feature_TD = torch.tensor(words(seed, fed)), torch.randn(fed, 32)
         one, other = (drafting.draft(token_T, feature_TD, sampler, Clock()) for drafting in (recorded, eager))
@@ -107,21 +116,19 @@ def test_a_recorded_draft_is_of_one_head_one_sampler_and_so_many_columns(taped: 
     """All of them over one cache, in turns; behind 300 rows the attention reads twice as many columns."""
     target, drafter = tiny_target("llama"), tiny_drafter(tiny_target("llama"))
     heads = [FullHead(target.lent), StaticHead(target.lent, torch.arange(10, 40))]
-    recorded, eager = Slots(600, Graphs()), Slots(600)
+    recorded, eager = room_for(600), room_for(600)
     made = []
     for fed in (20, 3, 300, 3):
         for sampler in SAMPLERS[:2]:
             for head in heads:
                 token_T, feature_TD = torch.tensor(words(fed, fed)), torch.randn(fed, 32)
                 drafts = [
-                    replayed.drafting(drafter, target.lent, head, TREE, slots).draft(
-                        token_T, feature_TD, sampler, Clock()
-                    )
-                    for slots in (recorded, eager)
+                    forwards.drafting(drafter, target, head, TREE, memory).draft(token_T, feature_TD, sampler, Clock())
+                    for forwards, memory in ((Recorded(), recorded), (Eager(), eager))
                 ]
                 assert drafts[0].token_M[:10].tolist() == drafts[1].token_M.tolist()
-                recorded.truncate(recorded.length - (fed if fed == 300 else 0))
-                eager.truncate(recorded.length)
+                recorded.slots.truncate(recorded.slots.length - (fed if fed == 300 else 0))
+                eager.slots.truncate(recorded.slots.length)
         made.append(len(taped))
     assert made == [4, 4, 8, 8]
 
@@ -214,7 +221,7 @@ def test_a_growing_cache_voids_its_recordings(taped: list[str]) -> None:
 def test_a_longer_context_reads_more_columns(taped: list[str]) -> None:
     """Past a bound, a forward over more columns is recorded, and the answer goes on."""
     target = dataclasses.replace(recorded("llama"), max_positions=2000)
-    prompt = words(6, columns(1) - 20)
+    prompt = words(6, rounded_rows(1) - 20)
     expected = ids_of(plain(dataclasses.replace(target, graphs=False), prompt, Sampler(), 60))
     assert ids_of(plain(target, prompt, Sampler(), 60)) == expected
     assert len(taped) == 2
@@ -223,19 +230,19 @@ def test_a_longer_context_reads_more_columns(taped: list[str]) -> None:
 def test_what_waits_for_the_device_cannot_be_recorded() -> None:
     """The tape refuses what a CUDA graph refuses; a user is told how to do without."""
     with pytest.raises(TargetError, match=r"_local_scalar_dense waits for the device.*Set target.graphs to false"):
-        Graphs().run("key", lambda x: x * int(x.sum()), {"x": torch.ones(3)})
+        recording.run({}, "key", Slots(8), lambda x: x * int(x.sum()), {"x": torch.ones(3)})
 
 
 def test_a_recording_keeps_what_its_call_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph holds addresses: a drafter that is dropped in between must not be freed under it."""
     drafter = tiny_drafter(tiny_target())
-    alive, recordings = weakref.ref(drafter), Graphs()
-    monkeypatch.setattr(graphs, "record", lambda call: (lambda: None, call()))
-    recordings.run("key", lambda x, own=drafter: x + own.fc.weight.sum(), {"x": torch.ones(1)})
+    alive, recordings = weakref.ref(drafter), dict[Hashable, Any]()
+    monkeypatch.setattr(recording, "record", lambda call: (lambda: None, call()))
+    recording.run(recordings, "key", Slots(8), lambda x, own=drafter: x + own.fc.weight.sum(), {"x": torch.ones(1)})
     del drafter
     gc.collect()
     assert alive() is not None
-    recordings.forget()
+    recordings.clear()
     gc.collect()
     assert alive() is None
 
@@ -252,11 +259,11 @@ def test_a_call_that_fails_leaves_the_cache_appending() -> None:
 
 
 def test_columns_and_rows_are_few_numbers() -> None:
-    assert [columns(rows) for rows in (1, 256, 257, 300, 1500, 2048, 2049, 2100, 5000)] == [
+    assert [rounded_rows(rows) for rows in (1, 256, 257, 300, 1500, 2048, 2049, 2100, 5000)] == [
         *(256, 256, 512, 512, 2048, 2048, 2304, 2304, 5120)
     ]
-    assert all(rows <= columns(rows) <= max(2 * rows, 256) for rows in range(1, 40000, 7))
-    assert all(columns(rows) <= 1.13 * rows for rows in range(2049, 40000, 7))
+    assert all(rows <= rounded_rows(rows) <= max(2 * rows, 256) for rows in range(1, 40000, 7))
+    assert all(rounded_rows(rows) <= 1.13 * rows for rows in range(2049, 40000, 7))
     assert [padded_rows(rows) for rows in (1, 2, 3, 9, 61, 64, 65)] == [1, 2, 4, 16, 64, 64, 128]
 
 
