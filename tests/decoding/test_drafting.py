@@ -81,12 +81,12 @@ def test_drafts_of_a_batch() -> None:
     target, drafter = lively()
     cache = SlotCache(1, max(ROWS) + SHAPE.rows, seats=len(ROWS) + 1)
     for seats in ((0, 1), (2, 1)):  # the first ones, which are read in place, and others
-        stems = []
+        inputs = []
         for rows, seat in zip(ROWS, seats, strict=True):
             cache.seat(seat).length = 0
             drafting = Drafting(drafter, target.lent, FullHead(target.lent), SHAPE, cache.seat(seat))
-            stems.append(DraftInput(drafting, seat, *committed(target, rows), Sampler(), SHAPE))
-        for rows, draft in zip(ROWS, BatchDrafting(stems).draft(Clock()), strict=True):
+            inputs.append(DraftInput(drafting, seat, *committed(target, rows), Sampler(), SHAPE))
+        for rows, draft in zip(ROWS, BatchDrafting(inputs).draft(), strict=True):
             check(target, drafter, rows, draft)
 
 
