@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from coral_core.artifacts import Manifest
-from coral_core.drafter.model import FILES, Drafter
+from coral_core.drafter.load import FILES, load_drafter, save_drafter
 from coral_core.embedded import FOLDER as PICO
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     for stage in ("drafter", "head"):
         shutil.rmtree(PICO / stage, ignore_errors=True)
         shutil.copytree(run / stage, PICO / stage)
-    Drafter.load(run / "drafter").to(torch.bfloat16).save(PICO / "drafter")
+    save_drafter(load_drafter(run / "drafter").to(torch.bfloat16), PICO / "drafter")
     Manifest.read(PICO / "drafter", "drafter", "").sealed(PICO / "drafter", *FILES).write(PICO / "drafter")
     shutil.copy(run / "data" / "holdout.json", PICO / "holdout.json")
 

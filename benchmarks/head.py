@@ -29,6 +29,7 @@ from coral_core.bench.questions import from_file
 from coral_core.bench.race import first_prompt
 from coral_core.data.job import Job
 from coral_core.data.stage import prepare
+from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.embedded import FOLDER as PICO
 from coral_core.grouping.stage import Trial
@@ -56,7 +57,7 @@ def pico(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, 
     recipe = recipe_of(options, "pico", PICO / "target", f"data.max_samples={options.samples}")
     target = load_target(recipe.target)
     store = prepare(Job(recipe, target, options.work / "pico" / "data"), progress)
-    drafter = Drafter.load(PICO / "drafter").float()
+    drafter = load_drafter(PICO / "drafter").float()
     questions = [from_file(options.questions / f"{name}.jsonl") for name in ("mt-bench", "humaneval-80", "gsm8k-80")]
     asked = [question for row in zip(*questions, strict=False) for question in row]
     unseen = [first_prompt(target, question) for question in asked]
@@ -80,7 +81,7 @@ def large(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str,
     run = folder / "run"
     store = prepare(Job(recipe, target, run / "data"), progress)
     train_drafter(recipe, run, progress)
-    drafter = Drafter.load(run / "drafter").float()
+    drafter = load_drafter(run / "drafter").float()
     other = head_target.prompts(options.corpora, head_target.UNSEEN, 0, 2 * options.tau_prompts)
     unseen = [prompt_ids(target.tokenizer, messages) for messages in other]
     yield {"part": "large", "method": "target", **facts, "samples": len(store), "drafter_steps": options.steps}

@@ -41,6 +41,7 @@ from coral_cli.options import read_recipe
 from coral_core.artifacts import fingerprint, write_text
 from coral_core.bench.acceptance import emitted_by_prompt
 from coral_core.decoding.engine import Engine
+from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.head.full import FullHead
@@ -138,7 +139,7 @@ class Bench:
         spec = self.spec(variant)
         recipe, run = self.own_run(variant, spec)
         manifest, _ = train_drafter(recipe, run, progress_line(variant), tap=self.store.tap)
-        last, drafter = manifest.facts["last"], Drafter.load(run / "drafter")
+        last, drafter = manifest.facts["last"], load_drafter(run / "drafter")
         emitted = [
             self.decode(target, drafter, [prompt])[0]
             for target, prompt in zip(self.repeating, self.prompts, strict=True)

@@ -10,6 +10,7 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
+from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import RecipeError
 from coral_core.head.candidates import Head
@@ -63,7 +64,7 @@ class Run:
     def drafter(self, target: Target) -> Drafter:
         """The drafter, on the target's device and in its dtype."""
         self.manifest(target)
-        return Drafter.load(self.made / "drafter").to(target.device, target.dtype)
+        return load_drafter(self.made / "drafter").to(target.device, target.dtype)
 
     def head(self, target: Target) -> Head:
         """The head of the recipe's kind."""

@@ -10,7 +10,7 @@ import torch
 from coral_core import embedded
 from coral_core.artifacts import Manifest
 from coral_core.bench.questions import held_out
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.load import load_drafter
 from recipes.real import ship
 
 
@@ -39,7 +39,7 @@ def test_a_run_uses_what_is_shipped_until_it_has_its_own(tmp_path: Path, shipped
 
 
 def test_what_is_shipped_is_whole_and_in_bfloat16(shipped: Path) -> None:
-    drafter, own = Drafter.load(shipped / "drafter"), Drafter.load(embedded.FOLDER / "drafter")
+    drafter, own = load_drafter(shipped / "drafter"), load_drafter(embedded.FOLDER / "drafter")
     assert drafter.fc.weight.dtype == torch.bfloat16
     torch.testing.assert_close(drafter.fc.weight.float(), own.fc.weight.float(), rtol=2e-2, atol=1e-4)
     made, before = (

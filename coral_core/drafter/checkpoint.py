@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from coral_core.artifacts import fingerprint
 from coral_core.drafter import eagle3
 from coral_core.drafter.config import DrafterConfig, first_line, read_values
+from coral_core.drafter.load import build_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 
@@ -67,7 +68,7 @@ def read_checkpoint(folder: Path, taps: tuple[int, ...] = ()) -> Checkpoint:
             _config(folder, values, fc_bias=False), **eagle3.changes(folder / "config.json", values, weights, taps)
         )
         config.refuse_nonsense(folder, REMEDY)
-        return Checkpoint(Drafter.build(config, weights, source=str(path), remedy=REMEDY), embed_VD, path)
+        return Checkpoint(build_drafter(config, weights, source=str(path), remedy=REMEDY), embed_VD, path)
     if values.get("bias") is True and FC_BIAS not in weights:
         raise ArtifactError(f"{path} lacks tensor '{FC_BIAS}', which its config.json promises. {REMEDY}")
     if FC_BIAS in weights and not weights[FC_BIAS].count_nonzero():
@@ -76,7 +77,7 @@ def read_checkpoint(folder: Path, taps: tuple[int, ...] = ()) -> Checkpoint:
     if embed_VD is not None and embed_VD.shape != (config.vocab_size, config.hidden_size):
         shapes = f"{tuple(embed_VD.shape)}, not {(config.vocab_size, config.hidden_size)}"
         raise ArtifactError(f"{path}: tensor '{EMBED}' has shape {shapes}. {REMEDY}")
-    return Checkpoint(Drafter.build(config, weights, source=str(path), remedy=REMEDY), embed_VD, path)
+    return Checkpoint(build_drafter(config, weights, source=str(path), remedy=REMEDY), embed_VD, path)
 
 
 def weights_fingerprint(drafter: Drafter) -> str:

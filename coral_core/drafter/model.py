@@ -7,40 +7,30 @@ the target, the later ones are the layer's own output, and the LM head reads `no
 
 A row is drafted in three steps: `read` what the target gives, `forward`, and `hidden` for the LM head; the output of
 `forward` is the state of the row after it.
-No training code and no decoding code: `attend` decides what a row sees, `lent` turns ids into embeddings, and the
-head room turns hidden states into logits. Axes: B batch, T position, D hidden, I input width of what is read of the
-target, C candidate token.
+No training code, no decoding code, no loading (load.py): `attend` decides what a row sees, `lent` turns ids into
+embeddings, and the head room turns hidden states into logits.
+Axes: B batch, T position, D hidden, I input width of what is read of the target, C candidate token.
 """
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from coral_core.artifacts import MANIFEST, Manifest, check_files, remedy
 from coral_core.drafter.blocks import Attend, DraftLayer, RMSNorm, Rope, Turn, WideLayer
-from coral_core.drafter.config import COMMAND, DrafterConfig
-from coral_core.drafter.hub import fetch, upload
-from coral_core.errors import ArtifactError
+from coral_core.drafter.config import DrafterConfig
 from coral_core.kernels.linear import PackedLinear
-from coral_core.tensors import write_tensors
 
-WEIGHTS = "model.safetensors"
-FILES = ("config.json", WEIGHTS)
-"""What a drafter is on disk, besides its manifest."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of weights that can be computed with as they are; quantized ones mean something else by their numbers."""
+if TYPE_CHECKING:
+    from coral_core.artifacts import Manifest
 
 
 class Drafter(nn.Module):
     """Row t reads token t+1 and the target's feature t, and predicts what the LM head makes token t+2 of."""
 
-    manifest: Manifest | None = None
+    manifest: "Manifest | None" = None
     """Where it came from, once `from_pretrained` has read it: the target that it was trained for, above all."""
     folder: Path | None = None
     """The folder that `from_pretrained` read; a grouped head may lie beside it, in head/."""
@@ -121,101 +111,32 @@ class Drafter(nn.Module):
         """What the LM head reads [B,T,D] of a drafted state."""
         return self.norm(state_BTD) if self.config.taps and not self.config.norm_output else state_BTD
 
-    def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors; the embedding is the target's and is not repeated."""
-        self.config.save(folder)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        write_tensors(weights, folder / WEIGHTS, {"format": "pt"})
-
-    @classmethod
-    def load(cls, folder: Path, command: str = COMMAND) -> "Drafter":
-        """Read what `save` wrote, on the CPU and in the dtype on disk.
-
-        Raises ArtifactError, naming the `command` that makes it anew, when a file is missing or damaged, or a tensor is
-        absent, unknown or of another shape: never a partly random drafter.
-        """
-        path, mend = folder / WEIGHTS, remedy(folder, command)
-        check_files(folder, FILES, command)
-        config = DrafterConfig.load(folder, mend)
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"cannot read the drafter {path}: {error}. {mend}") from error
-        return cls.build(config, weights, source=str(path), remedy=mend)
-
-    @classmethod
-    def build(
-        cls, config: DrafterConfig, weights: Mapping[str, torch.Tensor], *, source: str, remedy: str
-    ) -> "Drafter":
-        """A frozen drafter of exactly these weights, in their own dtype.
-
-        Raises ArtifactError, naming `source`, the first tensor that does not fit, and the `remedy`.
-        """
-        drafter = cls(config)
-        expected = drafter.state_dict()
-        for name in sorted(expected.keys() | weights.keys()):
-            if name not in weights:
-                raise ArtifactError(f"{source} lacks tensor '{name}'. {remedy}")
-            if name not in expected:
-                raise ArtifactError(f"{source} holds an unknown tensor '{name}'. {remedy}")
-            if weights[name].shape != expected[name].shape:
-                shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-                raise ArtifactError(f"{source}: tensor '{name}' has shape {shapes}. {remedy}")
-            if (dtype := weights[name].dtype) not in DTYPES and name != "d2t":
-                raise ArtifactError(f"{source}: tensor '{name}' is {dtype}; a drafter has no such weights. {remedy}")
-        drafter.load_state_dict(weights, assign=True)
-        if config.draft_vocab_size:
-            drafter.refuse_wrong_tokens(source, remedy)
-        return drafter.requires_grad_(False).eval()
-
-    def refuse_wrong_tokens(self, source: str, remedy: str) -> None:
-        """Raises ArtifactError when the rows of its own LM head do not stand for different tokens of the target."""
-        if self.d2t.dtype != torch.int64:
-            raise ArtifactError(f"{source}: tensor 'd2t' is {self.d2t.dtype}; it must hold int64 offsets. {remedy}")
-        token_C, vocabulary = self.draft_tokens, self.config.vocab_size
-        if len(token_C) < vocabulary and not self.d2t.any():
-            raise ArtifactError(f"{source}: tensor 'd2t' is all zero: nothing says which tokens it drafts. {remedy}")
-        if token_C.min() < 0 or token_C.max() >= vocabulary:
-            wrong = int(token_C[(token_C < 0) | (token_C >= vocabulary)][0])
-            raise ArtifactError(f"{source}: tensor 'd2t' leads to token {wrong}, and there are {vocabulary}. {remedy}")
-        if len(token_C.unique()) < len(token_C):
-            raise ArtifactError(f"{source}: tensor 'd2t' leads to the same token twice. {remedy}")
-
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Drafter":
         """The drafter of a folder or a Hub repository: coral's own, or a checkpoint of EAGLE-1, 2, 3 or HASS.
 
         Raises ArtifactError when there is none, or one that does not fit its own config in every tensor.
         """
-        from coral_core.drafter.checkpoint import is_coral, read_checkpoint
+        from coral_core.drafter.load import load_pretrained
 
-        folder = fetch(str(name), revision)
-        if not is_coral(folder):
-            return read_checkpoint(folder).drafter
-        drafter = cls.load(folder)
-        drafter.folder = folder
-        if (folder / MANIFEST).exists():
-            drafter.manifest = Manifest.read(folder, "drafter", COMMAND)
-        return drafter
+        return load_pretrained(str(name), revision)
 
     def save_pretrained(self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None) -> None:
         """Write config.json, model.safetensors and, when its origin is known, manifest.json; then push, if asked.
 
         `repo_id` is by default the folder's name, under the user's own account.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save(folder)
-        if self.manifest is not None:
-            self.manifest.sealed(folder, *FILES).write(folder)
+        from coral_core.drafter.load import save_pretrained
+
+        save_pretrained(self, Path(folder))
         if push_to_hub:
-            upload(folder, repo_id or folder.name)
+            self.push_to_hub(repo_id or Path(folder).name)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes; the commit's address.
 
         `options` are upload's: private, message. Raises CoralError with the Hub's reason, such as no login.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return upload(Path(folder), repo_id, **options)
+        from coral_core.drafter.load import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)

@@ -12,7 +12,8 @@ import torch
 from coral_core.artifacts import KIN, MANIFEST, Manifest, stage
 from coral_core.drafter.checkpoint import is_coral, read_checkpoint, weights_fingerprint
 from coral_core.drafter.hub import fetch
-from coral_core.drafter.model import FILES, Drafter
+from coral_core.drafter.load import FILES, build_drafter, load_drafter, save_drafter
+from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.head.load import load_head
 from coral_core.lent import Lent
@@ -35,7 +36,7 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
     """
     folder = fetch(name)
     if is_coral(folder):
-        drafter, embed_VD, path = Drafter.load(folder, AGAIN), None, folder / "model.safetensors"
+        drafter, embed_VD, path = load_drafter(folder, AGAIN), None, folder / "model.safetensors"
     else:
         checkpoint = read_checkpoint(folder, _usual_taps(target))
         drafter, embed_VD, path = lent_head(checkpoint.drafter, target.lent), checkpoint.embed_VD, checkpoint.path
@@ -48,7 +49,7 @@ def bring_in(name: str, run: Path, target: Target) -> tuple[Manifest, bool]:
         manifest, head_manifest = foreign_manifest(drafter, _source(name), target), None
     _refuse_replacing(run / "drafter", manifest)
     with stage(run / "drafter", manifest.fingerprint) as work:
-        drafter.save(work)
+        save_drafter(drafter, work)
         manifest = manifest.sealed(work, *FILES)
         manifest.write(work)
     if head_manifest is not None:
@@ -73,7 +74,7 @@ def lent_head(drafter: Drafter, lent: Lent) -> Drafter:
         return drafter
     weights = {name: value for name, value in drafter.state_dict().items() if name not in ("lm_head.weight", "d2t")}
     config = dataclasses.replace(drafter.config, draft_vocab_size=0)
-    return Drafter.build(config, weights, source="the checkpoint", remedy=OWN)
+    return build_drafter(config, weights, source="the checkpoint", remedy=OWN)
 
 
 def own_manifest(folder: Path, target: Target) -> Manifest:

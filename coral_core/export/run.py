@@ -8,7 +8,8 @@ import torch
 
 from coral_core import embedded
 from coral_core.artifacts import MANIFEST, Manifest, fingerprint, stage
-from coral_core.drafter.model import FILES, Drafter
+from coral_core.drafter.load import FILES, load_drafter, save_drafter
+from coral_core.drafter.model import Drafter
 from coral_core.errors import CoralError
 from coral_core.export import gguf_file
 from coral_core.export.folder import write_folder
@@ -56,7 +57,7 @@ def open_source(recipe: Recipe, run: Path, target: Target | None) -> Source:
     manifest = Manifest.read(folder / "drafter", "drafter", "coral train")
     if target is not None:
         refuse_other_target(manifest, folder / "drafter", "Set target.model to its own", target)
-    return Source(folder, manifest, Drafter.load(folder / "drafter"), _head_of(folder / "head", manifest))
+    return Source(folder, manifest, load_drafter(folder / "drafter"), _head_of(folder / "head", manifest))
 
 
 def _head_of(folder: Path, drafter: Manifest) -> Path | None:
@@ -137,7 +138,7 @@ def export_hf(source: Source, run: Path) -> Path:
     final = run / "export" / HF
     head = Manifest.read(source.head, "head", "coral group-head").fingerprint if source.head else None
     with stage(final, fingerprint({"format": HF, "drafter": source.manifest.fingerprint, "head": head})) as work:
-        source.drafter.save(work)
+        save_drafter(source.drafter, work)
         source.manifest.sealed(work, *FILES).write(work)
         if source.head is not None:
             shutil.rmtree(work / "head", ignore_errors=True)

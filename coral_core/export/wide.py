@@ -13,6 +13,7 @@ import torch
 
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.eagle3 import LIST
+from coral_core.drafter.load import build_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.export.layouts import LAYOUTS, Layout, llama_keys, narrow
@@ -78,7 +79,7 @@ def with_rows(drafter: Drafter, lent: Lent, token_C: torch.Tensor) -> Drafter:
     config = dataclasses.replace(drafter.config, draft_vocab_size=len(token_C))
     head_CD = lent.head_VD[token_C].cpu().to(drafter.fc.weight.dtype)
     weights = drafter.state_dict() | {"lm_head.weight": head_CD, "d2t": token_C.cpu() - torch.arange(len(token_C))}
-    return Drafter.build(config, weights, source="the drafter", remedy="Choose other tokens")
+    return build_drafter(config, weights, source="the drafter", remedy="Choose other tokens")
 
 
 def wide_tensors(layout: Layout, drafter: Drafter, lent: Lent) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from coral_core.artifacts import Manifest, Standing, stage, standing
+from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.grouping.clustering import (
@@ -85,7 +86,7 @@ def group_head(
     fingerprint, inputs = _identity(recipe, run, store)
     if finished := head_standing(recipe, run).manifest:
         return finished, False
-    drafter = Drafter.load(run / "drafter").float()
+    drafter = load_drafter(run / "drafter").float()
     _refuse_unusable(drafter, store, run / "drafter")
     with stage(final, fingerprint) as work:
         trial = Trial.of(recipe, store, drafter, progress)

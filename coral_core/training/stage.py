@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from coral_core.artifacts import KIN, Manifest, Standing, partial, stage, standing
-from coral_core.drafter.model import FILES, Drafter
+from coral_core.drafter.load import FILES, save_drafter
+from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.processes import agreed, processes
 from coral_core.progress import Progress, silent
@@ -69,7 +70,7 @@ def train_drafter(
         manifest = Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
         state.wait_for_everyone()  # all have read the best checkpoint
         if state.is_main_process:
-            drafter.save(work)
+            save_drafter(drafter, work)
             manifest = manifest.sealed(work, *FILES)
             manifest.write(work)
     state.wait_for_everyone()

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint import state_dict as distributed_state
 
 from coral_core.drafter.config import DrafterConfig
+from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.recipe.schema import TrainSpec
@@ -151,7 +152,7 @@ def initial_drafter(config: DrafterConfig, seed: int, folder: str = "") -> Draft
     Raises ArtifactError when the folder holds none, or one for other features or another vocabulary.
     """
     if folder:
-        drafter = Drafter.load(Path(folder)).float().requires_grad_(True).train()
+        drafter = load_drafter(Path(folder)).float().requires_grad_(True).train()
         for key in ("hidden_size", "vocab_size", "taps", "draft_vocab_size"):
             if (was := getattr(drafter.config, key)) != (now := getattr(config, key)):
                 raise ArtifactError(

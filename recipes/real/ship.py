@@ -12,7 +12,7 @@ import torch
 
 from coral_core import embedded
 from coral_core.artifacts import Manifest
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.load import load_drafter, save_drafter
 
 PROMPTS = 40
 """Held-out prompts that go along: what `coral eval` measures on."""
@@ -23,7 +23,7 @@ def ship(run: Path, to: Path) -> None:
     shutil.rmtree(to, ignore_errors=True)
     (to / "drafter").mkdir(parents=True)
     manifest = Manifest.read(run / "drafter", "drafter", "coral train")
-    Drafter.load(run / "drafter").to(torch.bfloat16).save(to / "drafter")
+    save_drafter(load_drafter(run / "drafter").to(torch.bfloat16), to / "drafter")
     manifest.sealed(to / "drafter").write(to / "drafter")
     if (run / "head").exists():
         shutil.copytree(run / "head", to / "head")

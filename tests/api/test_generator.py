@@ -23,7 +23,7 @@ from tests.tiny import tiny_target
 
 
 def test_the_package_stays_light_until_a_name_is_asked_for():
-    code = "import sys, coral_core; assert 'torch' not in sys.modules; from coral_core import Drafter; Drafter.load"
+    code = "import sys, coral_core; assert 'torch' not in sys.modules; from coral_core import Drafter; Drafter.from_pretrained"
     subprocess.run([sys.executable, "-c", code + "; assert 'torch' in sys.modules"], check=True)
     with pytest.raises(ImportError, match="cannot import name 'Draft'"):
         from coral_core import Draft  # noqa: F401

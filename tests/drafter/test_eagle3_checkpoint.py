@@ -12,6 +12,7 @@ from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.checkpoint import read_checkpoint
+from coral_core.drafter.load import build_drafter, load_drafter, save_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.export.bring_in import bring_in
@@ -36,7 +37,7 @@ def own_head(drafter):
     torch.manual_seed(5)
     d2t_C = torch.tensor(TOKENS) - torch.arange(len(TOKENS))
     weights = drafter.state_dict() | {"lm_head.weight": torch.randn(len(TOKENS), 32) / 5, "d2t": d2t_C}
-    return Drafter.build(config, weights, source="", remedy="")
+    return build_drafter(config, weights, source="", remedy="")
 
 
 def write(folder, drafter, *, layer="midlayer.", head=True, embed=None, **changes):
@@ -87,7 +88,7 @@ def test_a_checkpoint_with_a_head_of_its_own_comes_in_whole_and_decodes(tmp_path
     drafter = own_head(random_drafter(target, taps=TAPS))
     folder = write(tmp_path / "made", drafter, layer=layer, embed=target.lent.embed_VD)
     bring_in(str(folder), tmp_path / "run", target)
-    back = Drafter.load(tmp_path / "run" / "drafter")
+    back = load_drafter(tmp_path / "run" / "drafter")
     assert back.config == drafter.config
     assert all(torch.equal(back.state_dict()[name], value) for name, value in drafter.state_dict().items())
     assert back.draft_tokens.tolist() == TOKENS
@@ -122,7 +123,7 @@ def test_layers_are_counted_as_each_writer_does(tmp_path, target):
     }
     for name, (keys, taps) in said.items():
         bring_in(str(write(tmp_path / name, drafter, **keys)), tmp_path / f"run-{name}", target)
-        assert Drafter.load(tmp_path / f"run-{name}" / "drafter").config.taps == taps
+        assert load_drafter(tmp_path / f"run-{name}" / "drafter").config.taps == taps
 
 
 def test_a_folder_of_speculators_comes_in(tmp_path, target):
@@ -134,7 +135,7 @@ def test_a_folder_of_speculators_comes_in(tmp_path, target):
     values |= {"transformer_layer_config": nested, "norm_output": True, "fc_norm": True, "norm_before_residual": True}
     (folder / "config.json").write_text(json.dumps(values | {"draft_vocab_size": VOCAB}))
     bring_in(str(folder), tmp_path / "run", target)
-    back = Drafter.load(tmp_path / "run" / "drafter")
+    back = load_drafter(tmp_path / "run" / "drafter")
     assert back.config == drafter.config
     (folder / "config.json").write_text(json.dumps(values | {"speculators_model_type": "dflash"}))
     assert "speculators_model_type is 'dflash'" in refused(folder, tmp_path / "no", target)
@@ -146,10 +147,10 @@ def test_a_head_that_is_the_targets_own_is_lent(tmp_path, target):
     folder = write(tmp_path / "made", drafter, draft_vocab_size=VOCAB)
     change(folder, **{"lm_head.weight": target.lent.head_VD.clone()})
     bring_in(str(folder), tmp_path / "run", target)
-    assert Drafter.load(tmp_path / "run" / "drafter").config == drafter.config
+    assert load_drafter(tmp_path / "run" / "drafter").config == drafter.config
     change(folder, **{"lm_head.weight": target.lent.head_VD + 0.1})
     bring_in(str(folder), tmp_path / "other", target)
-    assert Drafter.load(tmp_path / "other" / "drafter").config.draft_vocab_size == VOCAB
+    assert load_drafter(tmp_path / "other" / "drafter").config.draft_vocab_size == VOCAB
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_a_head_of_its_own_cannot_be_grouped(tmp_path, target):
     store = tiny_store(tmp_path / "run" / "data", taps=True)
     drafter = own_head(random_drafter(target, taps=TAPS))
     (tmp_path / "run" / "drafter").mkdir()
-    drafter.save(tmp_path / "run" / "drafter")
+    save_drafter(drafter, tmp_path / "run" / "drafter")
     inputs = {"target": store.manifest.inputs["target"]}
     Manifest(kind="drafter", fingerprint="e" * 16, inputs=inputs, recipe={}, facts={}).write(
         tmp_path / "run" / "drafter"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from coral_core import Drafter
 from coral_core.drafter import hub
 from coral_core.drafter.checkpoint import read_checkpoint, weights_fingerprint
+from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError
 from coral_core.export.bring_in import bring_in
 from coral_core.export.run import export_engine
@@ -151,7 +152,7 @@ def test_a_drafter_saved_without_its_origin_can_be_imported(tmp_path):
     manifest, with_head = bring_in(str(tmp_path / "saved"), tmp_path / "run", target)
     assert not with_head
     assert manifest.facts["imported_from"] == "saved"
-    assert same(Drafter.load(tmp_path / "run" / "drafter"), drafter)
+    assert same(load_drafter(tmp_path / "run" / "drafter"), drafter)
 
 
 def test_an_imported_drafter_says_where_it_came_from(tmp_path, monkeypatch):
@@ -176,7 +177,7 @@ def test_an_old_config_without_the_bias_key_still_loads(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["fc_bias"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert same(Drafter.load(tmp_path), drafter)
+    assert same(load_drafter(tmp_path), drafter)
     assert dataclasses.asdict(drafter.config)["fc_bias"] is False
 
 

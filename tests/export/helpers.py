@@ -7,7 +7,8 @@ import torch
 
 from coral_core.artifacts import Manifest
 from coral_core.drafter.config import DrafterConfig
-from coral_core.drafter.model import FILES, Drafter
+from coral_core.drafter.load import FILES, save_drafter
+from coral_core.drafter.model import Drafter
 from coral_core.export.run import Source, open_source
 from coral_core.grouping.clustering import by_frequency
 from coral_core.head.load import save_head
@@ -33,7 +34,7 @@ def random_drafter(target: Target, seed: int = 1, **changes: object) -> Drafter:
 def publish(run: Path, target: Target, drafter: Drafter, *, head: bool = False) -> Source:
     """RUN/drafter, and RUN/head if wanted, as the stages publish them."""
     (run / "drafter").mkdir(parents=True)
-    drafter.save(run / "drafter")
+    save_drafter(drafter, run / "drafter")
     facts = {"parameters": 1000, "drafter_config": dataclasses.asdict(drafter.config)}
     facts["data"] = {"samples": 10, "tokens": 300, "answer_tokens": 200}
     inputs = {"target": target.fingerprint, "data": "d" * 16}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coral_core.artifacts import Manifest
-from coral_core.drafter.model import FILES, Drafter
+from coral_core.drafter.load import FILES, load_drafter
 from coral_core.errors import ArtifactError, CoralError, TargetError
 from coral_core.export.bring_in import bring_in
 from coral_core.export.folder import check_folder
@@ -324,7 +324,7 @@ def test_the_drafter_of_another_target_is_not_exported(tmp_path):
 
 def test_a_folder_that_is_not_as_the_loader_wants_it_is_caught_before_it_gets_its_name(tmp_path):
     _, folder = exported(tmp_path)
-    config = Drafter.load(tmp_path / "a" / "drafter").config
+    config = load_drafter(tmp_path / "a" / "drafter").config
     rewrite(folder, lambda weights: weights.pop("fc.weight"))
     with pytest.raises(ArtifactError, match=r"tensor 'fc.weight' is missing, and vLLM expects \(32, 64\)"):
         check_folder(LAYOUTS["vllm"], config, folder)

@@ -12,7 +12,7 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.checkpoint import read_checkpoint
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.load import load_drafter
 from coral_core.export.bring_in import bring_in
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.run import TOKEN_MAP, export_engine, export_hf, frequent_tokens
@@ -89,7 +89,7 @@ def test_export_and_import_leave_tokens_and_rounds_as_they_are(tmp_path, to, tem
     drafter = random_drafter(target)
     folder = export_engine(to, publish(tmp_path / "a", target, drafter), target, tmp_path / "a")
     manifest, with_head = bring_in(str(folder), tmp_path / "b", target)
-    back = Drafter.load(tmp_path / "b" / "drafter")
+    back = load_drafter(tmp_path / "b" / "drafter")
     assert not with_head
     assert manifest.inputs == {"target": target.fingerprint}
     assert dataclasses.replace(back.config, head_dim=8) == drafter.config
@@ -139,7 +139,7 @@ def test_a_bias_of_fc_stays_where_the_engine_has_one(tmp_path):
         values = json.loads((folder / "config.json").read_text())
         assert values.get("bias") is (True if to == "eagle" else None)  # to SGLang it would mean attention's
         bring_in(str(folder), tmp_path / to / "b", target)
-        back = Drafter.load(tmp_path / to / "b" / "drafter")
+        back = load_drafter(tmp_path / to / "b" / "drafter")
         assert torch.equal(back.fc.bias, drafter.fc.bias)
         assert decoded(target, back, 0.0) == decoded(target, drafter, 0.0)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from coral_core.artifacts import Manifest
 from coral_core.drafter.checkpoint import read_checkpoint
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.export import gguf_file
 from coral_core.export.bring_in import bring_in
@@ -86,7 +86,7 @@ def test_export_and_import_leave_every_bit(tmp_path, to, rows):
     token_C = torch.arange(VOCAB).flip(0)[:rows] if rows else None
     folder = export_engine(to, publish(tmp_path / "a", target, drafter), target, tmp_path / "a", token_C)
     bring_in(str(folder), tmp_path / "b", target)
-    back = Drafter.load(tmp_path / "b" / "drafter")
+    back = load_drafter(tmp_path / "b" / "drafter")
     assert dataclasses.replace(back.config, head_dim=8, draft_vocab_size=0) == drafter.config
     assert back.config.draft_vocab_size == rows
     assert all(torch.equal(back.state_dict()[name], value) for name, value in drafter.state_dict().items())
@@ -147,7 +147,7 @@ def test_speculators_keeps_the_later_norms(tmp_path):
     drafter = random_drafter(target, taps=TAPS, **later)
     folder = export_engine("speculators", publish(tmp_path / "a", target, drafter), target, tmp_path / "a")
     bring_in(str(folder), tmp_path / "b", target)
-    assert dataclasses.replace(Drafter.load(tmp_path / "b" / "drafter").config, head_dim=8) == drafter.config
+    assert dataclasses.replace(load_drafter(tmp_path / "b" / "drafter").config, head_dim=8) == drafter.config
 
 
 def test_the_older_shape_has_no_such_folders(tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.load import load_drafter, save_drafter
 from coral_core.errors import ArtifactError
 from coral_core.grouping.router import Source, held_out_rows
 from coral_core.recipe.schema import PRESETS
@@ -74,8 +74,8 @@ def test_the_published_drafter_names_its_taps_and_reads_back(tmp_path):
     drafter = trainer.initial_drafter(trainer.drafter_config(spec(), store), 0)
     assert drafter.config.taps == TAPS
     (tmp_path / "drafter").mkdir()
-    drafter.save(tmp_path / "drafter")
-    back = Drafter.load(tmp_path / "drafter")
+    save_drafter(drafter, tmp_path / "drafter")
+    back = load_drafter(tmp_path / "drafter")
     assert back.config == drafter.config
     assert all(torch.equal(back.state_dict()[name], value) for name, value in drafter.state_dict().items())
 
@@ -89,7 +89,7 @@ def test_data_without_taps_are_refused_and_the_other_shape_reads_data_with_them(
 
 def test_a_start_of_another_shape_is_refused(tmp_path):
     (tmp_path / "old").mkdir()
-    tiny_drafter().save(tmp_path / "old")
+    save_drafter(tiny_drafter(), tmp_path / "old")
     store = tiny_store(tmp_path / "data", taps=True)
     with pytest.raises(ArtifactError, match=r"has taps \(\), this target's drafter has \(1, 2, 4\)"):
         weights(store, tmp_path / "run", init_from=str(tmp_path / "old"))

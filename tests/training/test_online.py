@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coral_core.data.stage import prepare
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.load import load_drafter
 from coral_core.recipe.schema import Recipe
 from coral_core.store.batches import batch_of, batches
 from coral_core.store.shard import Shard
@@ -72,6 +72,6 @@ def test_training_online_equals_training_from_the_disk(jobs):
         recipe = Recipe(name="tiny", seed=job.recipe.seed, data=job.recipe.data, train=spec)
         run = job.folder.parent
         train_drafter(recipe, run, tap=ask if job.online else None)
-        weights.append(Drafter.load(run / "drafter").state_dict())
+        weights.append(load_drafter(run / "drafter").state_dict())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5)

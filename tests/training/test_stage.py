@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from coral_cli.main import app
 from coral_core.artifacts import MANIFEST, Manifest
-from coral_core.drafter.model import Drafter
+from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError
 from coral_core.recipe.schema import PRESETS, Recipe
 from coral_core.training import stage
@@ -48,7 +48,7 @@ def test_it_publishes_a_drafter_that_says_where_it_came_from(run):
     assert manifest.inputs == {"target": "t" * 16, "data": "f" * 16}
     assert manifest.recipe["train"]["steps"] == 4
     assert manifest.facts["last"]["step"] == 4
-    assert Drafter.load(run / "drafter").config.hidden_size == 32
+    assert load_drafter(run / "drafter").config.hidden_size == 32
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [4]
 
 
