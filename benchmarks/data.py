@@ -35,7 +35,7 @@ from coral_core.data.meter import Meter
 from coral_core.data.shards import tap_all
 from coral_core.data.stage import prepare
 from coral_core.decoding.engine import Engine
-from coral_core.head.full import FullHead
+from coral_core.head.heads import FullHead
 from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import Recipe
 from coral_core.run import sampler, tree_shape

@@ -29,10 +29,7 @@ from coral_core.decoding.policy.plan import TreeShape
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.grouping.clustering import by_id
-from coral_core.head.candidates import Head
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
-from coral_core.head.router import Router
+from coral_core.head.heads import FullHead, GroupedHead, Head, Router
 from coral_core.target.load import drafter_shape, wrap
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
-from coral_core.head.candidates import Candidates
+from coral_core.head.heads import Candidates
 from coral_core.target.target import Target
 
 TREE = TreeShape(depth=6, nodes=10, topk=4)

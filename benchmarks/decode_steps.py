@@ -24,8 +24,7 @@ from coral_core.decoding.seat import Memory
 from coral_core.decoding.step import prefill
 from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
-from coral_core.head.candidates import Head
-from coral_core.head.grouped import GroupedHead
+from coral_core.head.heads import GroupedHead, Head
 from coral_core.target.target import Target
 
 LEVELS = 4

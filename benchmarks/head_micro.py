@@ -13,9 +13,7 @@ import torch
 
 from coral_core.grouping.clustering import by_id
 from coral_core.grouping.cost import time_calls
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
-from coral_core.head.router import Router
+from coral_core.head.heads import FullHead, GroupedHead, Router
 from coral_core.lent import Lent
 
 SHAPES = {"llama-2-7b": (32000, 4096), "llama-3-8b": (128256, 4096), "qwen2.5-7b": (152064, 3584)}

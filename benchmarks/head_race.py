@@ -21,10 +21,7 @@ from coral_core.grouping.clustering import frequency_order
 from coral_core.grouping.cost import predict, time_heads
 from coral_core.grouping.router import first_router, recall, train_router
 from coral_core.grouping.stage import Trial
-from coral_core.head.candidates import Head
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
-from coral_core.head.static import StaticHead
+from coral_core.head.heads import FullHead, GroupedHead, Head, StaticHead
 from coral_core.run import sampler, tree_shape
 
 GROUPS = 256

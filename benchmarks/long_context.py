@@ -26,7 +26,7 @@ from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
-from coral_core.head.full import FullHead
+from coral_core.head.heads import FullHead
 from coral_core.kernels.attention import grouped
 from coral_core.target.load import drafter_shape, wrap
 from coral_core.target.target import Target

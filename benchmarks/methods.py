@@ -44,7 +44,7 @@ from coral_core.decoding.engine import Engine
 from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
-from coral_core.head.full import FullHead
+from coral_core.head.heads import FullHead
 from coral_core.recipe.loader import dump_yaml
 from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
 from coral_core.run import sampler, tree_shape

@@ -13,11 +13,9 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import RecipeError
-from coral_core.head.candidates import Head
-from coral_core.head.full import FullHead
+from coral_core.head.heads import FullHead, Head, StaticHead
 from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
-from coral_core.head.static import StaticHead
 from coral_core.kernels.exact import MOST_NODES
 from coral_core.lent import Lent
 from coral_core.lock import published

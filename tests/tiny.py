@@ -15,7 +15,7 @@ from coral_core.decoding.rounds import Round
 from coral_core.drafter.blocks import Turn
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
-from coral_core.head.candidates import Candidates
+from coral_core.head.heads import Candidates
 from coral_core.target.load import drafter_shape, wrap
 from coral_core.target.target import Target
 

@@ -18,7 +18,7 @@ from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
-from coral_core.head.candidates import Head
+from coral_core.head.heads import Head
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import DecodeSpec, HeadSpec
 from coral_core.run import whole_head, wire

@@ -13,8 +13,7 @@ from coral_core.bench.race import run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.model import Drafter
-from coral_core.head.full import FullHead
-from coral_core.head.static import StaticHead
+from coral_core.head.heads import FullHead, StaticHead
 from coral_core.progress import Progress
 from coral_core.recipe.schema import Recipe
 from coral_core.run import sampler, tree_shape

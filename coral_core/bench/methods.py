@@ -14,7 +14,7 @@ from coral_core.artifacts import Manifest
 from coral_core.bench.contenders import Contender
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
-from coral_core.head.candidates import Candidates, Head
+from coral_core.head.heads import Candidates, Head
 from coral_core.run import Run
 from coral_core.target.target import Target
 

@@ -12,8 +12,7 @@ from coral_core.bench.race import run_lane
 from coral_core.drafter.model import Drafter
 from coral_core.errors import DataError
 from coral_core.grouping.cost import RoundCost, goes_on
-from coral_core.head.candidates import Candidates, Head
-from coral_core.head.full import FullHead
+from coral_core.head.heads import Candidates, FullHead, Head
 from coral_core.lent import Lent
 from coral_core.progress import Progress
 from coral_core.recipe.schema import Recipe

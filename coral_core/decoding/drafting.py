@@ -20,7 +20,7 @@ from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Ahead, Picker
 from coral_core.drafter.blocks import Turn
 from coral_core.drafter.model import Drafter
-from coral_core.head.candidates import Candidates, Head
+from coral_core.head.heads import Candidates, Head
 from coral_core.kernels.attention import grouped
 from coral_core.lent import Lent
 

@@ -20,7 +20,7 @@ from coral_core.decoding.seat import Memory
 from coral_core.decoding.step import sit, step
 from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
-from coral_core.head.candidates import Head
+from coral_core.head.heads import Head
 from coral_core.target.target import Target
 
 

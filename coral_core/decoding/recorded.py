@@ -28,7 +28,7 @@ from coral_core.decoding.seat import Memory
 from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
 from coral_core.errors import TargetError
-from coral_core.head.candidates import Head
+from coral_core.head.heads import Head
 from coral_core.target.target import Target
 
 Call = Callable[..., Any]

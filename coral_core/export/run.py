@@ -16,8 +16,8 @@ from coral_core.export.folder import write_folder
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.refusal import refuse
 from coral_core.export.wide import WIDE, layout_of, with_rows
+from coral_core.head.heads import StaticHead
 from coral_core.head.load import load_head
-from coral_core.head.static import StaticHead
 from coral_core.recipe.schema import HeadSpec, Recipe
 from coral_core.target.kin import refuse_other_target
 from coral_core.target.target import Target

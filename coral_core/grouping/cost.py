@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from coral_core.head.candidates import Head
+from coral_core.head.heads import Head
 
 EVICT_BYTES = 1 << 27
 """Read between two timed calls: in a round, the target's weights push the head's rows out of the cache."""

@@ -21,7 +21,7 @@ import torch
 
 from coral_core.drafter.model import Drafter
 from coral_core.head.groups import Groups
-from coral_core.head.router import Router
+from coral_core.head.heads import Router
 from coral_core.kernels.precision import bfloat16_is_faster
 from coral_core.lent import Lent
 from coral_core.progress import Progress, silent

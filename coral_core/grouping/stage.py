@@ -33,11 +33,9 @@ from coral_core.grouping.router import (
     recall,
     train_router,
 )
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups, check_groups
+from coral_core.head.heads import FullHead, GroupedHead, Router
 from coral_core.head.load import FILE, save_head
-from coral_core.head.router import Router
 from coral_core.lent import Lent
 from coral_core.processes import processes
 from coral_core.progress import Progress, silent

@@ -12,12 +12,8 @@ from safetensors.torch import load_file
 
 from coral_core.artifacts import Manifest, check_files
 from coral_core.errors import ArtifactError
-from coral_core.head.candidates import Head
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups
-from coral_core.head.router import Router
-from coral_core.head.static import StaticHead
+from coral_core.head.heads import FullHead, GroupedHead, Head, Router, StaticHead
 from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec
 from coral_core.tensors import write_tensors

@@ -16,14 +16,13 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import ArtifactError
 from coral_core.export.run import export_hf
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
+from coral_core.head.heads import FullHead, GroupedHead
 from tests.export.helpers import publish, random_drafter
 from tests.tiny import tiny_target
 
 
 def test_the_package_stays_light_until_a_name_is_asked_for():
-    code = "import sys, coral_core; assert 'torch' not in sys.modules; from coral_core import Drafter; Drafter.from_pretrained"
+    code = "import sys, coral_core; assert 'torch' not in sys.modules; from coral_core import Drafter; Drafter"
     subprocess.run([sys.executable, "-c", code + "; assert 'torch' in sys.modules"], check=True)
     with pytest.raises(ImportError, match="cannot import name 'Draft'"):
         from coral_core import Draft  # noqa: F401

@@ -15,7 +15,7 @@ from coral_core.bench.methods import Method
 from coral_core.bench.race import Lane
 from coral_core.decoding import recorded as recording
 from coral_core.decoding.policy.plan import TreeShape
-from coral_core.head.full import FullHead
+from coral_core.head.heads import FullHead
 from coral_core.kernels import attention
 from coral_core.target.target import Target
 from tests.decoding import tape

@@ -10,7 +10,7 @@ from coral_core.bench.race import run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
-from coral_core.head.candidates import Candidates
+from coral_core.head.heads import Candidates
 from tests.tiny import VOCAB, StandIn, tiny_drafter, tiny_target
 
 SHAPE = TreeShape(depth=4, nodes=9, topk=3)

@@ -18,10 +18,7 @@ from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request, decode_all
 from coral_core.grouping.clustering import by_id
-from coral_core.head.candidates import Head
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
-from coral_core.head.router import Router
+from coral_core.head.heads import FullHead, GroupedHead, Head, Router
 from coral_core.kernels import blocks
 from coral_core.target.target import Target
 from tests.decoding import pretend

@@ -14,7 +14,7 @@ from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
-from coral_core.head.full import FullHead
+from coral_core.head.heads import FullHead
 from coral_core.target.target import Target
 from tests.tiny import VOCAB, tiny_drafter, tiny_target
 

@@ -25,9 +25,7 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Memory
 from coral_core.drafter.blocks import Attend, Turn
 from coral_core.errors import TargetError
-from coral_core.head.candidates import Candidates
-from coral_core.head.full import FullHead
-from coral_core.head.static import StaticHead
+from coral_core.head.heads import Candidates, FullHead, StaticHead
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.load import load_target, wrap
 from coral_core.target.target import Target

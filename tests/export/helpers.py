@@ -11,8 +11,8 @@ from coral_core.drafter.load import FILES, save_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.export.run import Source, open_source
 from coral_core.grouping.clustering import by_frequency
+from coral_core.head.heads import Router
 from coral_core.head.load import save_head
-from coral_core.head.router import Router
 from coral_core.recipe.schema import HeadSpec, Recipe
 from coral_core.target.load import drafter_shape
 from coral_core.target.target import Target

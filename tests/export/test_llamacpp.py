@@ -17,7 +17,7 @@ from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.export.gguf_file import neighbours
 from coral_core.export.run import GGUF, export_engine
-from coral_core.head.full import FullHead
+from coral_core.head.heads import FullHead
 from coral_core.recipe.schema import PRESETS
 from coral_core.store.shard import Sample
 from coral_core.target.capture import tap

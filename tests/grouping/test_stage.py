@@ -10,8 +10,7 @@ from coral_core.errors import RecipeError
 from coral_core.grouping import stage
 from coral_core.grouping.cost import RoundCost
 from coral_core.grouping.stage import group_head, open_active, open_groups
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
+from coral_core.head.heads import FullHead, GroupedHead
 from coral_core.head.load import load_head
 from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec, Recipe

@@ -8,13 +8,9 @@ import torch
 from coral_core.artifacts import Manifest
 from coral_core.errors import ArtifactError
 from coral_core.grouping.clustering import by_id, by_kmeans
-from coral_core.head.candidates import Candidates
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups
+from coral_core.head.heads import Candidates, FullHead, GroupedHead, Router, StaticHead
 from coral_core.head.load import load_head, save_head
-from coral_core.head.router import Router
-from coral_core.head.static import StaticHead
 from coral_core.kernels.linear import packs
 from coral_core.kernels.products import Blocks
 from coral_core.lent import Lent

@@ -9,12 +9,8 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.blocks import Attend, Turn
 from coral_core.drafter.model import Drafter
 from coral_core.grouping.clustering import by_kmeans
-from coral_core.head.candidates import Head
-from coral_core.head.full import FullHead
-from coral_core.head.grouped import GroupedHead
 from coral_core.head.groups import Groups
-from coral_core.head.router import Router
-from coral_core.head.static import StaticHead
+from coral_core.head.heads import FullHead, GroupedHead, Head, Router, StaticHead
 from coral_core.target.target import Target
 from tests.tiny import StandIn, tiny_drafter, tiny_target
 

@@ -19,7 +19,7 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Memory
 from coral_core.decoding.step import prefill
 from coral_core.decoding.tree import judge
-from coral_core.head.candidates import Candidates
+from coral_core.head.heads import Candidates
 from coral_core.target.target import Target
 from tests.decoding.test_lossless import SAMPLERS, ids_of, some_prompt
 from tests.tiny import FAMILIES, VOCAB, OracleHead, tiny_drafter, tiny_engine, tiny_target
