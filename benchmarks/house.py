@@ -3,14 +3,22 @@
     python -m benchmarks.house                    # this checkout
     python -m benchmarks.house CHECKOUT ...       # others, such as a git worktree of an older commit
 
-A code line is a line that is neither blank, nor a comment, nor part of a docstring. A round's modules are those of
-`decoding/` that its engine imports, directly or not, at import or in a function, without the rooms behind it. An arrow
-is an import between two modules of `decoding/`; a floor is a step of the longest chain of them.
+A code line is a line that is neither blank, nor a comment, nor part of a docstring; lines are told by room too, because
+features came while the house was rebuilt. An arrow is an import between two modules of `decoding/`; a floor is a step
+of the longest chain of them.
+
+What one reads to follow a round is counted in three ways. `round_runs` are the modules whose code runs in one round of
+pico that drafts, by the recipe's defaults: a trace, which no arrangement of imports can shorten. `round_modules` are
+those that the round's first module imports, directly or not, at import or in a function. The class methods that read
+and write folders (LOADERS, in transformers' words) are left out there: they import the loading when they are called,
+and no round calls them. `round_modules_with_loading` is the same with them, and is what was counted before.
 """
 
 import ast
 import io
 import json
+import os
+import subprocess
 import sys
 import tokenize
 from functools import cache
@@ -21,6 +29,30 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("coral_core", "coral_cli")
 ROUND = ("step", "engine")
 """Where a round begins: the first of these modules that there is."""
+LOADERS = {"from_pretrained", "save_pretrained", "push_to_hub"}
+"""Methods that no round calls."""
+TRACE = """
+import json, sys
+from pathlib import Path
+import coral_core
+from coral_core import Drafter, Generator, Target
+root, found = Path(coral_core.__file__).parent, set()
+
+def note(frame, event, argument):
+    path = Path(frame.f_code.co_filename)
+    if event == "call" and root in path.parents and frame.f_code.co_name not in ("<module>", "rounds"):
+        found.add(".".join(path.relative_to(root.parent).with_suffix("").parts))
+
+rounds = Generator(Target.from_pretrained("pico"), Drafter.from_pretrained("pico")).rounds("What is a reef?", seed=0)
+while True:
+    found.clear()
+    sys.setprofile(note)
+    event = next(rounds)
+    sys.setprofile(None)
+    if event.kind == "draft" and event.accepted_drafts:
+        break
+print(json.dumps(sorted(found)))
+"""
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -50,10 +82,15 @@ def module_name(path: Path, root: Path) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(text: str, known: set[str]) -> set[str]:
-    """The known modules that a file imports at run time, in functions too; not those for type checkers alone."""
+def imports(text: str, known: set[str], without: frozenset[str] = frozenset()) -> set[str]:
+    """The known modules that a file imports at run time, in functions too, but for those named in `without`.
+
+    What is imported for type checkers alone does not count.
+    """
     tree = ast.parse(text)
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in without:
+            node.body = []
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             node.body = []
     found: set[str] = set()
@@ -73,6 +110,15 @@ def closure(start: str, arrows: dict[str, set[str]]) -> set[str]:
         reached |= new
         pending += new
     return reached
+
+
+def runs(root: Path) -> list[str]:
+    """The modules whose code runs in a round of pico that drafts."""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", TRACE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def floors(arrows: dict[str, set[str]]) -> int:
@@ -95,19 +141,35 @@ def count(root: Path) -> dict[str, Any]:
     room = {name: to for name, to in arrows.items() if name.startswith("coral_core.decoding.")}
     inside = {name: to & set(room) for name, to in room.items()}
     start = next(f"coral_core.decoding.{name}" for name in ROUND if f"coral_core.decoding.{name}" in known)
-    every = closure(start, arrows)
+    followed = {name: imports(text, known, frozenset(LOADERS)) - {name} for name, text in texts.items()}
+    every, with_loading, ran = closure(start, followed), closure(start, arrows), runs(root)
+    lines = {name: len(code_lines(text)) for name, text in texts.items()}
     longest = max(found for text in texts.values() for found in functions(text))
     return {
-        "code_lines": sum(len(code_lines(text)) for text in texts.values()),
+        "code_lines": sum(lines.values()),
         "modules": len(texts),
+        "round_runs": len(ran),
         "round_modules": len(every),
+        "round_modules_with_loading": len(with_loading),
         "round_modules_of_decoding": len(every & set(room)),
         "decoding_modules": len(room),
         "decoding_arrows": sum(map(len, inside.values())),
         "decoding_floors": floors(inside),
         "longest_function": {"lines": longest[0], "name": longest[1]},
         "recipe_keys": recipe_keys(texts["coral_core.recipe.schema"]),
+        "runs": ran,
+        "lines_by_room": by_room(lines),
     }
+
+
+def by_room(lines: dict[str, int]) -> dict[str, int]:
+    """Code lines of each room of the core, and of the command line."""
+    found: dict[str, int] = {}
+    for name, count in lines.items():
+        package, _, rest = name.partition(".")
+        room = rest.split(".")[0] if package == "coral_core" and rest else package
+        found[room] = found.get(room, 0) + count
+    return found
 
 
 def recipe_keys(schema: str) -> int:

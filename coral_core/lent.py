@@ -1,19 +1,15 @@
 """What the target lends to the drafter: its embedding, its LM head, and what its logits go through.
 
-Saved beside the features, so that training runs on a machine that never loads the target.
+store/store.py saves it beside the features, so that training runs on a machine that never loads the target.
 Axes: D hidden, V vocabulary, N row, X any axes.
 """
 
 import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from coral_core.kernels.linear import FILL, Packed, packs, wanted
-from coral_core.tensors import write_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,23 +65,3 @@ class Lent:
             head_VD=embed_VD if tied else self.head_VD.to(device, dtype),
             head_bias_V=bias_V,
         )
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file; a tied head is stored once."""
-        tensors = {"embed": self.embed_VD.contiguous()}
-        if self.head_VD is not self.embed_VD:
-            tensors["head"] = self.head_VD.contiguous()
-        if self.head_bias_V is not None:
-            tensors["head_bias"] = self.head_bias_V.contiguous()
-        # One metadata value: safetensors writes several in random order, and the file's checksum would never repeat.
-        scalars = {key: getattr(self, key) for key in ("logit_scale", "logit_softcap")}
-        write_tensors(tensors, path, {"scalars": json.dumps(scalars)})
-
-    @classmethod
-    def load(cls, path: Path) -> "Lent":
-        """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            scalars = json.loads((file.metadata() or {}).get("scalars", "{}"))
-        embed_VD = tensors["embed"]
-        return cls(embed_VD, tensors.get("head", embed_VD), tensors.get("head_bias"), **scalars)

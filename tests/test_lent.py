@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from coral_core.lent import Lent
+from coral_core.store.store import load_lent, save_lent
 
 
 def a_lent(tied: bool = False) -> Lent:
@@ -46,8 +47,8 @@ def test_gradients_flow_through_few_rows() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_and_read_back(tmp_path: Path, tied: bool) -> None:
     lent = a_lent(tied)
-    lent.save(tmp_path / "lent.safetensors")
-    again = Lent.load(tmp_path / "lent.safetensors")
+    save_lent(lent, tmp_path / "lent.safetensors")
+    again = load_lent(tmp_path / "lent.safetensors")
     assert (again.head_VD is again.embed_VD) == tied
     for field in dataclasses.fields(Lent):
         old, new = getattr(lent, field.name), getattr(again, field.name)

@@ -12,8 +12,8 @@ from torch import nn
 
 from coral_core.head.groups import Groups
 from coral_core.kernels import blocks
+from coral_core.kernels.blocks import Blocks, runs
 from coral_core.kernels.linear import PackedLinear
-from coral_core.kernels.products import Blocks, runs
 from coral_core.lent import Lent
 
 

@@ -19,12 +19,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from coral_core.artifacts import Manifest, file_sha256, write_text
 from coral_core.errors import ArtifactError
 from coral_core.lent import Lent
 from coral_core.progress import Progress, silent
 from coral_core.store.shard import Sample, Shard, ShardFacts
+from coral_core.tensors import write_tensors
 
 HOLDOUT = "holdout.json"
 LENT = "lent.safetensors"
@@ -46,7 +48,7 @@ def seal(
     `manifest` brings the provenance and the facts that shards do not show; the counts are added here, and a checksum of
     each file, of the further `files` too.
     """
-    lent.save(folder / LENT)
+    save_lent(lent, folder / LENT)
     write_text(folder / HOLDOUT, json.dumps([list(prompt) for prompt in holdout_prompts]) + "\n")
     facts = {
         "samples": sum(shard.samples for shard in shards),
@@ -153,7 +155,7 @@ class Store:
     def lent(self) -> Lent:
         """The target's embedding and head."""
         self._check_sum(LENT, self.manifest.facts["files"][LENT])
-        return Lent.load(self.folder / LENT)
+        return load_lent(self.folder / LENT)
 
     def damaged(self, progress: Progress = silent) -> list[str]:
         """Names of the files whose bytes are not those that were written; reads everything."""
@@ -195,3 +197,24 @@ class Store:
         if found != sha256:
             raise ArtifactError(f"{path} is damaged: its checksum is not the manifest's. Run: {self._command}")
         self._checked.add(name)
+
+
+def save_lent(lent: Lent, path: Path) -> None:
+    """Write one safetensors file; a tied head is stored once."""
+    tensors = {"embed": lent.embed_VD.contiguous()}
+    if lent.head_VD is not lent.embed_VD:
+        tensors["head"] = lent.head_VD.contiguous()
+    if lent.head_bias_V is not None:
+        tensors["head_bias"] = lent.head_bias_V.contiguous()
+    # One metadata value: safetensors writes several in random order, and the file's checksum would never repeat.
+    scalars = {key: getattr(lent, key) for key in ("logit_scale", "logit_softcap")}
+    write_tensors(tensors, path, {"scalars": json.dumps(scalars)})
+
+
+def load_lent(path: Path) -> Lent:
+    """Read what `save_lent` wrote."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        scalars = json.loads((file.metadata() or {}).get("scalars", "{}"))
+    embed_VD = tensors["embed"]
+    return Lent(embed_VD, tensors.get("head", embed_VD), tensors.get("head_bias"), **scalars)

@@ -19,7 +19,7 @@ from coral_core.errors import TargetError
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import checkpoint, gguf_file, named_templates, norms, precision, template
+from coral_core.target import checkpoint, gguf_file, named_templates, precision, template
 from coral_core.target.target import Target
 
 MASKED_TYPES = {"full_attention", "sliding_attention"}
@@ -74,7 +74,7 @@ def wrap(model: Any, tokenizer: Any) -> Target:
 
 
 def _wrap(model: Any, tokenizer: Any) -> Target:
-    from coral_core.kernels import attention  # these import transformers, which whoever has a model has loaded
+    from coral_core.kernels import attention, norm  # these import transformers, which whoever has a model has loaded
     from coral_core.target.probe import probed
 
     config = model.config.get_text_config()
@@ -82,7 +82,7 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
     lent = _lend(model, config)
     model.eval().requires_grad_(False)
     attention.plug_in(model)
-    norms.plug_in(model)
+    norm.plug_in(model)
     target = Target(
         model=model,
         tokenizer=tokenizer,

@@ -152,7 +152,7 @@ def test_a_prompt_longer_than_the_context_is_refused() -> None:
 def test_a_prompt_longer_than_one_prefill_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     target, prompt = tiny_target("mistral-sliding"), some_prompt(4, 50)
     whole = ids_of(list(plain(target, prompt, Sampler(), 12)))
-    monkeypatch.setattr("coral_core.decoding.rounds.PREFILL_ROWS", 16)
+    monkeypatch.setattr("coral_core.decoding.step.PREFILL_ROWS", 16)
     assert ids_of(list(plain(target, prompt, Sampler(), 12))) == whole
     assert ids_of(list(tiny_engine(target).decode(prompt, Sampler(), 12))) == whole
 

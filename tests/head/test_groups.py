@@ -13,7 +13,7 @@ from coral_core.grouping.clustering import (
     token_contexts,
 )
 from coral_core.head.groups import Groups, balanced_sizes
-from coral_core.kernels.products import runs
+from coral_core.kernels.blocks import runs
 
 
 def test_the_permutation_of_the_docstring() -> None:

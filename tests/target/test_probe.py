@@ -73,7 +73,7 @@ def test_rows_do_not_depend_on_their_company_before_that(monkeypatch: pytest.Mon
     target = longrope()
     prompts = [prompt_of(seed, length) for seed, length in enumerate((3, 20, BORDER - 2))]
     whole = [said(plain(target, prompt, Sampler(), BORDER - len(prompt))) for prompt in prompts]
-    monkeypatch.setattr("coral_core.decoding.rounds.PREFILL_ROWS", 16)
+    monkeypatch.setattr("coral_core.decoding.step.PREFILL_ROWS", 16)
     assert [said(plain(target, prompt, Sampler(), 60)) for prompt in prompts] == whole
     limits = [BORDER - len(prompt) for prompt in prompts]
     assert write(target, prompts, limits, lambda ids: False, Sampling(batch_size=2)) == whole

@@ -8,7 +8,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from coral_core.target.norms import ShortNorm, plug_in
+from coral_core.kernels.norm import ShortNorm, plug_in
 from tests.tiny import tiny_target
 
 WIDTH = 96
