@@ -140,7 +140,7 @@ class Parts:
     def verify(self, sizes: Sequence[int]) -> dict[str, Callable[[], object]]:
         """The target over N rows of a tree, the token at each of them, and the cache cut again."""
         target, memory, forwards = self.target, Memory(self.target), Engine(self.target).forwards
-        memory.cache.reserve(self.context + forwards.rows(max(sizes)))
+        memory.cache.reserve(forwards.capacity(self.context, max(sizes)))
         prefill(target, self.prompt_T, memory.cache)
 
         def call(size: int) -> None:

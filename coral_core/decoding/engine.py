@@ -27,8 +27,8 @@ from coral_core.target.target import Target
 class Forwards(Protocol):
     """How the forwards of a round run: as they come (Eager), or recorded (recorded.py). Chosen once for an engine."""
 
-    def rows(self, nodes: int) -> int:
-        """Rows that the verification of so many drafted nodes takes of the target's cache, besides those it keeps."""
+    def capacity(self, committed: int, nodes: int) -> int:
+        """Rows that the target's cache is made for: so many committed ones, and a tree of drafted nodes behind them."""
         ...
 
     def memory(self, target: Target) -> contextlib.AbstractContextManager[Memory]:
@@ -47,8 +47,8 @@ class Forwards(Protocol):
 class Eager:
     """Forwards that run as they come."""
 
-    def rows(self, nodes: int) -> int:
-        return nodes
+    def capacity(self, committed: int, nodes: int) -> int:
+        return committed + nodes
 
     def memory(self, target: Target) -> contextlib.AbstractContextManager[Memory]:
         return contextlib.nullcontext(Memory(target))
@@ -85,11 +85,6 @@ class Engine:
         if self.drafter is not None:
             object.__setattr__(self, "target", self.target.tapping(self.drafter.config.taps))
         object.__setattr__(self, "forwards", Recorded() if self.target.graphs else Eager())
-
-    @property
-    def rows(self) -> int:
-        """Rows that a round takes of the target's cache, besides those that it keeps."""
-        return self.forwards.rows(self.shape.nodes)
 
     def plan(self, seats: int = 1) -> Plan:
         """Who decides on the drafts of one answer, in rounds that so many answers share."""

@@ -107,8 +107,8 @@ def padded_rows(rows: int) -> int:
 class Recorded:
     """The forwards of an engine whose target is to be recorded (`target.graphs`)."""
 
-    def rows(self, nodes: int) -> int:
-        return padded_rows(nodes + 1)
+    def capacity(self, committed: int, nodes: int) -> int:
+        return rounded_rows(committed + padded_rows(nodes + 1))  # recordings are lost when the storage grows
 
     @contextlib.contextmanager
     def memory(self, target: Target) -> Iterator[Memory]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from coral_core.decoding.cache import SlotCache, Slots, rounded_rows
+from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.policy.plan import Plan
 from coral_core.decoding.sampling import Picker
@@ -103,7 +103,6 @@ class Memory:
         """
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, self.ids, strict=False)))
         kept = max(0, shared - 1)
-        capacity = rounded_rows(capacity)  # few steps: what is held is copied at each, and recordings are lost
         if draft_rows is not None:
             kept = min(kept, self.slots.length)
             self.slots.reserve(capacity + draft_rows)

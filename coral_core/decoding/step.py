@@ -43,7 +43,7 @@ def sit(
 def _read(engine: "Engine", memory: Memory, prompt: list[int], sampler: Picker, max_new_tokens: int) -> Seat:
     target, plan = engine.target, engine.plan(1)
     stop = Stop(target.stop_ids, room(target, prompt, max_new_tokens))
-    capacity = len(prompt) + stop.remaining + engine.rows
+    capacity = engine.forwards.capacity(len(prompt) + stop.remaining, engine.shape.nodes)
     kept = memory.recall(prompt, capacity, None if engine.drafter is None else engine.shape.rows)
     prompt_T = torch.tensor(prompt, device=target.device)
     history = History(prompt_T, capacity) if sampler.looks_back else None
