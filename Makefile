@@ -34,7 +34,7 @@ TALK := chat recipes/smollm2-135m.yaml target.model=$(REAL)
 real: .venv/real
 	$(BIN)/python -m recipes.real.fetch --to $(dir $(REAL))
 	@if test -d coral_core/shipped/smollm2-135m/drafter || test -d runs/smollm2-135m/drafter; then set -e; \
-		$(BIN)/coral eval recipes/smollm2-135m.yaml target.model=$(REAL) --limit 4; \
+		$(BIN)/coral eval recipes/smollm2-135m.yaml target.model=$(REAL) --limit 2 decode.max_new_tokens=96; \
 		echo "What is the capital of France?" | $(BIN)/coral $(TALK) --speculative; \
 		echo "To talk with it: $(BIN)/coral $(TALK) --speculative"; \
 	else \
