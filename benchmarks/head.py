@@ -95,7 +95,6 @@ def recipe_of(options: argparse.Namespace, name: str, folder: Path, *keys: str) 
         "decode.draft_depth=6",
         "decode.draft_nodes=16",
         "decode.draft_topk=4",
-        "decode.draft_confidence=0.03",
     ]
     head = ["head.groups=256", "head.active=32", "head.router_steps=600"]
     data = ["data.holdout=48", "data.max_new_tokens=64", "data.max_length=256", "data.batch_size=32"]

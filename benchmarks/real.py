@@ -44,7 +44,7 @@ DTYPES = ("float32", "bfloat16")
 SEED = 0
 """Of the questions that are drawn, and of sampling."""
 LOOKUP_TOKENS = 10
-PAPERS_TREE = ("decode.draft_depth=6", "decode.draft_nodes=60", "decode.draft_topk=10", "decode.draft_confidence=0")
+PAPERS_TREE = ("decode.draft_depth=6", "decode.draft_nodes=60", "decode.draft_topk=10")
 """EAGLE-2's, which HASS and CORAL are compared on: methods' tau is that of fixed trees, speeds are those of `auto`."""
 NO_SIBLING = {"smollm2": "SmolLM2-135M is the smallest of its family: assisted generation has no model to draft with"}
 

@@ -42,6 +42,7 @@ from coral_core.training import losses
 from coral_core.training.alignment import csra, take_rows
 from coral_core.training.attention import attend_eager
 from coral_core.training.candidates import DRAWN, Candidates, HeadRows
+from coral_core.training.loop import CLIP_NORM
 from coral_core.training.objective import Objective, pack
 from coral_core.training.trainer import make_objective
 from coral_core.training.unroll import Unroll, loss_rows, unroll_rows
@@ -109,7 +110,7 @@ class Job:
             with torch.autocast(device.type, torch.bfloat16) if mixed else contextlib.nullcontext():
                 loss = LOSSES[self.variant](model, lent, batch, chosen)
             (loss / loss_rows(batch).sum()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), SPEC.clip_norm)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -145,7 +146,7 @@ def eager(model: Unroll, lent: Lent, batch: Batch, _: Candidates | None = None) 
     for hidden_ND in hidden_SBND[:, present_BN]:
         total = total + SPEC.regression_weight * losses.regression(hidden_ND, feature_ND)
         total = total + SPEC.distill_weight * losses.distill(hidden_ND, feature_ND, lent)
-        total = total + SPEC.topk_weight * losses.topk(hidden_ND, feature_ND, lent, SPEC.topk)
+        total = total + SPEC.topk_weight * losses.topk(hidden_ND, feature_ND, lent, make_objective(SPEC).topk)
     total = total + SPEC.csra_weight * csra(hidden_SBND, present_BN, SPEC.csra_temperature)
     return total / model.steps
 
@@ -237,7 +238,7 @@ class Form:
             hiddens = clock.lap("unroll", self.model(self.lent, batch))
             loss, _ = clock.lap("loss", self.objective(hiddens, batch, self.lent))
             clock.lap("backward", (loss / loss_rows(batch).sum()).backward())
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), SPEC.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
             clock.lap("update", self.optimizer.step())
             self.optimizer.zero_grad()
             row_BN, present_BN = pack(loss_rows(batch))
@@ -248,7 +249,9 @@ class Form:
             clock.lap("rest")
             head = chosen.rows(self.lent, batch) if chosen else HeadRows.whole(self.lent)
             hidden_SND, feature_ND = hidden_SBND[:, present_BN], feature_BND[present_BN]
-            clock.lap("vocabulary", losses.vocabulary(hidden_SND, feature_ND, head, (0.1, 0.1), SPEC.topk))
+            clock.lap(
+                "vocabulary", losses.vocabulary(hidden_SND, feature_ND, head, (0.1, 0.1), make_objective(SPEC).topk)
+            )
             clock.lap("alignment", csra(hidden_SBND, present_BN, SPEC.csra_temperature))
         del clock.seconds["rest"]
         return clock.seconds

@@ -18,6 +18,9 @@ from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
 from coral_core.target.template import Encoded, Turn, closing_ids, join, text_ids
 
+REQUESTS = 64
+"""In flight at once."""
+
 AHEAD = 3
 """Dialogues under way or waiting, for each request in flight."""
 
@@ -45,13 +48,13 @@ class Ahead:
         Raises DataError of the first answer that failed.
         """
         self.endpoint.check()
-        for _ in range(self.fit.spec.endpoint_requests):
+        for _ in range(REQUESTS):
             threading.Thread(target=self._work, daemon=True).start()
         coming = iter(shards)
         under_way: deque[tuple[int, list[Future[Any]]]] = deque()
         try:
             while True:
-                while sum(len(futures) for _, futures in under_way) < AHEAD * self.fit.spec.endpoint_requests:
+                while sum(len(futures) for _, futures in under_way) < AHEAD * REQUESTS:
                     shard = next(coming, None)
                     if shard is None:
                         break

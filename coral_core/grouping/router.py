@@ -30,6 +30,9 @@ from coral_core.store.batches import Batch, batch_of, batches
 from coral_core.store.store import Store
 from coral_core.training.unroll import loss_rows, unroll
 
+LEARNING_RATE = 1e-3
+"""Peak rate of AdamW for the router."""
+
 DIALOGUES = 8
 """Dialogues per forward pass of the drafter."""
 BUFFER_BYTES = 1 << 30
@@ -170,7 +173,7 @@ def train_router(
     """The router, trained for frozen drafter outputs. AdamW, cosine to zero, soft-label cross-entropy."""
     mass_NG, hidden_ND = group_mass(rows, groups), rows.hidden_SND.flatten(0, 1)
     device = hidden_ND.device
-    optimizer = torch.optim.AdamW(router.parameters(), lr=spec.router_learning_rate)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.router_steps)
     draw = torch.Generator().manual_seed(seed)
     for step in range(1, spec.router_steps + 1):

@@ -56,8 +56,6 @@ class DataSpec:
     endpoint: str = ""
     """Address of an OpenAI-compatible server of the target, such as http://host:8000/v1, that answers in its place, or
     several with commas; empty: the target answers here."""
-    endpoint_requests: int = 64
-    """Requests in flight at once."""
     temperature: float = 1.0
     """For self-written prompts, and for answers when `regenerate` is `sample`."""
     batch_size: int = 32
@@ -84,7 +82,7 @@ class DataSpec:
         urls = [url.strip() for url in self.endpoint.split(",")] if self.endpoint else []
         ok = all(url.startswith(("http://", "https://")) for url in urls)
         _require(ok, "data.endpoint", self.endpoint, "an address such as http://host:8000/v1, or several with commas")
-        for key in ("max_new_tokens", "batch_size", "shard_tokens", "endpoint_requests"):
+        for key in ("max_new_tokens", "batch_size", "shard_tokens"):
             _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
 
 
@@ -110,8 +108,6 @@ class TrainSpec:
     """Peak rate of AdamW, after warm-up; it then falls to a tenth along a cosine."""
     warmup_steps: int = 20
     """Optimizer steps of linear warm-up."""
-    clip_norm: float = 0.5
-    """Largest global norm of the gradient."""
     feature_noise: float = 0.2
     """Width of the uniform noise on the input features, scaled by 512 / T as EAGLE does; 0 turns it off."""
     unroll_steps: int = 3
@@ -127,10 +123,8 @@ class TrainSpec:
     distill_weight: float = 0.1
     """Weight of the cross-entropy against the target's whole distribution."""
     topk_weight: float = 0.1
-    """Weight of HASS's loss on the target's `topk` most likely tokens. HASS's own 1.0 is for a second stage, after 40
+    """Weight of HASS's loss on the target's ten most likely tokens. HASS's own 1.0 is for a second stage, after 40
     epochs without (`init_from`); from the first step on it costs 4 % of tau, all that the unroll gains (LOG.md)."""
-    topk: int = 10
-    """Tokens in the top-K loss."""
     candidates: int = 6144
     """Rows of the LM head that the losses over the vocabulary read for each batch: frequent tokens, those of the batch,
     and some drawn from the rest, which stand for it; 0, or as many as there are: all rows, exactly."""
@@ -153,10 +147,10 @@ class TrainSpec:
     """Where numbers go besides log.jsonl: a tracker that accelerate knows, whose package is to be installed."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "accumulate", "unroll_steps", "topk", "checkpoint_every"):
+        for key in ("steps", "batch_size", "accumulate", "unroll_steps", "checkpoint_every"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         _require(0 <= self.unroll_growth < 1, "train.unroll_growth", self.unroll_growth, "from 0 to below 1")
-        for key in ("learning_rate", "clip_norm", "csra_temperature", "step_decay"):
+        for key in ("learning_rate", "csra_temperature", "step_decay"):
             _require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
         for key in ("warmup_steps", "feature_noise", "eval_every", "candidates"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "at least 0")
@@ -179,15 +173,12 @@ class HeadSpec:
     """Groups multiplied per level; 0: likewise. For `static`, the share active / groups of the vocabulary is kept."""
     router_steps: int = 600
     """Optimizer steps of the router's training."""
-    router_learning_rate: float = 1e-3
-    """Peak rate of AdamW for the router."""
 
     def __post_init__(self) -> None:
         _require(self.groups >= 0, "head.groups", self.groups, "at least 1, or 0 to have it chosen")
         rule = f"from 1 to head.groups ({self.groups})" if self.groups else "0 while head.groups is"
         _require(0 <= self.active <= self.groups, "head.active", self.active, f"{rule}, or 0 to have it chosen")
         _require(self.router_steps >= 1, "head.router_steps", self.router_steps, "at least 1")
-        _require(self.router_learning_rate > 0, "head.router_learning_rate", self.router_learning_rate, "above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,8 +194,6 @@ class DecodeSpec:
     """Drafted nodes verified per round, the root not counted."""
     draft_topk: int = 8
     """Nodes expanded per level, and children each proposes."""
-    draft_confidence: float = 0.0
-    """Nodes whose path is less likely than this, the drafter says, are not expanded or verified; 0 keeps all."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -224,7 +213,6 @@ class DecodeSpec:
     def __post_init__(self) -> None:
         for key in ("draft_depth", "draft_nodes", "draft_topk", "max_new_tokens"):
             _require(getattr(self, key) >= 1, f"decode.{key}", getattr(self, key), "at least 1")
-        _require(0 <= self.draft_confidence < 1, "decode.draft_confidence", self.draft_confidence, "from 0 to below 1")
         finite = 0 <= self.temperature < math.inf
         _require(finite, "decode.temperature", self.temperature, "a finite number, at least 0")
         _require(0 < self.top_p <= 1, "decode.top_p", self.top_p, "above 0 and at most 1")
@@ -278,12 +266,17 @@ ADDED: dict[str, dict[str, int | float]] = {"train": _WHOLE, "decode": {"exact":
 without them. A fingerprint leaves them out there, so that what was made before is still known as finished."""
 
 REMOVED: dict[str, dict[str, int | float | str | bool]] = {
+    "data": {"endpoint_requests": 64},
     "train": {
+        "clip_norm": 0.5,
+        "topk": 10,
         "csra_negatives": 256,
         "csra_include_target": False,
         "csra_gradient": "both",
         "csra_mask_same_token": False,
-    }
+    },
+    "head": {"router_learning_rate": 1e-3},
+    "decode": {"draft_confidence": 0.0},
 }
 """Keys by section that there were once, at the value that coral now always takes: a recipe of before may still say it,
 and a fingerprint still holds it, so that what was made before is known as finished."""

@@ -25,6 +25,9 @@ from coral_core.training.depths import by_depth
 from coral_core.training.meter import Meter
 from coral_core.training.trainer import Trainer, learning_rate
 
+CLIP_NORM = 0.5
+"""Largest global norm of the gradient."""
+
 Measure = Callable[[Drafter], float]
 """Real tokens per round of a drafter, by decoding held-out prompts: passed in, since decoding is another room."""
 
@@ -72,7 +75,7 @@ def train(
                 loss, parts = trainer.loss(micro)
                 accelerator.backward(loss * (accelerator.num_processes / count))
             meter.add(loss.detach(), parts, micro.tokens)
-        norm = accelerator.clip_grad_norm_(trainer.model.parameters(), spec.clip_norm)
+        norm = accelerator.clip_grad_norm_(trainer.model.parameters(), CLIP_NORM)
         meter.close_step(count, norm)
         refuse_non_finite(trainer, meter)
         trainer.update()

@@ -197,7 +197,6 @@ def make_objective(spec: TrainSpec, candidates: Candidates | None = None) -> Obj
         regression_weight=spec.regression_weight,
         distill_weight=spec.distill_weight,
         topk_weight=spec.topk_weight,
-        topk=spec.topk,
         csra_weight=spec.csra_weight,
         step_decay=spec.step_decay,
         csra_temperature=spec.csra_temperature,

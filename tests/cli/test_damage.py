@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from coral_cli.main import app
 from tests.training.helpers import tiny_store
 
-WORDS = "name=tiny train.steps=2 train.batch_size=4 train.topk=5 head.groups=4 head.active=2 head.router_steps=1"
+WORDS = "name=tiny train.steps=2 train.batch_size=4 head.groups=4 head.active=2 head.router_steps=1"
 WORDS += " head.clustering=id"
 
 

@@ -9,7 +9,7 @@ from coral_core.lock import locked
 from tests.together import exit_codes, start_together
 from tests.training.helpers import tiny_store
 
-WORDS = "name=tiny train.steps=2 train.batch_size=4 train.topk=5 train.checkpoint_every=1"
+WORDS = "name=tiny train.steps=2 train.batch_size=4 train.checkpoint_every=1"
 
 
 def train(folder: Path) -> tuple[list[int], str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from coral_core.data import ahead
 from coral_core.data import endpoint as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import Job, standing
@@ -86,10 +87,11 @@ def test_sampling_has_a_seed_of_its_own_for_each_answer(tmp_path: Path, server: 
     assert {(body["temperature"], body["top_p"]) for body in server.bodies} == {(0.7, 1.0)}
 
 
-def test_requests_run_at_once_and_never_more_than_asked(tmp_path: Path) -> None:
+def test_requests_run_at_once_and_never_more_than_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of two dialogues: were they answered one after another, two requests would be the most."""
+    monkeypatch.setattr(ahead, "REQUESTS", 6)
     with serving(Server(delay_s=0.03)) as server:
-        store = prepare(job(tmp_path, server.url, endpoint_requests=6, shard_tokens=160))
+        store = prepare(job(tmp_path, server.url, shard_tokens=160))
         assert len(store.manifest.facts["shards"]) == 12
         assert 4 <= server.busiest <= 6
 
@@ -110,8 +112,11 @@ def test_several_servers_share_the_work_and_stand_in_for_each_other(tmp_path: Pa
         assert {body["model"] for body in other.bodies} == {str(PICO / "target")}, "one model of several: by its name"
 
 
-def test_a_server_that_goes_away_stops_the_run_and_its_return_goes_on(tmp_path: Path) -> None:
-    made = {"endpoint_requests": 1, "shard_tokens": 160}
+def test_a_server_that_goes_away_stops_the_run_and_its_return_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"shard_tokens": 160}
+    monkeypatch.setattr(ahead, "REQUESTS", 1)
     with serving(Server()) as server:
         server.fail = [0] * 9 + [500] * module.TRIES
         with pytest.raises(DataError, match=r"no answer in 8 tries \(500 .*no such luck.*\).*run the same command"):
@@ -150,10 +155,13 @@ def test_an_answer_that_is_not_the_targets_is_refused(
         prepare(job(tmp_path, server.url))
 
 
-def test_a_refusal_is_told_in_the_servers_words_at_once(tmp_path: Path, server: Server) -> None:
+def test_a_refusal_is_told_in_the_servers_words_at_once(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "REQUESTS", 1)
     server.fail = [400] * 500
     with pytest.raises(DataError, match=r"refuses a dialogue: 400 .*no such luck"):
-        prepare(job(tmp_path, server.url, endpoint_requests=1))
+        prepare(job(tmp_path, server.url))
     assert len(server.bodies) <= 2
 
 
@@ -201,7 +209,7 @@ def test_transformers_serve_gives_the_words_that_the_target_gives_here(tmp_path:
         prompts = [{"prompt": target.tokenizer.decode(ids, skip_special_tokens=True)} for ids in rows]
         path = write_lines(tmp_path / "p.jsonl", prompts)
         keys = [f"data.prompts={path}", "data.max_samples=8", "data.holdout=1", "data.max_new_tokens=24"]
-        server = [f"data.endpoint=http://127.0.0.1:{port}/v1", "data.endpoint_requests=4"]
+        server = [f"data.endpoint=http://127.0.0.1:{port}/v1"]
         there, here = (
             prepare(Job(load_recipe(None, [*keys, *more]), target, tmp_path / name / "data"))
             for name, more in (("there", server), ("here", []))

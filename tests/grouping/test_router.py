@@ -50,7 +50,7 @@ def test_a_separable_toy_is_learnt_whole(inner: bool) -> None:
     hidden_ND = torch.eye(5, 16)[groups.group_V[token_N]] * 4 + 0.3 * torch.randn(4000, 16)
     certain_N1 = torch.ones(4000, 1)
     rows = Rows(hidden_ND[None], hidden_ND, certain_N1, token_N[:, None], certain_N1[None], token_N[None, :, None])
-    spec = HeadSpec(groups=5, active=1, router_steps=150, router_learning_rate=1e-2)
+    spec = HeadSpec(groups=5, active=1, router_steps=150)
     lent = Lent(torch.zeros(20, 16), torch.zeros(20, 16))
     router = train_router(first_router(groups, lent, inner=inner), rows, groups, spec, seed=0)
     everywhere_SN = torch.ones(1, 4000, dtype=torch.bool)

@@ -40,13 +40,13 @@ def test_no_recipe_is_the_run_that_made_the_embedded_drafter():
 def test_values_are_read_by_the_type_of_their_field(write):
     """PyYAML reads `3e-5` as text and `no` as False; both are plain values to whoever writes them."""
     recipe = load_recipe(
-        write("name: 2024\ntrain:\n  learning_rate: 3e-5\n  precision: no\n  steps: 1_000\n  clip_norm: 1\n"), []
+        write("name: 2024\ntrain:\n  learning_rate: 3e-5\n  precision: no\n  steps: 1_000\n  feature_noise: 1\n"), []
     )
     assert recipe.name == "2024"
     assert recipe.train.learning_rate == 3e-5
     assert recipe.train.precision == "no"
     assert recipe.train.steps == 1000
-    assert type(recipe.train.clip_norm) is float
+    assert type(recipe.train.feature_noise) is float
 
 
 @pytest.mark.parametrize(
@@ -217,17 +217,19 @@ def test_only_picos_own_run_is_named_pico(overrides):
     assert load_recipe(None, ["target.model=org/model", "name=mine"]).name == "mine"
 
 
-GONE = {"csra_negatives": 256, "csra_include_target": False, "csra_gradient": "both", "csra_mask_same_token": False}
-
-
 def test_a_recipe_of_before_may_say_what_coral_now_always_does(write):
     """A run's recipe has every default written out; what it made is still known as finished."""
-    lines = "".join(f"  {key}: {str(value).lower()}\n" for key, value in GONE.items())
-    old = load_recipe(write(f"name: mine\ntrain:\n  steps: 7\n{lines}"), ["train.csra_negatives=256"])
-    assert old == load_recipe(write("name: mine\ntrain:\n  steps: 7\n"), [])
-    train = to_mapping(old)["train"] | GONE
-    train = {key: value for key, value in train.items() if key not in ADDED["train"] or value != ADDED["train"][key]}
-    assert section_fingerprint(old, "train") == fingerprint({"recipe": {"train": train}, "inputs": {}})
+    lines = {
+        section: "".join(f"  {key}: {str(value).lower()}\n" for key, value in gone.items())
+        for section, gone in REMOVED.items()
+    }
+    text = "name: mine\n" + "".join(f"{section}:\n{keys}" for section, keys in lines.items())
+    old = load_recipe(write(text), ["train.csra_negatives=256", "decode.draft_confidence=0"])
+    assert old == load_recipe(write("name: mine\n"), [])
+    for section, gone in REMOVED.items():
+        was, added = to_mapping(old)[section] | gone, ADDED.get(section, {})
+        was = {key: value for key, value in was.items() if key not in added or value != added[key]}
+        assert section_fingerprint(old, section) == fingerprint({"recipe": {section: was}, "inputs": {}})
 
 
 @pytest.mark.parametrize("value", ["query", "[1]"])
@@ -236,3 +238,5 @@ def test_a_key_that_is_gone_says_what_to_do(write, value):
         load_recipe(write(f"name: mine\ntrain:\n  csra_gradient: {value}\n"), [])
     with pytest.raises(RecipeError, match="csra_negatives is no longer a key; coral always takes 256"):
         load_recipe(None, ["train.csra_negatives=64"])
+    with pytest.raises(RecipeError, match="decode.draft_confidence is no longer a key; coral always takes 0.0"):
+        load_recipe(None, ["decode.draft_confidence=0.05"])

@@ -13,6 +13,7 @@ from coral_core.drafter.config import DrafterConfig
 from coral_core.store.batches import batches
 from coral_core.store.store import Store
 from coral_core.training import trainer
+from coral_core.training.loop import CLIP_NORM
 from coral_core.training.unroll import Unroll
 from tests.training.helpers import tiny_spec, tiny_store
 
@@ -30,7 +31,7 @@ def three_steps(store, mesh):
     for _ in range(3):
         loss, _ = trainer.make_objective(spec)(unroll(lent, batch), batch, lent)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unroll.parameters(), spec.clip_norm)
+        torch.nn.utils.clip_grad_norm_(unroll.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad()
     weights = trainer.distributed_state.get_model_state_dict(unroll, options=trainer.WHOLE)

@@ -16,7 +16,7 @@ from coral_core.training.stage import train_drafter
 from tests.training.helpers import tiny_spec, tiny_store
 
 RECIPE = Recipe(name="tiny", train=tiny_spec(steps=4, checkpoint_every=2))
-OVERRIDES = ["name=tiny", "train.steps=4", "train.batch_size=4", "train.checkpoint_every=2", "train.topk=5"]
+OVERRIDES = ["name=tiny", "train.steps=4", "train.batch_size=4", "train.checkpoint_every=2"]
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +82,9 @@ def test_an_unfinished_training_of_another_recipe_is_kept_and_named(run):
 
     with pytest.raises(KeyboardInterrupt):
         train_drafter(RECIPE, run, interrupt)
-    changed = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, topk=4))
+    changed = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, warmup_steps=4))
     with pytest.raises(
-        ArtifactError, match=r"train.topk 5; this run has 4. Give train.topk its old value to go on, or"
+        ArtifactError, match=r"train.warmup_steps 3; this run has 4. Give train.warmup_steps its old value to go on, or"
     ):
         train_drafter(changed, run)
     assert (run / ".drafter.partial" / "checkpoints" / "latest").exists()
@@ -140,7 +140,7 @@ def test_an_unfinished_training_of_another_recipe_is_dropped_on_request(run):
 
     with pytest.raises(KeyboardInterrupt):
         train_drafter(RECIPE, run, interrupt)
-    arguments = [*OVERRIDES, "train.topk=4", "--runs", str(run.parent)]
+    arguments = [*OVERRIDES, "train.warmup_steps=4", "--runs", str(run.parent)]
     refused = coral(*arguments)
     assert refused.exit_code == 1
     assert "Give train." in refused.stderr
@@ -148,4 +148,4 @@ def test_an_unfinished_training_of_another_recipe_is_dropped_on_request(run):
     assert (run / ".drafter.partial" / "checkpoints" / "latest").exists()
     done = coral(*arguments, "--restart")
     assert done.exit_code == 0, done.stderr
-    assert Manifest.read(run / "drafter", "drafter", "coral train").recipe["train"]["topk"] == 4
+    assert Manifest.read(run / "drafter", "drafter", "coral train").recipe["train"]["warmup_steps"] == 4
