@@ -4,7 +4,7 @@ A step reads every weight of the target's layers, its LM head, and the cached ro
 over the speed at which this machine reads as many bytes again and again, or its multiplications over the machine's
 rate, whichever takes longer. Both speeds are measured in the same run. Where the bytes fit a cache, the floor is the
 cache's.
-Axes: B batch of one, M tree row, T position, D hidden, V vocabulary, X any axes.
+Axes: T position, M tree row, D hidden, V vocabulary, X any axes.
 """
 
 import dataclasses

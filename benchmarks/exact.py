@@ -8,7 +8,7 @@ engine verifies, judges and keeps the right rows of. Every logit of every right 
 bit, and every token that the engine emits. No drafter is needed: how many tokens a round accepts is drawn. The chat
 reads its second and third prompt behind the rows of the answer before. Four answers at a time are written again side by
 side. Rows are kept in benchmarks/results/exact.jsonl as they come; a run goes on behind the last one.
-Axes: M tree row, V vocabulary.
+Axes: B batch of one, T position, D hidden, M tree row, V vocabulary, X any axes.
 """
 
 import argparse

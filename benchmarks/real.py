@@ -8,6 +8,7 @@ Every question is answered by all lanes in turns, in one process, another one fi
 loop and `generate`, float32 and bfloat16), each method with the full head, those with a grouped head with that too,
 prompt lookup, and llama.cpp. A row is appended to --rows when its question is done, and never computed twice. Then
 results/real.json is written anew; figures of other models in it stay.
+Axes: N row: a seed, P prompt.
 """
 
 import argparse

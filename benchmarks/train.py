@@ -13,7 +13,7 @@ memory is measured in a process each.
 
 On a GPU more rows follow: a drafter of an 8B target's shape in bfloat16, with the share of the dense peak it reaches.
 
-Axes: B batch, T position, N row that carries a loss, S unroll step, D hidden.
+Axes: B batch, T position, N row that carries a loss, S unroll step, D hidden, V vocabulary.
 """
 
 import argparse

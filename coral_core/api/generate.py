@@ -67,7 +67,7 @@ class Stepper:
         return picked_1.to(device)
 
     def judge(
-        self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
+        self, draft: Draft, logits_MV: torch.Tensor, position: int, past_MT: torch.Tensor | None = None
     ) -> Verdict:
         """The accepted path; it ends where a stopping criterion says so."""
 

@@ -1,6 +1,6 @@
 """Where speculative ids leave plain ones, whether rounding alone explains it, and where that begins in the model.
 
-Axes: B batch of one, T position, D hidden, M tree row, V vocabulary, C candidate token: one of the two.
+Axes: T position, D hidden, M tree row, V vocabulary, C candidate: one of the two tokens.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ def diverges(
         return {"position": min(len(plain_ids), len(ids)), "reason": "one answer is longer", "tie": False}
     context, pair_C = prompt + plain_ids[:at], torch.tensor([plain_ids[at], ids[at]], device=target.device)
     scores = [_scores(target, sampler, context, company)[pair_C] for company in (ALONE, *OTHERS)]
-    noise_LV = sampler.ahead(len(context), 1, target.lent.head_VD.shape[0], target.device).noise_LV
-    noise_C = torch.zeros(2, device=target.device) if noise_LV is None else noise_LV[0, pair_C]
+    noise_TV = sampler.ahead(len(context), 1, target.lent.head_VD.shape[0], target.device).noise_TV
+    noise_C = torch.zeros(2, device=target.device) if noise_TV is None else noise_TV[0, pair_C]
     gaps = [float((score_C + noise_C).diff()) for score_C in scores]
     last_place = torch.finfo(target.dtype).eps * float(scores[0].abs().max())
     gap, rounding, operation = abs(gaps[0]), max(gaps) - min(gaps) + last_place, first_operation(target, context)

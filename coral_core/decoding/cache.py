@@ -18,7 +18,8 @@ A recorded forward (recorded.py), whose shapes may not depend on the length, is 
 
 Layers that look alike share one block of memory, so that a path is kept in all of them by one gather: with a storage
 each, 24 layers took 160 small operations a round, and 32 would take some 130 launches on a GPU.
-Axes: L layer's keys, then its values, B seat, G key/value head, T new row, K cached position, E head dimension.
+Axes: L layer (keys of the first, its values, keys of the second, ...), B batch: a seat each, J key/value head, T
+position of a new row, K cached column, E head dimension, N row that is kept, X any axes.
 """
 
 import contextlib
@@ -62,14 +63,14 @@ class Slots(CacheLayerMixin):
         self.keys, self.values = self._empty(key_states), self._empty(value_states)
         self.is_initialized = True
 
-    def _empty(self, states_BGTE: torch.Tensor) -> torch.Tensor:
-        _, heads, _, width = states_BGTE.shape
-        return states_BGTE.new_zeros(self.seats, heads, self.capacity, width)
+    def _empty(self, states_BJTE: torch.Tensor) -> torch.Tensor:
+        _, heads, _, width = states_BJTE.shape
+        return states_BJTE.new_zeros(self.seats, heads, self.capacity, width)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append rows [B,G,T,E] and return all rows [B,G,K,E], as views; or write them where `place` said."""
+        """Append rows [B,J,T,E] and return all rows [B,J,K,E], as views; or write them where `place` said."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -82,17 +83,17 @@ class Slots(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def _write(self, whole_BGKE: torch.Tensor, states_BGTE: torch.Tensor) -> torch.Tensor:
+    def _write(self, whole_BJKE: torch.Tensor, states_BJTE: torch.Tensor) -> torch.Tensor:
         """Rows to the columns that `place` said, of the first seats; these seats' columns that are read."""
         assert self.placed is not None
         column_XT, end, seat_B = self.placed
         if column_XT.dim() == 1:
-            whole_BGKE.index_copy_(2, column_XT, states_BGTE)
-            return whole_BGKE[:, :, :end]
-        batch = states_BGTE.shape[0]
+            whole_BJKE.index_copy_(2, column_XT, states_BJTE)
+            return whole_BJKE[:, :, :end]
+        batch = states_BJTE.shape[0]
         rows_B = torch.arange(batch, device=column_XT.device) if seat_B is None else seat_B
-        whole_BGKE[rows_B[:, None], :, column_XT] = states_BGTE.transpose(1, 2)
-        return whole_BGKE[:batch, :, :end] if seat_B is None else whole_BGKE[:, :, :end].index_select(0, seat_B)
+        whole_BJKE[rows_B[:, None], :, column_XT] = states_BJTE.transpose(1, 2)
+        return whole_BJKE[:batch, :, :end] if seat_B is None else whole_BJKE[:, :, :end].index_select(0, seat_B)
 
     @contextlib.contextmanager
     def place(self, column_XT: torch.Tensor, end: int, seat_B: torch.Tensor | None = None) -> Iterator[None]:
@@ -149,7 +150,7 @@ class SlotCache(Cache):
 
     whole: "SlotCache | None" = None
     """Of one seat: the cache that it is a part of."""
-    _block_LBGKE: torch.Tensor | None = None
+    _block_LBJKE: torch.Tensor | None = None
     """What all layers' keys and values are views of; none before the first rows, nor where layers differ in shape."""
 
     def __init__(self, layers: int, capacity: int, seats: int = 1) -> None:
@@ -188,8 +189,8 @@ class SlotCache(Cache):
 
     def _point(self, number: int) -> None:
         """Point one seat at the storage as it is now."""
-        seat, block_LBGKE = self._seats[number], self._block_LBGKE
-        seat._block_LBGKE = None if block_LBGKE is None else block_LBGKE[:, number : number + 1]
+        seat, block_LBJKE = self._seats[number], self._block_LBJKE
+        seat._block_LBJKE = None if block_LBJKE is None else block_LBJKE[:, number : number + 1]
         for own, part in zip(self.layers, seat.layers, strict=True):
             part.capacity, part.is_initialized = own.capacity, own.is_initialized
             if own.is_initialized:
@@ -205,33 +206,33 @@ class SlotCache(Cache):
         rows: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states)
         return rows
 
-    def _allot(self, number: int, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> None:
+    def _allot(self, number: int, key_BJTE: torch.Tensor, value_BJTE: torch.Tensor) -> None:
         """Storage for a layer that has none yet: in the block, if it looks like the first one."""
         layer = self.layers[number]
-        _, heads, _, width = key_BGTE.shape
+        _, heads, _, width = key_BJTE.shape
         shape = (layer.seats, heads, layer.capacity, width)
         if not any(other.is_initialized for other in self.layers):
-            self._block_LBGKE = key_BGTE.new_zeros(2 * len(self.layers), *shape)
-        block_LBGKE = self._block_LBGKE
-        if block_LBGKE is not None:
-            alike = block_LBGKE.shape[1:] == shape and key_BGTE.shape == value_BGTE.shape
-            if alike and (block_LBGKE.dtype, block_LBGKE.device) == (value_BGTE.dtype, value_BGTE.device):
-                self._view(number, block_LBGKE)
+            self._block_LBJKE = key_BJTE.new_zeros(2 * len(self.layers), *shape)
+        block_LBJKE = self._block_LBJKE
+        if block_LBJKE is not None:
+            alike = block_LBJKE.shape[1:] == shape and key_BJTE.shape == value_BJTE.shape
+            if alike and (block_LBJKE.dtype, block_LBJKE.device) == (value_BJTE.dtype, value_BJTE.device):
+                self._view(number, block_LBJKE)
             else:
                 self._separate()
         if not layer.is_initialized:
-            layer.lazy_initialization(key_BGTE, value_BGTE)
+            layer.lazy_initialization(key_BJTE, value_BJTE)
         for seat in self._seats:
             self._point(seat)
 
-    def _view(self, number: int, block_LBGKE: torch.Tensor) -> None:
+    def _view(self, number: int, block_LBJKE: torch.Tensor) -> None:
         layer = self.layers[number]
-        layer.keys, layer.values = block_LBGKE[2 * number], block_LBGKE[2 * number + 1]
+        layer.keys, layer.values = block_LBJKE[2 * number], block_LBJKE[2 * number + 1]
         layer.is_initialized = True
 
     def _separate(self) -> None:
         """Give every layer storage of its own."""
-        self._block_LBGKE = None
+        self._block_LBJKE = None
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
@@ -246,13 +247,13 @@ class SlotCache(Cache):
 
     def keep(self, rows_N: torch.Tensor, start: int) -> None:
         """`Slots.keep` in every layer."""
-        if self._block_LBGKE is None:
+        if self._block_LBJKE is None:
             for layer in self.layers:
                 layer.keep(rows_N, start)
             return
         end = start + rows_N.numel()
-        kept_LBGNE = self._block_LBGKE[:, :, :, start : self.length].index_select(3, rows_N)
-        self._block_LBGKE[:, :, :, start:end] = kept_LBGNE
+        kept_LBJNE = self._block_LBJKE[:, :, :, start : self.length].index_select(3, rows_N)
+        self._block_LBJKE[:, :, :, start:end] = kept_LBJNE
         self.length = end
 
     def truncate(self, length: int) -> None:
@@ -263,8 +264,8 @@ class SlotCache(Cache):
     def move(self, source: int, target: int) -> None:
         """Give the rows of one seat to another."""
         length = self.seat(source).length
-        for states_BGKE in (states for layer in self.layers if length for states in (layer.keys, layer.values)):
-            states_BGKE[target, :, :length] = states_BGKE[source, :, :length]
+        for states_BJKE in (states for layer in self.layers if length for states in (layer.keys, layer.values)):
+            states_BJKE[target, :, :length] = states_BJKE[source, :, :length]
         self.seat(target).length = length
 
     def reserve(self, capacity: int) -> None:
@@ -274,14 +275,14 @@ class SlotCache(Cache):
         if self.whole is not None:
             self.whole.reserve(rounded_rows(capacity))  # few steps: every one copies all seats
             return
-        if self._block_LBGKE is not None:
-            self._block_LBGKE = _grown(self._block_LBGKE, capacity)
+        if self._block_LBJKE is not None:
+            self._block_LBJKE = _grown(self._block_LBJKE, capacity)
         for number, layer in enumerate(self.layers):
-            if self._block_LBGKE is None:
+            if self._block_LBJKE is None:
                 layer.reserve(capacity)
             layer.capacity = capacity
-            if self._block_LBGKE is not None and layer.is_initialized:
-                self._view(number, self._block_LBGKE)
+            if self._block_LBJKE is not None and layer.is_initialized:
+                self._view(number, self._block_LBJKE)
         for seat in self._seats:
             self._point(seat)
 

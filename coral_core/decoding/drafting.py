@@ -3,8 +3,9 @@
 The drafter's cache holds a row per committed position, then, while a tree grows, a row per expanded node; those are
 cut again when the draft is done, because verified features replace drafted ones (EAGLE-2).
 Several answers are drafted for at once, with a tree each: only the networks see a batch.
-Axes: B seat, T position, D hidden, L level, N beam node, W beam node of the widest beam, R proposed token, S drafted
-row, C candidate, K cached row, H query head, G key/value head, E head dimension.
+Axes: B batch: a seat each, T position, D hidden, V vocabulary, N row: a node of a beam, or of the widest beam, R place
+in a list of proposed tokens, C candidate token, K cached column of the drafter, H attention head, J key/value head, E
+head dimension.
 """
 
 import dataclasses
@@ -77,24 +78,24 @@ class Drafting:
         """
         plan, drafted, hidden_ND = self.plan, 0, hidden_1D
         most = (plan.depth - 1) * plan.topk
-        column_S = torch.arange(most, device=root_1.device) + committed
-        cos_11LE, sin_11LE = self.drafter.rope(column_S[None, : plan.depth - 1], hidden_1D.dtype)
+        columns_N = torch.arange(most, device=root_1.device) + committed
+        cos_11TE, sin_11TE = self.drafter.rope(columns_N[None, : plan.depth - 1], hidden_1D.dtype)
         sees_K = masks.committed(committed, int(committed) + most if columns is None else columns, hidden_1D)
         logprob_1R, token_1R = self.propose(hidden_1D, ahead, 0, clock)
         beam = tree.first_level(logprob_1R[0], token_1R[0], plan.topk, sees_K)
         for level in range(1, plan.depth):
             if (width := plan.width(beam.score_N)) == 0:
                 break
-            column_N = column_S[drafted : drafted + width]
+            column_N = columns_N[drafted : drafted + width]
             beam = tree.narrow(beam, width)
             tree.give_columns(beam, column_N)
             drafted += width
             end = int(committed) + drafted if columns is None else columns
-            turn = cos_11LE[:, :, level - 1 : level], sin_11LE[:, :, level - 1 : level]
+            turn = cos_11TE[:, :, level - 1 : level], sin_11TE[:, :, level - 1 : level]
             with self.slots.place(column_N, end):
                 hidden_ND = self.layer(beam.token_N, hidden_ND[beam.row_N], turn, beam.sees_NK[:, :end])
-            logprob_NC, token_NC = self.propose(hidden_ND, ahead, level, clock)
-            beam = tree.extend(beam, logprob_NC, token_NC, plan.topk)
+            logprob_NR, token_NR = self.propose(hidden_ND, ahead, level, clock)
+            beam = tree.extend(beam, logprob_NR, token_NR, plan.topk)
         return tree.rerank(beam, root_1, plan.count)
 
     def propose(
@@ -115,9 +116,9 @@ class Drafting:
         Without `sees_TK` each sees all rows.
         """
 
-        def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
-            key_BGKE, value_BGKE = self.slots.update(key_BGTE, value_BGTE)
-            return grouped(query_BHTE, key_BGKE, value_BGKE, sees_TK)
+        def attend(query_BHTE: torch.Tensor, key_BJTE: torch.Tensor, value_BJTE: torch.Tensor) -> torch.Tensor:
+            key_BJKE, value_BJKE = self.slots.update(key_BJTE, value_BJTE)
+            return grouped(query_BHTE, key_BJKE, value_BJKE, sees_TK)
 
         embed_BTD = self.lent.embed(token_T)[None]
         return self.drafter(embed_BTD, feature_TD[None], turn, attend)[0]
@@ -191,8 +192,8 @@ class BatchDrafting:
         columns = max(past) + max(own.plan.depth for own in inputs) * self.topk
         proposed = zip(inputs, past, *self._propose(hidden_BD, aheads, [1] * len(inputs), 0), strict=True)
         beams = [
-            tree.first_level(logprob_1C[0], token_1C[0], own.plan.topk, masks.committed(rows, columns, hidden_BD))
-            for own, rows, logprob_1C, token_1C in proposed
+            tree.first_level(logprob_1R[0], token_1R[0], own.plan.topk, masks.committed(rows, columns, hidden_BD))
+            for own, rows, logprob_1R, token_1R in proposed
         ]
         firsts, starts, hidden_ND = past, list(range(len(inputs))), hidden_BD
         for level in range(1, max(own.plan.depth for own in inputs)):
@@ -206,8 +207,8 @@ class BatchDrafting:
             hidden_ND = self._level(beams, feature_ND, firsts, [rows - 1 + level for rows in past])
             proposals = zip(inputs, beams, *self._propose(hidden_ND, aheads, widths, level), strict=True)
             beams = [
-                tree.extend(beam, logprob_WC, token_WC, own.plan.topk) if len(token_WC) else beam
-                for own, beam, logprob_WC, token_WC in proposals
+                tree.extend(beam, logprob_NR, token_NR, own.plan.topk) if len(token_NR) else beam
+                for own, beam, logprob_NR, token_NR in proposals
             ]
             starts = [sum(widths[:seat]) for seat in range(len(widths))]
             firsts = [first + width for first, width in zip(firsts, widths, strict=True)]
@@ -222,7 +223,7 @@ class BatchDrafting:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """`Drafting.propose` for all answers, each with its number of rows."""
         found = self.head.candidates(self.drafter.hidden(hidden_ND))
-        if all(ahead.noise_LV is None and ahead.sampler == aheads[0].sampler for ahead in aheads):
+        if all(ahead.noise_TV is None and ahead.sampler == aheads[0].sampler for ahead in aheads):
             logprob_NC = aheads[0].rank(level, found.logit_NC, found.token_C)
         else:
             tokens = [found.token_C] * len(aheads) if found.token_C.dim() == 1 else found.token_C.split(widths)
@@ -240,15 +241,15 @@ class BatchDrafting:
     ) -> torch.Tensor:
         """The drafted features [N,D] of all beams' nodes: for each seat, its first column and its nodes' position."""
         device, widths = self.device, [beam.token_N.numel() for beam in beams]
-        valid_BW = torch.arange(max(widths), device=device) < torch.tensor(widths, device=device)[:, None]
-        token_BW = torch.zeros(valid_BW.shape, dtype=torch.long, device=device)
-        token_BW[valid_BW] = torch.cat([beam.token_N for beam in beams])
-        feature_BWD = feature_ND.new_zeros(*valid_BW.shape, feature_ND.shape[1])
-        feature_BWD[valid_BW] = feature_ND
-        column_BW = torch.tensor(firsts, device=device)[:, None] + torch.arange(max(widths), device=device)
-        sees_BWK = pad_sequence([beam.sees_NK for beam in beams], batch_first=True)[:, :, : max(firsts) + max(widths)]
+        valid_BN = torch.arange(max(widths), device=device) < torch.tensor(widths, device=device)[:, None]
+        token_BN = torch.zeros(valid_BN.shape, dtype=torch.long, device=device)
+        token_BN[valid_BN] = torch.cat([beam.token_N for beam in beams])
+        feature_BND = feature_ND.new_zeros(*valid_BN.shape, feature_ND.shape[1])
+        feature_BND[valid_BN] = feature_ND
+        column_BN = torch.tensor(firsts, device=device)[:, None] + torch.arange(max(widths), device=device)
+        sees_BNK = pad_sequence([beam.sees_NK for beam in beams], batch_first=True)[:, :, : max(firsts) + max(widths)]
         position_B1 = torch.tensor(position, device=device)[:, None]
-        return self._forward(token_BW, feature_BWD, position_B1, column_BW, sees_BWK)[valid_BW]
+        return self._forward(token_BN, feature_BND, position_B1, column_BN, sees_BNK)[valid_BN]
 
     def _forward(
         self,
@@ -258,9 +259,9 @@ class BatchDrafting:
         column_BT: torch.Tensor,
         sees_BTK: torch.Tensor,
     ) -> torch.Tensor:
-        def attend(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
-            key_BGKE, value_BGKE = self.cache.update(key_BGTE, value_BGTE)
-            return grouped(query_BHTE, key_BGKE, value_BGKE, sees_BTK[:, None])
+        def attend(query_BHTE: torch.Tensor, key_BJTE: torch.Tensor, value_BJTE: torch.Tensor) -> torch.Tensor:
+            key_BJKE, value_BJKE = self.cache.update(key_BJTE, value_BJTE)
+            return grouped(query_BHTE, key_BJKE, value_BJKE, sees_BTK[:, None])
 
         turn = self.drafter.rope(position_BT, feature_BTD.dtype)
         with self.cache.place(column_BT, sees_BTK.shape[-1], self.seat_B):

@@ -1,4 +1,7 @@
-"""A target with the drafter and head that speed it up, and plain decoding, which is the same without them."""
+"""A target with the drafter and head that speed it up, and plain decoding, which is the same without them.
+
+Axes: B batch of one, T position, M tree row, D hidden, V vocabulary.
+"""
 
 import contextlib
 import dataclasses

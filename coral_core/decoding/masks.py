@@ -1,6 +1,6 @@
 """What each row may attend to, as the additive masks that Hugging Face models take.
 
-Axes: B answer of a batch, T new row, K cached position (new rows included), M tree row.
+Axes: B batch: an answer each, T position of a new row, K cached column, M tree row, X any axes.
 """
 
 import torch

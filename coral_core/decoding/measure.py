@@ -7,7 +7,7 @@ slows all of them. On a CPU the clock is the thread's own processor time, which 
 the core. Threads that wait for each other still burn it: where one part takes now this long and now that, twice over,
 nothing is believed and typical costs serve. What served is kept, so that the next evaluation has the same trees, and
 is measured again once a plain step takes a third of what it took then.
-Axes: T position, D hidden, M tree row, N candidate.
+Axes: T position, D hidden, V vocabulary, M tree row.
 """
 
 import dataclasses

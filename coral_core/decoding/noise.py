@@ -3,7 +3,7 @@
 Plain and speculative decoding meet the same noise at the same position, whatever was drafted, so that they pick the
 same token: a drafter-invariant coupling (Daliri, Musco and Suresh 2024). A counter-based hash rather than a generator:
 no state to carry, any subset of positions or tokens at will, the same bits on every device.
-Axes: N row, V vocabulary, P position.
+Axes: N row, T position, V vocabulary.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class NoiseRows:
         self._token_V = torch.empty(0)
 
     def at(self, first: int, count: int, vocab: int, device: torch.device) -> torch.Tensor:
-        """[P,V] for the positions from `first` on."""
+        """[T,V] for the positions from `first` on."""
         if self._token_V.numel() != vocab or self._token_V.device != device:
             self._token_V, self._row = torch.arange(vocab, device=device), {}
         wanted = range(first, first + count)
@@ -76,8 +76,8 @@ class NoiseRows:
             # On a GPU a block at a time: 80 small launches, whatever the number of rows.
             block = 1 if device.type == "cpu" else BLOCK
             span = range(missing[0], max(missing[-1] + 1, missing[0] + block))
-            noise_PV = gumbel(self.seed, torch.arange(span.start, span.stop, device=device), self._token_V)
-            self._row |= zip(span, noise_PV, strict=True)
+            noise_TV = gumbel(self.seed, torch.arange(span.start, span.stop, device=device), self._token_V)
+            self._row |= zip(span, noise_TV, strict=True)
         rows = [self._row[position] for position in wanted]
         while len(self._row) > max(MEMO_ROWS, count + BLOCK):
             self._row.pop(next(iter(self._row)))

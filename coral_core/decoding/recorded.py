@@ -8,7 +8,8 @@ rows as forwards that run as they come (engine.py).
 
 Not yet run on a GPU. What can be shown without one is tested: that a recorded list of operations, replayed with other
 inputs, does what decoding without graphs does (tests/decoding/test_recorded.py).
-Axes: B batch of one, M tree row, T fed row, D hidden, V vocabulary, L level.
+Axes: B batch of one, M tree row, T position (of a fed row, or of the levels of a draft), D hidden, V vocabulary, K
+cached column.
 """
 
 import contextlib
@@ -182,15 +183,15 @@ class RecordedDrafting(Drafting):
             "past_1": token_T.new_full((1,), past),
             "fed_1": token_T.new_full((1,), fed),
         }
-        if ahead.noise_LV is not None:
-            inputs["noise_LV"] = ahead.noise_LV
+        if ahead.noise_TV is not None:
+            inputs["noise_TV"] = ahead.noise_TV
 
         def call(
             token_T: torch.Tensor,
             feature_TD: torch.Tensor,
             past_1: torch.Tensor,
             fed_1: torch.Tensor,
-            noise_LV: torch.Tensor | None = None,
+            noise_TV: torch.Tensor | None = None,
         ) -> Draft:
             column_T = past_1 + torch.arange(rows, device=past_1.device)
             sees_TK = column_T[:, None] >= torch.arange(end, device=past_1.device)
@@ -198,7 +199,7 @@ class RecordedDrafting(Drafting):
                 turn = self.drafter.rope(column_T[None], feature_TD.dtype)
                 hidden_TD = self.layer(token_T, self.drafter.read(feature_TD), turn, sees_TK)
             root_1, hidden_1D = token_T[fed_1 - 1], hidden_TD[fed_1 - 1]
-            draft = self.grow(root_1, hidden_1D, past_1 + fed_1, Ahead(sampler, noise_LV), Clock(), end)
+            draft = self.grow(root_1, hidden_1D, past_1 + fed_1, Ahead(sampler, noise_TV), Clock(), end)
             return tree.filled(draft, padded_rows(draft.token_M.numel()))
 
         # The recording holds the drafter and the head, so that their ids cannot be used again.

@@ -1,7 +1,7 @@
 """The reference: plain decoding on transformers' own model, cache and masks. It shares nothing with the engine but the
 sampler, and is slow.
 
-Axes: B batch of one, V vocabulary, L token of the past.
+Axes: B batch of one, T position.
 """
 
 import inspect
@@ -22,8 +22,8 @@ def reference(
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     kept = {name: DynamicCache()}
     while len(ids) - len(prompt) < max_new_tokens and not (len(ids) > len(prompt) and ids[-1] in stop_ids):
-        new_B = torch.tensor([ids[fed:]], device=model.device)
-        out, fed = model(input_ids=new_B, use_cache=True, **kept), len(ids)
-        past_1L = torch.tensor([ids], device=model.device) if sampler.looks_back else None
-        ids += sampler.pick(out.logits[:, -1], len(ids), past_1L).tolist()
+        ids_BT = torch.tensor([ids[fed:]], device=model.device)
+        out, fed = model(input_ids=ids_BT, use_cache=True, **kept), len(ids)
+        past_1T = torch.tensor([ids], device=model.device) if sampler.looks_back else None
+        ids += sampler.pick(out.logits[:, -1], len(ids), past_1T).tolist()
     return ids[len(prompt) :]

@@ -3,7 +3,8 @@
     x = argmax_v (log p(v) + g(v))        p after all processors; g keyed by (seed, absolute position)
 
 Greedy is g = 0. Each row is picked on its own, so one token per tree node is drawn at once.
-Axes: N row, V vocabulary, M tree row, C candidate token, L token of a row's own past; in drafts, L level.
+Axes: N row, V vocabulary, M tree row, C candidate token, T position (of the past, or of the levels of a draft), B
+batch: a seat each.
 """
 
 import dataclasses
@@ -40,14 +41,14 @@ class Ahead:
 
     sampler: "Sampler | None"
     """None where nothing is known: the draws are somebody else's."""
-    noise_LV: torch.Tensor | None
+    noise_TV: torch.Tensor | None
     """The sampler's noise; none for greedy picks."""
 
     def rank(self, level: int, logit_NC: torch.Tensor, token_C: torch.Tensor) -> torch.Tensor:
         """`Sampler.rank` for the picks at a level."""
         if self.sampler is None:
             return logit_NC.log_softmax(-1, dtype=torch.float32)
-        return self.sampler.rank(logit_NC, token_C, None if self.noise_LV is None else self.noise_LV[level])
+        return self.sampler.rank(logit_NC, token_C, None if self.noise_TV is None else self.noise_TV[level])
 
 
 class Picker(Protocol):
@@ -57,9 +58,9 @@ class Picker(Protocol):
     def temperature(self) -> float: ...
     @property
     def looks_back(self) -> bool: ...
-    def pick(self, logits_NV: torch.Tensor, position: int, past_NL: torch.Tensor | None = None) -> torch.Tensor: ...
+    def pick(self, logits_NV: torch.Tensor, position: int, past_NT: torch.Tensor | None = None) -> torch.Tensor: ...
     def judge(
-        self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
+        self, draft: Draft, logits_MV: torch.Tensor, position: int, past_MT: torch.Tensor | None = None
     ) -> Verdict: ...
     def ahead(self, position: int, count: int, vocab: int, device: torch.device) -> "Ahead": ...
 
@@ -114,32 +115,32 @@ class Sampler:
     def _rows(self) -> NoiseRows:
         return NoiseRows(self.seed)
 
-    def warp(self, logits_NV: torch.Tensor, past_NL: torch.Tensor | None = None) -> torch.Tensor:
+    def warp(self, logits_NV: torch.Tensor, past_NT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of the distribution that is sampled from, by transformers' own processors."""
-        return self._processors(past_NL, logits_NV.float())
+        return self._processors(past_NT, logits_NV.float())
 
     def pick(
-        self, logits_NV: torch.Tensor, position: int | torch.Tensor, past_NL: torch.Tensor | None = None
+        self, logits_NV: torch.Tensor, position: int | torch.Tensor, past_NT: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One token id per row [N]; `position` is the absolute one that the picked token will take, or each row's [N].
 
-        `past_NL` holds the tokens before each row's pick, prompt included, in any order and as often as one likes
+        `past_NT` holds the tokens before each row's pick, prompt included, in any order and as often as one likes
         (History in seat.py); wanted when the sampler `looks_back`. An unnormalised log p serves as well: a constant per
         row does not move the argmax.
         """
         if self.temperature == 0:
             # In bfloat16 a processor looks for the largest four times as long: 0.54 ms of 151,936 instead of 0.14.
-            return (self.warp(logits_NV, past_NL) if self.looks_back else logits_NV).float().argmax(-1)
-        return (self.warp(logits_NV, past_NL) + self._noise(position, logits_NV)).argmax(-1)
+            return (self.warp(logits_NV, past_NT) if self.looks_back else logits_NV).float().argmax(-1)
+        return (self.warp(logits_NV, past_NT) + self._noise(position, logits_NV)).argmax(-1)
 
     def judge(
-        self, draft: Draft, logits_MV: torch.Tensor, position: int, past_ML: torch.Tensor | None = None
+        self, draft: Draft, logits_MV: torch.Tensor, position: int, past_MT: torch.Tensor | None = None
     ) -> Verdict:
         """Pick at every row of a drafted tree, and follow the picks; the root's own pick takes `position`."""
-        scores_MV = self.warp(logits_MV, past_ML) if self.temperature or self.looks_back else logits_MV
+        scores_MV = self.warp(logits_MV, past_MT) if self.temperature or self.looks_back else logits_MV
         if self.temperature:
-            noise_PV = self._rows.at(position, draft.levels + 1, scores_MV.shape[-1], scores_MV.device)
-            scores_MV = scores_MV + noise_PV[draft.depth_M]
+            noise_TV = self._rows.at(position, draft.levels + 1, scores_MV.shape[-1], scores_MV.device)
+            scores_MV = scores_MV + noise_TV[draft.depth_M]
         return judge(draft, scores_MV.float().argmax(-1))
 
     def ahead(self, position: int, count: int, vocab: int, device: torch.device) -> "Ahead":
@@ -170,8 +171,8 @@ class Sampler:
         vocab, device = logits_NV.shape[-1], logits_NV.device
         if isinstance(position, int):
             return self._rows.at(position, 1, vocab, device)
-        distinct_P, row_N = position.unique(return_inverse=True)
-        return gumbel(self.seed, distinct_P, torch.arange(vocab, device=device))[row_N]
+        distinct_T, row_N = position.unique(return_inverse=True)
+        return gumbel(self.seed, distinct_T, torch.arange(vocab, device=device))[row_N]
 
 
 def pick_together(samplers: Sequence[Sampler], logits_BV: torch.Tensor, position: Sequence[int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ worked example, with the tokens a b c as the first prompt, answered by d e:
     recall(a b c d x y) shares a b c d, keeps the rows a b c: a drafted row reads the token after its own
 
 Forwarding one shared row again gives the feature that the drafter needs to go on from there.
-Axes: T position, D hidden, M tree row, L token of a row's own past.
+Axes: T position, D hidden, M tree row.
 """
 
 import dataclasses
@@ -64,11 +64,11 @@ class History:
         self._length = end
 
     def row(self) -> torch.Tensor:
-        """[1,L]: the past of the next token."""
+        """[1,T]: the past of the next token."""
         return self._token_T[None, : self._length]
 
     def rows(self, draft: Draft) -> torch.Tensor:
-        """[M,L]: the past of each node's pick, which is all that is committed and the node's own branch.
+        """[M,T]: the past of each node's pick, which is all that is committed and the node's own branch.
 
         The branch's tokens stand in the columns of their rows; the others repeat the root, which is every node's
         ancestor, so that a row holds no token that is not in its past.
@@ -144,5 +144,5 @@ class Seat:
         return self.memory.cache.length
 
     def past(self) -> torch.Tensor | None:
-        """[1,L]: what the sampler looks back at, if it does."""
+        """[1,T]: what the sampler looks back at, if it does."""
         return self.history.row() if self.history else None

@@ -4,7 +4,7 @@ The drafter and its head decide how fast this is and never what it says: every e
 at the same position and with the same noise as in plain decoding (sampling.py). A seat that does not draft brings its
 root alone, which makes its round a step of plain decoding: so plain answers, drafted ones, a batch, and a batch of one
 are all decoded here. What a seat says does not depend on its company.
-Axes: B seat, N tree row of all seats, M tree row, T position, D hidden, V vocabulary, A path.
+Axes: B batch: a seat each, N row of all seats' trees, M tree row, T position, D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
 Index code only: no model, no cache. Row 0 is the root (the last token already chosen), drafted nodes follow, parents
 before children. Acceptance is a pure function of ids, the same at every temperature (sampling.py): the target has
 picked one token at every row, and the picks are followed as long as they were drafted.
-Axes: N drafted node or tree row, M tree row (root included), C candidate, K column of the drafter's cache, A accepted
-path, P the same, filled up.
+Axes: M tree row, N row: a node of the beam, or one that was chosen, C candidate node, R place in a list of proposed
+tokens, K cached column of the drafter, A accepted node.
 """
 
 import dataclasses
@@ -79,18 +79,18 @@ def give_columns(beam: Beam, column_N: torch.Tensor) -> None:
     beam.sees_NK.scatter_(1, column_N[:, None], 0.0)
 
 
-def extend(beam: Beam, logprob_NC: torch.Tensor, token_NC: torch.Tensor, width: int) -> Beam:
+def extend(beam: Beam, logprob_NR: torch.Tensor, token_NR: torch.Tensor, width: int) -> Beam:
     """The next level: each beam node's proposals, scored by the sum of log-probabilities along the branch.
 
     No log-probability is above 0, or a child might outrank its parent.
     """
-    proposals = logprob_NC.shape[1]
-    score_C = (beam.score_N[:, None] + logprob_NC).flatten()
+    proposals = logprob_NR.shape[1]
+    score_C = (beam.score_N[:, None] + logprob_NR).flatten()
     parent_C = beam.pool_N.repeat_interleave(proposals)
     offset = sum(level[0].numel() for level in beam.pool)
     best_score_N, best_N = score_C.topk(min(width, score_C.numel()))
     row_N = best_N // proposals
-    token_C = token_NC.flatten()
+    token_C = token_NR.flatten()
     return Beam(
         token_N=token_C[best_N],
         score_N=best_score_N,
@@ -233,10 +233,10 @@ def judge(draft: Draft, picked_M: torch.Tensor) -> Verdict:
     rows = picked_M.numel()
     on_path_M = on_path(draft, picked_M)
     rank_M = on_path_M * torch.arange(rows, 0, -1, device=picked_M.device)
-    path_P = rows - rank_M.topk(min(rows, draft.levels + 1)).values.clamp_min(1)
-    new_P = picked_M[path_P]
-    length, *new_ids = torch.cat((on_path_M.sum()[None], new_P)).tolist()
-    return Verdict(path_P[:length], new_P[:length], new_ids[:length])
+    path_A = rows - rank_M.topk(min(rows, draft.levels + 1)).values.clamp_min(1)
+    new_A = picked_M[path_A]
+    length, *new_ids = torch.cat((on_path_M.sum()[None], new_A)).tolist()
+    return Verdict(path_A[:length], new_A[:length], new_ids[:length])
 
 
 def walk(draft: Draft, pick: Callable[[int], tuple[int, bool]]) -> Verdict:

@@ -1,6 +1,7 @@
 """Drafters on disk and on the Hub: written, read whole or refused.
 
 EAGLE's own checkpoints are checkpoint.py's.
+Axes: C candidate: a row of the drafter's own LM head.
 """
 
 import tempfile

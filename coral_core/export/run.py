@@ -1,4 +1,7 @@
-"""The export stage: from a run's drafter to runs/NAME/export/FORMAT."""
+"""The export stage: from a run's drafter to runs/NAME/export/FORMAT.
+
+Axes: C candidate: a token that is drafted from.
+"""
 
 import dataclasses
 import shutil

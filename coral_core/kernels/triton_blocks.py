@@ -1,8 +1,8 @@
 """The Triton kernel behind `kernel.grouped_best`; imported only where it is used, since Triton is on few machines.
 
 One program multiplies all rows of a route with one tile of one active group's rows, and keeps the tile's best, so that
-the other logits never reach memory. Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a list
-(of active groups, or of a tile's best), X any axes: the active groups' tiles.
+the other logits never reach memory. Axes: N row, D hidden, V vocabulary in permuted order, G group, C candidate, R
+place in a list (of active groups, or of a tile's best), X any axes: the active groups' tiles.
 """
 
 import torch

@@ -7,7 +7,7 @@
     prompts.jsonl, plan.json  the dialogues as text, and the shard that each belongs to
 
 Not for making features: this room never sees a target.
-Axes: B batch, T position, V vocabulary.
+Axes: B batch, T position, D hidden, V vocabulary.
 """
 
 import bisect

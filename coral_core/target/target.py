@@ -1,6 +1,6 @@
 """The frozen target, as a round calls it: a Hugging Face causal LM, its weights unchanged. How it is loaded is load.py.
 
-Axes: B batch, T position, D hidden, X any axes.
+Axes: B batch, T position, K cached column, D hidden, X any axes.
 """
 
 import dataclasses

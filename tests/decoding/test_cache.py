@@ -35,7 +35,7 @@ def test_a_path_is_kept_in_every_layer(widths: tuple[int, ...]) -> None:
         assert torch.equal(keys, expected)
         assert torch.equal(values, expected + 0.5)
     assert {layer.capacity for layer in cache.layers} == {9}
-    assert (cache._block_LBGKE is not None) == (len(set(widths)) == 1)
+    assert (cache._block_LBJKE is not None) == (len(set(widths)) == 1)
 
 
 def test_room_may_be_made_before_every_layer_has_rows() -> None:

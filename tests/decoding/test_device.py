@@ -153,12 +153,12 @@ def test_a_batch_says_what_it_says_on_the_host(sampler: Sampler) -> None:
 
 
 def test_generate_of_transformers_runs_there() -> None:
-    prompt_BL = torch.tensor([words(4, 7)])
+    prompt_BT = torch.tensor([words(4, 7)])
     config = transformers.GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0, repetition_penalty=1.2)
-    expected = on_host().model.generate(prompt_BL, generation_config=config)[0].tolist()
+    expected = on_host().model.generate(prompt_BT, generation_config=config)[0].tolist()
     with pretend.Device():
         engine = on_device()
-        given = prompt_BL.to(pretend.DEVICE)
+        given = prompt_BT.to(pretend.DEVICE)
         said = engine.target.model.generate(given, generation_config=config, custom_generate=Speculate(engine))
         assert said[0].tolist() == expected
 

@@ -37,8 +37,8 @@ def committed(target: Target, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(3, VOCAB, (rows,), generator=generator), torch.randn(rows, width, generator=generator)
 
 
-def causal(query_BHTE: torch.Tensor, key_BGTE: torch.Tensor, value_BGTE: torch.Tensor) -> torch.Tensor:
-    return scaled_dot_product_attention(query_BHTE, key_BGTE, value_BGTE, is_causal=True, enable_gqa=True)
+def causal(query_BHTE: torch.Tensor, key_BJTE: torch.Tensor, value_BJTE: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(query_BHTE, key_BJTE, value_BJTE, is_causal=True, enable_gqa=True)
 
 
 def believed(

@@ -89,9 +89,9 @@ def test_the_cache_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, memory = tiny_engine(target), Memory(target)
     rounds = engine.decode(some_prompt(4, 40), Sampler(), 60, memory)
     next(rounds)
-    block_LBGKE = memory.cache._block_LBGKE
-    assert block_LBGKE is not None
+    block_LBJKE = memory.cache._block_LBJKE
+    assert block_LBJKE is not None
     list(rounds)
-    assert memory.cache._block_LBGKE is block_LBGKE
+    assert memory.cache._block_LBJKE is block_LBJKE
     assert len(calls) == 1
-    assert max(block_LBGKE.shape[3], *calls) <= 40 + 60 + 7 + 4 * 3
+    assert max(block_LBJKE.shape[3], *calls) <= 40 + 60 + 7 + 4 * 3

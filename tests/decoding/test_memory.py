@@ -164,11 +164,11 @@ def test_the_drafter_goes_on_from_the_rows_it_would_have(monkeypatch: pytest.Mon
 
 def test_reserve_keeps_what_is_held() -> None:
     slots = Slots(3)
-    states_BGTE = torch.arange(6.0).reshape(1, 1, 3, 2)
-    slots.update(states_BGTE, -states_BGTE)
+    states_BJTE = torch.arange(6.0).reshape(1, 1, 3, 2)
+    slots.update(states_BJTE, -states_BJTE)
     slots.truncate(2)
     slots.reserve(5)
-    keys, values = slots.update(states_BGTE, -states_BGTE)
+    keys, values = slots.update(states_BJTE, -states_BJTE)
     assert keys[0, 0].tolist() == [[0, 1], [2, 3], [0, 1], [2, 3], [4, 5]]
     assert torch.equal(values, -keys)
     slots.reserve(2)

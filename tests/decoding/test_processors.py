@@ -65,9 +65,9 @@ def test_the_distribution_is_the_one_generate_samples_from(sampler: Sampler) -> 
     config = GenerationConfig(do_sample=True, **settings)
     theirs = tiny_target("llama").model._get_logits_processor(generation_config=config, input_ids_seq_length=5)
     torch.manual_seed(0)
-    logits_NV, past_NL = torch.randn(7, VOCAB) * 3, torch.randint(3, VOCAB, (7, 5))
-    ours_NV = sampler.warp(logits_NV, past_NL)
-    assert torch.equal(ours_NV, theirs(past_NL, logits_NV.clone()))
+    logits_NV, past_NT = torch.randn(7, VOCAB) * 3, torch.randint(3, VOCAB, (7, 5))
+    ours_NV = sampler.warp(logits_NV, past_NT)
+    assert torch.equal(ours_NV, theirs(past_NT, logits_NV.clone()))
     assert ours_NV.isinf().any(), "min-p must cut here"
 
 

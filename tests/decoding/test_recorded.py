@@ -247,13 +247,13 @@ def test_a_recording_keeps_what_its_call_reads(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_call_that_fails_leaves_the_cache_appending() -> None:
     slots = Slots(8)
-    states_BGTE = torch.ones(1, 1, 2, 4)
+    states_BJTE = torch.ones(1, 1, 2, 4)
     with pytest.raises(RuntimeError), slots.place(torch.tensor([5, 6]), 8):
-        slots.update(states_BGTE, states_BGTE)
+        slots.update(states_BJTE, states_BJTE)
         raise RuntimeError
-    key_BGKE, _ = slots.update(2 * states_BGTE, states_BGTE)
-    assert slots.length == key_BGKE.shape[2] == 2
-    assert float(key_BGKE.min()) == 2
+    key_BJKE, _ = slots.update(2 * states_BJTE, states_BJTE)
+    assert slots.length == key_BJKE.shape[2] == 2
+    assert float(key_BJKE.min()) == 2
 
 
 def test_columns_and_rows_are_few_numbers() -> None:

@@ -60,8 +60,8 @@ def test_noise_depends_on_seed_position_and_token_alone() -> None:
 
 def grid(seeds: list[int], positions: int, tokens: int) -> torch.Tensor:
     """Noise [seed, position, token]."""
-    position_P, token_V = torch.arange(positions), torch.arange(tokens)
-    return torch.stack([gumbel(seed, position_P, token_V) for seed in seeds])
+    position_T, token_V = torch.arange(positions), torch.arange(tokens)
+    return torch.stack([gumbel(seed, position_T, token_V) for seed in seeds])
 
 
 NEAR_SEEDS = [*range(128), *(2**40 + low for low in range(8)), *range(-8, 0), 2**63 - 1, 2**63 - 2]
@@ -70,10 +70,10 @@ NEAR_SEEDS = [*range(128), *(2**40 + low for low in range(8)), *range(-8, 0), 2*
 
 def test_no_two_seeds_and_positions_share_their_noise() -> None:
     """A seed that was combined with the position before it was mixed gave seed 1 the noise of seed 0 at p ^ 1."""
-    noise_RV = grid(NEAR_SEEDS, 64, 6).flatten(0, 1)
-    assert noise_RV.unique(dim=0).shape == noise_RV.shape
-    drawn_RV = (grid([2**40, 2**40 + 3], 64, 6) + LOGITS_V).argmax(-1)
-    assert not torch.equal(drawn_RV[0], drawn_RV[1])
+    noise_NV = grid(NEAR_SEEDS, 64, 6).flatten(0, 1)
+    assert noise_NV.unique(dim=0).shape == noise_NV.shape
+    drawn_NT = (grid([2**40, 2**40 + 3], 64, 6) + LOGITS_V).argmax(-1)
+    assert not torch.equal(drawn_NT[0], drawn_NT[1])
 
 
 def test_no_two_rows_are_permutations_of_each_other() -> None:
@@ -85,9 +85,9 @@ def test_no_two_rows_are_permutations_of_each_other() -> None:
 def test_seeds_and_positions_are_independent_together() -> None:
     """Over a grid of 128 seeds and 128 positions: no neighbour of a draw says anything about it, and every number of
     draws of a token, by seed and by position, is as far from its mean as chance would have it."""
-    uniform_SPV = torch.exp(-torch.exp(-grid(list(range(128)), 128, 5).double()))
-    centred_SPV = (uniform_SPV - 0.5) * 12**0.5
-    index_S = torch.arange(128)
+    uniform_NTV = torch.exp(-torch.exp(-grid(list(range(128)), 128, 5).double()))
+    centred_NTV = (uniform_NTV - 0.5) * 12**0.5
+    index_N = torch.arange(128)
     for seeds in (0, 1, 2, 3, 5, 32):
         for places in (0, 1, 2, 3, 5, 32):
             for tokens in (0, 1):
@@ -95,14 +95,14 @@ def test_seeds_and_positions_are_independent_together() -> None:
                     continue
                 for other in ("xor", "shift"):
                     step = (lambda i, by: i ^ by) if other == "xor" else (lambda i, by: (i + by) % 128)
-                    moved_SPV = centred_SPV[step(index_S, seeds)][:, step(index_S, places)].roll(tokens, -1)
-                    correlation = float((centred_SPV * moved_SPV).mean())
-                    bound = 4 * (2 / centred_SPV.numel()) ** 0.5  # a xor meets each pair twice
+                    moved_NTV = centred_NTV[step(index_N, seeds)][:, step(index_N, places)].roll(tokens, -1)
+                    correlation = float((centred_NTV * moved_NTV).mean())
+                    bound = 4 * (2 / centred_NTV.numel()) ** 0.5  # a xor meets each pair twice
                     assert abs(correlation) < bound, (seeds, places, tokens, other)
-    drawn_SP = (LOGITS_V[:5] + grid(list(range(128)), 128, 5)).argmax(-1)
+    drawn_NT = (LOGITS_V[:5] + grid(list(range(128)), 128, 5)).argmax(-1)
     p = float(LOGITS_V[:5].softmax(0)[0])
     for dim in (0, 1):
-        count_N = (drawn_SP == 0).sum(dim).double()
+        count_N = (drawn_NT == 0).sum(dim).double()
         spread = float(((count_N - 128 * p) ** 2).mean() / (128 * p * (1 - p)))
         assert abs(spread - 1) < 4 * (2 / 128) ** 0.5, "seeds must not be one multiset of draws"
 

@@ -11,7 +11,7 @@ and where drafted rounds bring less than one token per plain step, rounds are pl
 tried again. Probabilities are the drafter's own, each conditional one multiplied with `calibration`: accepted over
 expected at the nodes that were reached. Nothing here reads a clock, and nothing outlives an answer: an answer's rounds
 are a function of its tokens and of the costs.
-Axes: N candidate or node, best first; M tree row, root included; W width; R row.
+Axes: N row: a node, best first, or a number of them, M tree row.
 """
 
 import math
@@ -94,8 +94,8 @@ class AdaptiveTree:
         self.topk, self.depth = bounds.topk, bounds.depth
         self.base = costs.base
         self.verify, self.level = costs.verified(bounds.nodes + bounds.topk), costs.expanded(bounds.topk)
-        self.verify_R = torch.tensor(self.verify, device=device)
-        self.level_W = torch.tensor(self.level, device=device)
+        self.verify_N = torch.tensor(self.verify, device=device)
+        self.level_N = torch.tensor(self.level, device=device)
         self.hits, self.expected, self.tries = TRIES * HIT_RATE, TRIES * HIT_RATE / CALIBRATION, TRIES
         self.trials = Trials()
         self._begin()
@@ -129,7 +129,7 @@ class AdaptiveTree:
         if self.trials.small:
             return 0
         first, wide = min(self.expanded, self.bounds.nodes), score_N.numel()
-        cost_N = self.level_W[: wide + 1] + self.verify_R[first : first + wide + 1] - self.verify[first]
+        cost_N = self.level_N[: wide + 1] + self.verify_N[first : first + wide + 1] - self.verify[first]
         width = best_prefix(score_N.exp() * self.hit_rate, cost_N * self.trials.rate)
         self.expanded += width
         self.drafting += self.level[width]
@@ -138,7 +138,7 @@ class AdaptiveTree:
     def count(self, score_N: torch.Tensor) -> int:
         """One node at least, if it can be right at all: without a trial nothing would be learnt."""
         probable_N = score_N[: self.bounds.nodes].exp()
-        count = best_prefix(probable_N, self.verify_R[: probable_N.numel() + 1] * self.trials.rate)
+        count = best_prefix(probable_N, self.verify_N[: probable_N.numel() + 1] * self.trials.rate)
         return count or int(probable_N[0] > 0)
 
     def learn(self, draft: Draft, verdict: Verdict) -> None:

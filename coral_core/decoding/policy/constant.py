@@ -2,6 +2,7 @@
 
 There, to look at the drafter's confidence is to wait for the device on every level, and a recorded draft (recorded.py)
 has one shape.
+Axes: N row: a node, best first.
 """
 
 import dataclasses

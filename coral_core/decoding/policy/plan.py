@@ -1,6 +1,6 @@
 """Who decides how large a draft is: what a round asks, and the simplest answer, a tree of one size.
 
-Axes: N candidate or node, best first.
+Axes: N row: a node, best first.
 """
 
 import dataclasses
