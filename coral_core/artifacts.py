@@ -111,7 +111,10 @@ class Manifest:
             own_sum = values.pop(OWN_SUM, None)
             manifest = cls(**values)
         except FileNotFoundError as error:
-            raise ArtifactError(f"no {kind or 'manifest.json'} in {folder}. {remedy(folder, command)}") from error
+            what = f"no {kind or MANIFEST} in {folder}" + (
+                f": it has no {MANIFEST}" if kind and folder.is_dir() else ""
+            )
+            raise ArtifactError(f"{what}. {remedy(folder, command)}") from error
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} is damaged: {error}. {remedy(folder, command)}") from error
         if own_sum is not None and own_sum != _sum(values):

@@ -75,12 +75,16 @@ def _say(text: str) -> None:
 
 
 def _standing_text(job: Job, found: Standing) -> str:
+    from coral_core.artifacts import MANIFEST
+
     if found.store is not None:
         return f"{job.folder} is finished already, with this recipe and target"
     if found.words:
         return f"the answers in {job.folder} are kept; they are tapped anew, since {'; '.join(found.changed)}"
     if found.changed:
         return f"{job.folder} is made anew, and replaced at the end, since {'; '.join(found.changed)}"
+    if MANIFEST in found.damaged:
+        return f"{job.folder} is made anew, and replaced at the end, since its {MANIFEST} is damaged or missing"
     if found.damaged:
         return f"{job.folder} is damaged ({', '.join(found.damaged)}); what is whole is kept, the rest is made again"
     return ""

@@ -128,7 +128,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def standing(job: Job) -> Standing:
     """Compare what stands in the folder with the job; reads every byte of a store that is the job's own."""
-    if not (job.folder / MANIFEST).exists():
+    if not job.folder.exists():
         return Standing(None)
     try:
         manifest = Manifest.read(job.folder, "data", COMMAND)

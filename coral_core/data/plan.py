@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coral_core.artifacts import write_text
+from coral_core.artifacts import OWN_SUM, file_sha256, fingerprint, write_text
 from coral_core.data.draw import Wanted, read_dialogues
 from coral_core.data.kept import Kept
 from coral_core.data.mix import Mix, Stream
@@ -80,8 +80,9 @@ class Plan:
             "sources": self.sources,
             "unread": self.unread,
             "now": self.now.isoformat(),
+            PROMPTS: file_sha256(folder / PROMPTS),
         }
-        write_text(folder / PLAN, json.dumps(rest) + "\n")
+        write_text(folder / PLAN, json.dumps({**rest, OWN_SUM: fingerprint(rest)}) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Plan | None":
@@ -92,7 +93,7 @@ class Plan:
         if not (folder / PLAN).exists():
             return None
         try:
-            rest = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+            rest = _read(folder)
             skipped, unread = (
                 {reason: (count, first) for reason, (count, first) in rest.get(key, {}).items()}
                 for key in ("skipped", "unread")
@@ -107,6 +108,21 @@ class Plan:
             raise ArtifactError(
                 f"the unfinished data in {folder} are damaged: {error}. Run: coral prepare-data --restart"
             ) from error
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What plan.json says. Raises ValueError when it, or prompts.jsonl, has other bytes than were written; those of
+    earlier versions have no checksums."""
+    try:
+        rest: dict[str, Any] = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{PLAN}: {error}") from error
+    own_sum = rest.pop(OWN_SUM, None)
+    if own_sum is not None and own_sum != fingerprint(rest):
+        raise ValueError(f"{PLAN} has another checksum than was written")
+    if PROMPTS in rest and file_sha256(folder / PROMPTS) != rest[PROMPTS]:
+        raise ValueError(f"{PROMPTS} has another checksum than was written")
+    return rest
 
 
 class Fit:

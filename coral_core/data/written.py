@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from coral_core.artifacts import write_text
+from coral_core.artifacts import OWN_SUM, fingerprint, write_text
 from coral_core.data.answer import Sampling, derive_seed, write
 from coral_core.data.meter import Meter
 from coral_core.data.prompts import Dialogue, Skipped
@@ -88,9 +88,11 @@ def written_prompts(
 
 def _round(scribe: Scribe, size: int, seed: int, path: Path, meter: Meter) -> list[str]:
     """One round's prompts: those an interrupted run had saved, or new ones."""
-    with contextlib.suppress(OSError, ValueError):  # missing, or damaged: the same words are written again
-        saved: list[str] = json.loads(path.read_text(encoding="utf-8"))
-        return saved
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # damaged: the same words are written again
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        texts: list[str] = saved["prompts"]
+        if saved[OWN_SUM] == fingerprint(texts):
+            return texts
     texts = scribe.write(size, seed, meter)
-    write_text(path, json.dumps(texts) + "\n")
+    write_text(path, json.dumps({"prompts": texts, OWN_SUM: fingerprint(texts)}) + "\n")
     return texts

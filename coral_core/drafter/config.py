@@ -10,7 +10,7 @@ from typing import Any
 
 from coral_core.errors import ArtifactError
 
-COMMAND = "coral train (or coral import, if it was imported)"
+COMMAND = "coral train; of a drafter that was imported: coral import"
 """What makes a drafter."""
 REQUIRED = dataclasses.MISSING
 

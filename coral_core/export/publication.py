@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from coral_core.artifacts import MANIFEST, Manifest, write_text
+from coral_core.artifacts import MANIFEST, Manifest, check_files, write_text
 from coral_core.errors import ArtifactError
 from coral_core.export.card import CardFacts, card_text, hub_target
 from coral_core.export.run import TOKEN_MAP, Source, export_hf, formats, open_source
@@ -79,6 +79,8 @@ def _serve(to: str, recipe: Recipe, source: Source, repo: str, made: Path) -> st
 def _results(run: Path, source: Source) -> dict[str, Any]:
     """results.json of this drafter: a card without numbers, or with another drafter's, helps nobody."""
     path = run / "eval" / "results.json"
+    if path.exists():
+        check_files(path.parent, [path.name], "coral eval")
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

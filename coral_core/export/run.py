@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from coral_core import embedded
-from coral_core.artifacts import MANIFEST, Manifest, fingerprint, stage
+from coral_core.artifacts import MANIFEST, Manifest, check_files, fingerprint, stage
 from coral_core.drafter.load import FILES, load_drafter, save_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import CoralError
@@ -20,7 +20,7 @@ from coral_core.export.layouts import LAYOUTS
 from coral_core.export.refusal import refuse
 from coral_core.export.wide import WIDE, layout_of, with_rows
 from coral_core.head.heads import StaticHead
-from coral_core.head.load import load_head
+from coral_core.head.load import FILE, load_head
 from coral_core.recipe.schema import HeadSpec, Recipe
 from coral_core.target.kin import refuse_other_target
 from coral_core.target.target import Target
@@ -140,6 +140,8 @@ def export_hf(source: Source, run: Path) -> Path:
     """Publish RUN/export/hf: what `Drafter.from_pretrained`, `coral import` and the Hub take."""
     final = run / "export" / HF
     head = Manifest.read(source.head, "head", "coral group-head").fingerprint if source.head else None
+    if source.head:
+        check_files(source.head, [FILE], "coral group-head")
     with stage(final, fingerprint({"format": HF, "drafter": source.manifest.fingerprint, "head": head})) as work:
         save_drafter(source.drafter, work)
         source.manifest.sealed(work, *FILES).write(work)

@@ -21,7 +21,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from coral_core.artifacts import file_sha256, first_difference, replace_folder, versions, write_text
+from coral_core.artifacts import (
+    OWN_SUM,
+    file_sha256,
+    fingerprint,
+    first_difference,
+    replace_folder,
+    versions,
+    write_text,
+)
 from coral_core.errors import ArtifactError
 
 STATE = "state.json"
@@ -60,7 +68,7 @@ class Checkpoints:
             save_file(tensors, temporary / file)
         state = {"step": checkpoint.step, **checkpoint.numbers, "identity": self.identity, "versions": versions()}
         state["files"] = {file: file_sha256(temporary / file) for file in FILES}
-        write_text(temporary / STATE, json.dumps(state, indent=2) + "\n")
+        _write_state(temporary, state)
         final = self.folder / name
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
@@ -76,7 +84,7 @@ class Checkpoints:
         save_file(weights, temporary / WEIGHTS)
         sums = {WEIGHTS: file_sha256(temporary / WEIGHTS)}
         state = {"step": step, "score": score, "identity": self.identity, "files": sums}
-        write_text(temporary / STATE, json.dumps(state, indent=2) + "\n")
+        _write_state(temporary, state)
         replace_folder(temporary, self.folder / "best")
 
     def best(self) -> tuple[int, float, dict[str, torch.Tensor]] | None:
@@ -121,7 +129,7 @@ class Checkpoints:
             )
 
     def _state(self) -> dict[str, Any] | None:
-        return self._first_whole(lambda folder: json.loads((folder / STATE).read_text(encoding="utf-8")))
+        return self._first_whole(_read_state)
 
     def _first_whole(self, read: Callable[[Path], T]) -> T | None:
         """What `read` finds in the latest checkpoint, else in the newest other that it can read."""
@@ -147,9 +155,25 @@ class Checkpoints:
         return ArtifactError(f"the checkpoint {folder} is damaged: {error}. Run: coral train --restart")
 
 
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    write_text(folder / STATE, json.dumps({**state, OWN_SUM: fingerprint(state)}, indent=2) + "\n")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """What state.json says. Raises ValueError when it is damaged; that of earlier versions has no checksum."""
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        own_sum = state.pop(OWN_SUM, None)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{STATE}: {error}") from error
+    if own_sum is not None and own_sum != fingerprint(state):
+        raise ValueError(f"{STATE} has another checksum than was written")
+    return state
+
+
 def _whole_state(folder: Path) -> dict[str, Any]:
     """state.json without its checksums. Raises ValueError for a file beside it that has another."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = _read_state(folder)
     for name, sha256 in state.pop("files", {}).items():  # none in those of earlier versions
         if file_sha256(folder / name) != sha256:
             raise ValueError(f"{name} has another checksum than was written")

@@ -95,7 +95,7 @@ def _inputs(recipe: Recipe, store: Store) -> dict[str, str]:
 
 def open_data(recipe: Recipe, run: Path, tap: Tap | None = None) -> Store:
     """The run's features. Raises ArtifactError when they were made for another recipe, naming the first key."""
-    store = Store.open(run / "data", f"{COMMAND} (with the same recipe)", tap)
+    store = Store.open(run / "data", COMMAND, tap)
     if difference := _other_key(store.manifest.recipe, to_mapping(recipe)):
         key, was, now = difference
         raise ArtifactError(

@@ -171,8 +171,8 @@ def drafter_config(spec: TrainSpec, store: Store) -> DrafterConfig:
         return config
     if not store.taps:
         raise ArtifactError(
-            f"the data in {store.folder} hold no taps, which train.shape={spec.shape} reads. "
-            "Run: coral prepare-data (with the same recipe; the answers are kept)"
+            f"the data in {store.folder} hold no taps, which train.shape={spec.shape} reads; their answers are kept. "
+            "Run: coral prepare-data"
         )
     later = spec.shape == "eagle3.1"
     return dataclasses.replace(config, taps=store.taps, norm_output=later, fc_norm=later)

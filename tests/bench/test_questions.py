@@ -28,7 +28,9 @@ def test_the_three_forms(tmp_path: Path) -> None:
     assert [question.turns for question in questions] == [("Hello.", "And now?"), ("def f():",), ("1 + 1?",)]
 
 
-@pytest.mark.parametrize("line", ['{"turns": []}', '{"turns": [""]}', '{"turns": [3]}', '{"x": 1}', "[1]", "{"])
+@pytest.mark.parametrize(
+    "line", ['{"turns": []}', '{"turns": [""]}', '{"turns": [3]}', '{"prompt": 3}', '{"x": 1}', "[1]", "{"]
+)
 def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
     path = write(tmp_path / "q.jsonl", {"prompt": "fine"}, line)
     with pytest.raises(DataError, match=r"q\.jsonl line 2 is not a question"):

@@ -83,7 +83,8 @@ def test_eval_compares_every_head_and_each_is_lossless(finished: Path) -> None:
         assert (numbers["rows_read"] == results["target"]["vocabulary"]) == (one["head"]["kind"] == "full")
 
 
-def test_eval_at_two_temperatures_from_a_file(finished: Path) -> None:
+def test_eval_at_two_temperatures_from_a_file(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coral_core.bench.distribution.SEEDS", 8)
     questions = finished / "sums.jsonl"
     questions.write_text(json.dumps({"question": "1 + 1?", "answer": "It is 2. #### 2"}) + "\n")
     more = ["--questions", str(questions), "--temperature", "0", "--temperature", "1", "--seed", "5"]

@@ -89,6 +89,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"messages": [user("a"), {"role": "tool", "content": "b"}]}, "by none of system, user"),
         ({"messages": [user(" ")]}, "empty message"),
         ({"messages": []}, "without a word"),
+        ({"turns": []}, "without a word"),
         ({"messages": [user(None)]}, "no text"),
         ({"messages": [user([{"type": "image_url", "image_url": "x"}])]}, "not text"),
         ({"prompt": "half \ud83d"}, "half of a Unicode pair"),
@@ -110,6 +111,8 @@ def test_a_whole_row_that_is_no_use_is_skipped(row: Any, reason: str) -> None:
         ({"messages": [{"content": "a"}]}, "x line 7: messages, message 1 has no role"),
         ({"messages": [user(5)]}, "x line 7: messages, message 1 has a number for its text"),
         ({"turns": "a"}, "x line 7: turns is not a list of texts"),
+        ({"prompt": 3}, "x line 7 has a number for its prompt, not a text or a list of messages"),
+        ({"prompt": {"a": 1}}, "x line 7 has an object for its prompt"),
     ],
 )
 def test_a_malformed_row_is_an_error_that_names_its_line(row: Any, message: str) -> None:
