@@ -22,7 +22,7 @@ from tests.data.helpers import contents, make_target
 KEYS = [
     *("name=tiny", "data.max_samples=16", "data.holdout=3", "data.max_length=120", "data.max_new_tokens=12"),
     *("data.batch_size=4", "data.shard_tokens=200", "data.regenerate=sample"),
-    *("train.steps=6", "train.checkpoint_every=2", "train.eval_every=3", "train.batch_size=4", "train.topk=5"),
+    *("train.steps=6", "train.checkpoint_every=2", "train.eval_every=3", "train.batch_size=4"),
     *("head.groups=4", "head.active=2", "head.router_steps=1", "head.clustering=id"),
     *("decode.max_new_tokens=8", "decode.tree=fixed"),
 ]
