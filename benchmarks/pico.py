@@ -57,14 +57,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40)
     options = parser.parse_args()
     asked = ["--questions", str(options.questions), "--limit", str(options.limit)]
-    asked += [f"--bench={bench}" for bench in BENCHES] + ["--temperature=0", "--temperature=1"]
-    results = evaluate(asked)
-    rows = [
-        {key: numbers[key] for key in SHOWN} | {"tree": results["tree"]}
-        for temperature in (0, 1)
-        for numbers in results["benches"].values()
-        if numbers["temperature"] == temperature
-    ]
+    asked += [f"--bench={bench}" for bench in BENCHES]
+    rows = []
+    for temperature in (0, 1):
+        results = evaluate([f"decode.temperature={temperature}", *asked])
+        rows += [
+            {key: numbers[key] for key in SHOWN} | {"tree": results["tree"]} for numbers in results["benches"].values()
+        ]
     greedy = [row for row in rows if row["temperature"] == 0]
     figures = {
         "tau": {row["bench"]: row["tokens_per_round_micro"] for row in greedy},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +23,6 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
         typer.Option("--questions", help="JSONL file with the questions, or a folder with BENCH.jsonl for each bench."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions of each bench, at most.")] = None,
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option("--temperature", min=0, help="In place of decode.temperature; repeat for several."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="In place of the recipe's seed.")] = None,
     drafter: Annotated[
         list[str] | None,
         typer.Option("--drafter", help="A run's name or folder, to use its drafter; repeat to compare."),
@@ -39,9 +33,6 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run HumanEval's answers, sandboxed, for pass@1.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted evaluation, or say why that cannot be.")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
     runs: RunsOption = RUNS,
 ) -> None:
@@ -51,15 +42,11 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     from coral_core.bench.questions import Bench, check_names, load_bench
 
     recipe = read_recipe(arguments)
-    recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-    temperatures = list(dict.fromkeys(temperature or [recipe.decode.temperature]))
-    for value in temperatures:
-        dataclasses.replace(recipe.decode, temperature=value)  # refuses what is no temperature
     names = check_names(bench or [], questions)
     compared = contenders(recipe, runs / recipe.name, drafter or [], head or [])
     found = [load_bench(name, questions, runs / recipe.name, recipe.target.model) for name in names]
 
-    from coral_core.bench.evaluate import Plan  # torch, seconds: a slip above is answered before
+    from coral_core.bench.evaluate import Plan, interrupted  # torch, seconds: a slip above is answered before
     from coral_core.bench.evaluate import evaluate as run_evaluation
     from coral_core.bench.methods import load_method
     from coral_core.report.tables import markdown
@@ -74,11 +61,12 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
             target=target,
             methods=methods,
             benches=[Bench(one.name, one.questions[:limit]) for one in found],
-            temperatures=temperatures,
             run_code=run_code,
         )
+        if said := interrupted(plan, run.folder):
+            err.print(said, markup=False, soft_wrap=True)
         with progress_bars() as progress:
-            results = run_evaluation(plan, run.folder, progress, resume=resume)
+            results = run_evaluation(plan, run.folder, progress)
         if as_json:
             print_json(results)
         else:

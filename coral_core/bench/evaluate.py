@@ -23,7 +23,6 @@ from coral_core.bench.questions import Bench
 from coral_core.bench.race import PLAIN, Lane, Racers, Turn, fitting, race
 from coral_core.bench.samples import samples
 from coral_core.decoding.measure import device_name
-from coral_core.errors import ArtifactError
 from coral_core.progress import Progress
 from coral_core.recipe.loader import to_mapping
 from coral_core.recipe.schema import Recipe
@@ -36,7 +35,7 @@ SCHEMA = 1
 PROBES = 3
 """Questions on which what stands beside the race is measured."""
 SETTINGS = "settings.json"
-"""What an evaluation is of; beside the rows, so that --resume can say what differs."""
+"""What an evaluation is of; beside the rows, so that `interrupted` can say what differs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +46,8 @@ class Plan:
     target: Target
     methods: Sequence[Method]
     benches: Sequence[Bench]
-    temperatures: Sequence[float]
     run_code: bool = False
     """Run HumanEval's programs (sandbox.py)."""
-
-    def at(self, temperature: float) -> Recipe:
-        """The recipe with another temperature."""
-        return dataclasses.replace(self.recipe, decode=dataclasses.replace(self.recipe.decode, temperature=temperature))
 
     def settings(self) -> dict[str, Any]:
         """Everything that the rows on disk depend on."""
@@ -63,7 +57,6 @@ class Plan:
             "target": self.target.fingerprint,
             "dtype": str(self.target.dtype),
             "methods": {method.name: method.facts for method in self.methods},
-            "temperatures": list(self.temperatures),
             "questions": {
                 bench.name: f"{len(bench.questions)} with fingerprint {_fingerprint(bench)}" for bench in self.benches
             },
@@ -74,65 +67,57 @@ def _fingerprint(bench: Bench) -> str:
     return fingerprint([dataclasses.asdict(question) for question in bench.questions])
 
 
-def evaluate(plan: Plan, run: Path, progress: Progress, *, resume: bool = False) -> dict[str, Any]:
-    """Race every bench at every temperature and publish RUN/eval; results.json's object is returned.
+def evaluate(plan: Plan, run: Path, progress: Progress) -> dict[str, Any]:
+    """Race every bench and publish RUN/eval; results.json's object is returned.
 
     An interrupted evaluation of the same thing goes on behind its last finished question; one of another thing is
-    dropped, or with `resume` refused: ArtifactError says what differs, or that there is nothing to go on with.
+    dropped (`interrupted` tells).
     """
     settings = plan.settings()
-    if resume:
-        check_resumable(run, settings)
     with stage(run / "eval", fingerprint(settings)) as work:
         write_text(work / SETTINGS, json.dumps(settings, indent=1) + "\n")
         sections: dict[str, dict[str, Any]] = {method.name: {} for method in plan.methods}
         charts: dict[str, Any] = {}
-        for temperature in plan.temperatures:
-            for bench in plan.benches:
-                name = bench.name if len(plan.temperatures) == 1 else f"{bench.name} T={temperature:g}"
-                raced = _race_bench(plan, bench, temperature, work, progress)
-                for method, numbers in _numbers(plan, raced).items():
-                    sections[method][name] = numbers
-                charts[name] = _for_charts(plan, raced)
+        for bench in plan.benches:
+            raced = _race_bench(plan, bench, work, progress)
+            for method, numbers in _numbers(plan, raced).items():
+                sections[method][bench.name] = numbers
+            charts[bench.name] = _for_charts(plan, raced)
         results = _results(plan, sections)
         _publish(plan, run, work, results, charts, settings)
     return results
 
 
-def check_resumable(run: Path, settings: dict[str, Any]) -> None:
-    """Raises ArtifactError when RUN holds no interrupted evaluation, or one of something else."""
-    path = run / ".eval.partial" / SETTINGS
+def interrupted(plan: Plan, run: Path) -> str:
+    """What `evaluate` will do with an interrupted evaluation in RUN, for the user; '' where there is none."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"no interrupted evaluation in {run}. Run the same command without --resume") from error
-    differ = [key for key, value in settings.items() if kept.get(key) != json.loads(json.dumps(value))]
-    if differ:
-        raise ArtifactError(
-            f"the interrupted evaluation in {run} had other {' and '.join(differ)}: {json.dumps(kept.get(differ[0]))}. "
-            "Give the command the same options, or leave out --resume to start anew"
-        )
+        kept = json.loads((run / ".eval.partial" / SETTINGS).read_text(encoding="utf-8"))
+        differ = [key for key, value in plan.settings().items() if kept.get(key) != json.loads(json.dumps(value))]
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if not differ:
+        return f"goes on with the interrupted evaluation in {run}"
+    return f"starts anew: the interrupted evaluation in {run} had other {' and '.join(differ)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Raced:
-    """One bench at one temperature, done."""
+    """One bench, done."""
 
     bench: Bench
-    temperature: float
     probes: list[list[int]]
     """Prompts that fit the context, for what is measured beside the race."""
     questions: list[list[Turn]]
 
 
-def _race_bench(plan: Plan, bench: Bench, temperature: float, work: Path, progress: Progress) -> _Raced:
-    pick, limit = sampler(plan.at(temperature)), plan.recipe.decode.max_new_tokens
+def _race_bench(plan: Plan, bench: Bench, work: Path, progress: Progress) -> _Raced:
+    pick, limit = sampler(plan.recipe), plan.recipe.decode.max_new_tokens
     probes = fitting(plan.target, bench.questions)[:PROBES]
-    rows = work / f"{bench.name}-t{temperature:g}.jsonl"
+    rows = work / f"{bench.name}.jsonl"
     done = _finished(rows)
     engines = {method.name: method.engine for method in plan.methods}
     racers = Racers(plan.target, engines, pick, limit, plain_lanes(plan.target, pick, limit))
-    stage_name, total = f"{bench.name} T={temperature:g}", len(bench.questions)
+    stage_name, total = f"{bench.name} T={plan.recipe.decode.temperature:g}", len(bench.questions)
     progress(stage_name, len(done), total, {})
     with rows.open("a", encoding="utf-8") as file:
         for turns in race(racers, bench.questions, len(done)):
@@ -142,15 +127,15 @@ def _race_bench(plan: Plan, bench: Bench, temperature: float, work: Path, progre
             so_far = summarise(done, plan.methods[0].name, draws=0)
             numbers = {"tau": so_far["tokens_per_round_micro"], "speedup": so_far["speedup"]}
             progress(stage_name, len(done), total, {key: value for key, value in numbers.items() if value is not None})
-    return _Raced(bench, temperature, probes, done)
+    return _Raced(bench, probes, done)
 
 
 def _numbers(plan: Plan, raced: _Raced) -> dict[str, dict[str, Any]]:
-    """Per method, what results.json says of one bench at one temperature."""
+    """Per method, what results.json says of one bench."""
     bench, target = raced.bench, plan.target
     asked = sum(len(question.turns or ("",)) for question in bench.questions)
     graded = grade(bench.questions, raced.questions, _text(target), run_code=plan.run_code)
-    pick = sampler(plan.at(raced.temperature))
+    pick = sampler(plan.recipe)
     own = f"{PLAIN} {_dtype(target)}"
     speeds = {own if name == PLAIN else name: speed for name, speed in plain_speeds(raced.questions).items()}
     found = {}
@@ -158,7 +143,7 @@ def _numbers(plan: Plan, raced: _Raced) -> dict[str, dict[str, Any]]:
         summary = summarise(raced.questions, method.name)
         found[method.name] = {
             "bench": bench.name,
-            "temperature": raced.temperature,
+            "temperature": plan.recipe.decode.temperature,
             "seed": plan.recipe.seed,
             "baseline": next(iter(speeds), own),
             "plain_decoders": speeds,
@@ -166,7 +151,7 @@ def _numbers(plan: Plan, raced: _Raced) -> dict[str, dict[str, Any]]:
             "turns_too_long": asked - summary["turns"],
             "rows_read": rows_read(method.engine, raced.probes[0]),
             "answers": graded and graded.of(method.name),
-            "distribution": check_distribution(method.engine, pick, raced.probes) if raced.temperature > 0 else None,
+            "distribution": check_distribution(method.engine, pick, raced.probes) if pick.temperature > 0 else None,
         }
     return found
 

@@ -1,4 +1,4 @@
-"""A whole evaluation on a tiny target: several methods and temperatures, interruption, resumption."""
+"""A whole evaluation on a tiny target: several methods, both kinds of temperature, interruption."""
 
 import dataclasses
 import json
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from coral_core.bench.evaluate import Plan, evaluate
+from coral_core.bench.evaluate import Plan, evaluate, interrupted
 from coral_core.bench.methods import Method
 from coral_core.bench.questions import Bench, Question
 from coral_core.bench.race import PLAIN, Racers, fitting, race
 from coral_core.bench.samples import depths
 from coral_core.decoding.sampling import Sampler
-from coral_core.errors import ArtifactError, DataError
+from coral_core.errors import DataError
 from coral_core.progress import silent
 from coral_core.recipe.loader import load_recipe
 from tests.tiny import tiny_engine, tiny_target
@@ -44,14 +44,14 @@ def method(name: str, depth: int) -> Method:
     return Method(name, engine, Path(name), facts)
 
 
-def plan(temperatures: tuple[float, ...] = (0.0,), seed: int = 0) -> Plan:
-    recipe = load_recipe(None, ["name=tiny", "decode.max_new_tokens=10", f"seed={seed}"])
+def plan(temperature: float = 0.0, seed: int = 0) -> Plan:
+    keys = ["name=tiny", "decode.max_new_tokens=10", f"decode.temperature={temperature}", f"seed={seed}"]
+    recipe = load_recipe(None, keys)
     return Plan(
         recipe=recipe,
         target=TARGET,
         methods=[method("shallow full", 2), method("deep full", 4)],
         benches=[Bench("mine", QUESTIONS)],
-        temperatures=temperatures,
     )
 
 
@@ -73,12 +73,13 @@ def numbers_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [numbers for one in (results, *results["others"]) for numbers in one["benches"].values()]
 
 
-def test_methods_and_temperatures_in_one_run(tmp_path: Path) -> None:
-    results = evaluate(plan((0.0, 1.0)), tmp_path, silent)
-    assert list(results["benches"]) == ["mine T=0", "mine T=1"]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_several_methods_in_one_run(tmp_path: Path, temperature: float) -> None:
+    results = evaluate(plan(temperature), tmp_path, silent)
+    assert list(results["benches"]) == ["mine"]
     assert [other["method"] for other in results["others"]] == ["deep full"]
     found = numbers_of(results)
-    assert [numbers["temperature"] for numbers in found] == [0.0, 1.0, 0.0, 1.0]
+    assert [numbers["temperature"] for numbers in found] == [temperature] * 2
     for numbers in found:
         assert numbers["lossless"] == {"checked": 3, "equal": 3, "ties": 0, "first_divergence": None}
         assert numbers["rows_read"] == 96
@@ -87,10 +88,10 @@ def test_methods_and_temperatures_in_one_run(tmp_path: Path) -> None:
         own, generate = {"plain float32", "plain float32 inexact", "plain bfloat16 inexact"}, {"generate float32"}
         assert set(raced) == own | generate | {"generate bfloat16"}
         assert raced[numbers["baseline"]] == max(raced.values()) == numbers["baseline_tokens_per_s"]
-    for row in (tmp_path / "eval" / "mine-t0.jsonl").read_text().splitlines():
+    for row in (tmp_path / "eval" / "mine.jsonl").read_text().splitlines():
         assert len(json.loads(row)[0]["lanes"]) == 2 + 5, "every plain decoder on every question"
     assert json.loads((tmp_path / "eval" / "results.json").read_text()) == results
-    for name in ("results.md", "results.tex", "report.html", "mine-t0.jsonl", "mine-t1.jsonl", "manifest.json"):
+    for name in ("results.md", "results.tex", "report.html", "mine.jsonl", "manifest.json"):
         assert (tmp_path / "eval" / name).stat().st_size > 100
     assert "deep full" in (tmp_path / "eval" / "report.html").read_text()
 
@@ -98,8 +99,8 @@ def test_methods_and_temperatures_in_one_run(tmp_path: Path) -> None:
 def test_two_runs_have_the_same_tau_and_another_seed_other_answers(tmp_path: Path) -> None:
     answers = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        evaluate(plan((1.0,), seed), tmp_path / name, silent)
-        rows = (tmp_path / name / "eval" / "mine-t1.jsonl").read_text().splitlines()
+        evaluate(plan(1.0, seed), tmp_path / name, silent)
+        rows = (tmp_path / name / "eval" / "mine.jsonl").read_text().splitlines()
         lanes = [json.loads(row)[0]["lanes"]["deep full"] for row in rows]
         answers.append([(lane["ids"], lane["emitted"]) for lane in lanes])
     assert answers[0] == answers[1]
@@ -109,14 +110,15 @@ def test_two_runs_have_the_same_tau_and_another_seed_other_answers(tmp_path: Pat
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     with pytest.raises(StopHereError):
         evaluate(plan(), tmp_path, interrupt)
-    rows = tmp_path / ".eval.partial" / "mine-t0.jsonl"
+    rows = tmp_path / ".eval.partial" / "mine.jsonl"
     kept = rows.read_text()
     assert len(kept.splitlines()) == 2
     rows.write_text(kept + '[{"question": "q2", "tu')  # killed in the middle of a line
+    assert interrupted(plan(), tmp_path) == f"goes on with the interrupted evaluation in {tmp_path}"
     seen: list[int] = []
-    results = evaluate(plan(), tmp_path, lambda stage, done, total, numbers: seen.append(done), resume=True)
+    results = evaluate(plan(), tmp_path, lambda stage, done, total, numbers: seen.append(done))
     assert seen == [2, 3], "the two finished questions are not raced again"
-    assert (tmp_path / "eval" / "mine-t0.jsonl").read_text().startswith(kept)
+    assert (tmp_path / "eval" / "mine.jsonl").read_text().startswith(kept)
     assert [numbers["questions"] for numbers in numbers_of(results)] == [3, 3]
 
 
@@ -124,23 +126,25 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
 def test_a_damaged_row_is_raced_again(tmp_path: Path, damage: str) -> None:
     with pytest.raises(StopHereError):
         evaluate(plan(), tmp_path, interrupt)
-    rows = tmp_path / ".eval.partial" / "mine-t0.jsonl"
+    rows = tmp_path / ".eval.partial" / "mine.jsonl"
     first, _ = rows.read_text().splitlines(keepends=True)
     rows.write_text(first + damage)
     seen: list[int] = []
     evaluate(plan(), tmp_path, lambda stage, done, total, numbers: seen.append(done))
     assert seen == [1, 2, 3]
-    assert (tmp_path / "eval" / "mine-t0.jsonl").read_text().startswith(first)
+    assert (tmp_path / "eval" / "mine.jsonl").read_text().startswith(first)
 
 
-def test_resume_refuses_what_it_cannot_go_on_with(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no interrupted evaluation in .* without --resume"):
-        evaluate(plan(), tmp_path, silent, resume=True)
+def test_an_interrupted_evaluation_of_something_else_is_dropped_and_said_to_be(tmp_path: Path) -> None:
+    assert interrupted(plan(), tmp_path) == ""
     with pytest.raises(StopHereError):
         evaluate(plan(), tmp_path, interrupt)
-    with pytest.raises(ArtifactError, match="had other seed: 0. Give the command the same options"):
-        evaluate(plan(seed=5), tmp_path, silent, resume=True)
-    assert (tmp_path / ".eval.partial" / "mine-t0.jsonl").exists(), "a refusal drops nothing"
+    other = plan(1.0, seed=5)
+    said = f"starts anew: the interrupted evaluation in {tmp_path} had other seed and decode"
+    assert interrupted(other, tmp_path) == said
+    seen: list[int] = []
+    evaluate(other, tmp_path, lambda stage, done, total, numbers: seen.append(done))
+    assert seen == [0, 1, 2, 3]
 
 
 def test_lanes_take_turns_in_going_first() -> None:

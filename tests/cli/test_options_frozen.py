@@ -10,8 +10,8 @@ OPTIONS = {
     "train": ["--dry-run", "--help", "--restart", "--runs"],
     "group-head": ["--help", "--runs"],
     "eval": [
-        *("--bench", "--drafter", "--head", "--help", "--json", "--limit", "--questions", "--resume", "--run-code"),
-        *("--runs", "--seed", "--temperature"),
+        *("--bench", "--drafter", "--head", "--help", "--json", "--limit", "--questions", "--run-code"),
+        "--runs",
     ],
     "serve": ["--active", "--help", "--host", "--port", "--runs", "--waiting"],
     "chat": ["--help", "--no-speculative", "--runs", "--show-drafts", "--speculative"],

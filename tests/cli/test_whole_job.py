@@ -83,12 +83,12 @@ def test_eval_compares_every_head_and_each_is_lossless(finished: Path) -> None:
         assert (numbers["rows_read"] == results["target"]["vocabulary"]) == (one["head"]["kind"] == "full")
 
 
-def test_eval_at_two_temperatures_from_a_file(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_of_draws_from_a_file(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coral_core.bench.distribution.SEEDS", 8)
     questions = finished / "sums.jsonl"
     questions.write_text(json.dumps({"question": "1 + 1?", "answer": "It is 2. #### 2"}) + "\n")
-    more = ["--questions", str(questions), "--temperature", "0", "--temperature", "1", "--seed", "5"]
-    done = coral(finished, "eval", *SMALL.split(), "decode.max_new_tokens=4", *more)
+    keys = ["decode.max_new_tokens=4", "decode.temperature=1", "seed=5"]
+    done = coral(finished, "eval", *SMALL.split(), *keys, "--questions", str(questions))
     assert done.returncode == 0, done.stderr
     assert "| tiny grouped |   1 |" in done.stdout
     assert "right answers" in done.stdout
@@ -107,7 +107,6 @@ def test_eval_at_two_temperatures_from_a_file(finished: Path, monkeypatch: pytes
         ("--questions absent/gsm8k.jsonl", "gsm8k.jsonl is missing; download the test split of https://hugging"),
         ("--drafter tinny", "no drafter in 'tinny' or 'runs/tinny'; did you mean 'tiny'?"),
         ("--head ful", "unknown head 'ful'; did you mean 'full'?"),
-        ("--resume", "no interrupted evaluation in runs/tiny. Run the same command without --resume"),
     ],
 )
 def test_eval_answers_a_slip_in_one_line(finished: Path, options: str, message: str) -> None:
