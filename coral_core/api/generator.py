@@ -102,6 +102,7 @@ def _head(target: Target, drafter: Drafter) -> Head:
         folder = drafter.folder.parent / "head"  # where a run has it; it may be an older drafter's
         if not (folder / MANIFEST).exists() or Manifest.read(folder, "head", HEAD).inputs.get("drafter") != name:
             return whole_head(drafter, target.lent)
-    made_by = HeadSpec(**Manifest.read(folder, "head", HEAD).recipe["head"])
+    made_by = Manifest.read(folder, "head", HEAD).recipe["head"]
+    spec = HeadSpec(**{key: made_by[key] for key in ("kind", "clustering", "groups", "active")})
     fits = {"target_fingerprint": drafter.manifest.inputs.get("target", ""), "drafter_fingerprint": name}
-    return load_head(folder, made_by, target.lent, **fits)
+    return load_head(folder, spec, target.lent, **fits)

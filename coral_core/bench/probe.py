@@ -11,7 +11,7 @@ import torch
 from coral_core.bench.race import run_lane
 from coral_core.drafter.model import Drafter
 from coral_core.errors import DataError
-from coral_core.grouping.cost import RoundCost, goes_on
+from coral_core.grouping.cost import RoundCost, hit_rates
 from coral_core.head.heads import Candidates, FullHead, Head
 from coral_core.lent import Lent
 from coral_core.progress import Progress
@@ -75,7 +75,7 @@ class Probe:
             return sum(lane.seconds.get(name, 0.0) for lane in lanes) / len(accepted)
 
         return RoundCost(
-            goes_on=goes_on(accepted),
+            hit_rates=hit_rates(accepted),
             round_s=sum(lane.decode_s for lane in lanes) / len(accepted),
             head_s=phase("head"),
             layer_s=phase("draft"),

@@ -1,9 +1,9 @@
 """What a head is worth on this device: from measured parts to the time of a round and the speed of decoding.
 
     round time = round with the full head - its head's share + head calls x time of one call
-    tau        = 1 + Σ_d Π_{i<=d} goes_on_i · kept
+    tau        = 1 + Σ_d Π_{i<=d} hit_rate_i · kept
 
-where `goes_on_i` is how often a round that had i - 1 drafts accepted has the i-th too, and `kept` how often the token
+where `hit_rate_i` is how often a round that had i - 1 drafts accepted has the i-th too, and `kept` how often the token
 that the full head drafts is among the rows that are read. Not modelled: a smaller head drafts other wrong tokens, and
 prunes other branches. Axes: N row, D hidden, X any axes.
 """
@@ -27,7 +27,7 @@ EVICT_BYTES = 1 << 27
 class RoundCost:
     """One mean round with the full head, as decoding on this device measured it."""
 
-    goes_on: list[float]
+    hit_rates: list[float]
     """By depth: of the rounds that got there, the share whose next draft was accepted too."""
     round_s: float
     head_s: float
@@ -58,7 +58,7 @@ def predict(cost: RoundCost, *, full_call_s: float, call_s: float, kept: float) 
 
     Both are timed alone, and scaled by what the full head's calls took in the round.
     """
-    tau, full_tau = (1 + sum(_reached(cost.goes_on, share)) for share in (kept, 1.0))
+    tau, full_tau = (1 + sum(_reached(cost.hit_rates, share)) for share in (kept, 1.0))
     round_s = cost.round_s - cost.head_s * (1 - call_s / full_call_s)
     full_per_s = full_tau / cost.round_s
     return Prediction(
@@ -69,11 +69,11 @@ def predict(cost: RoundCost, *, full_call_s: float, call_s: float, kept: float) 
     )
 
 
-def _reached(goes_on: Sequence[float], kept: float) -> list[float]:
-    return list(itertools.accumulate((share * kept for share in goes_on), lambda a, b: a * b))
+def _reached(hit_rates: Sequence[float], kept: float) -> list[float]:
+    return list(itertools.accumulate((share * kept for share in hit_rates), lambda a, b: a * b))
 
 
-def goes_on(accepted_drafts: Sequence[int]) -> list[float]:
+def hit_rates(accepted_drafts: Sequence[int]) -> list[float]:
     """By depth, the share of rounds with at least d accepted drafts among those with at least d - 1.
 
     Rounds of 0, 1, 1 and 3 drafts: [3/4, 1/3, 1/1].

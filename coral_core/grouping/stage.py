@@ -225,7 +225,7 @@ def open_active(spec: HeadSpec, groups: int) -> list[int]:
 def _time(settings: list[Setting], trial: Trial, lent: Lent, cost: RoundCost | None) -> None:
     """Add to each setting's facts what its head takes on this device, and what the cost model makes of it."""
     alone = cost or RoundCost(
-        goes_on=[],
+        hit_rates=[],
         round_s=0,
         head_s=0,
         layer_s=0,

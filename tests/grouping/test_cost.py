@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from coral_core.grouping.cost import RoundCost, goes_on, predict, time_calls
+from coral_core.grouping.cost import RoundCost, hit_rates, predict, time_calls
 
-COST = RoundCost(goes_on=[0.8, 0.5], round_s=0.1, head_s=0.04, layer_s=0.02, verify_s=0.04, head_calls=4, level_rows=5)
+COST = RoundCost(
+    hit_rates=[0.8, 0.5], round_s=0.1, head_s=0.04, layer_s=0.02, verify_s=0.04, head_calls=4, level_rows=5
+)
 
 
 def test_how_often_a_round_goes_on() -> None:
-    assert goes_on([0, 1, 1, 3]) == [3 / 4, 1 / 3, 1.0]
-    assert goes_on([0, 0]) == []
+    assert hit_rates([0, 1, 1, 3]) == [3 / 4, 1 / 3, 1.0]
+    assert hit_rates([0, 0]) == []
 
 
 def test_the_full_head_is_predicted_as_it_was_measured() -> None:
