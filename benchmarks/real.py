@@ -311,7 +311,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, help="where rows are kept; runs/real-MODEL.jsonl")
     options = parser.parse_args(arguments)
     options.rows = options.rows or Path("runs") / f"real-{options.model}.jsonl"
-    options.spec = load_recipe(None, [f"target.model={options.target}"]).target
+    options.spec = load_recipe(None, [f"name={options.model}", f"target.model={options.target}"]).target
     return options
 
 
