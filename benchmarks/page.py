@@ -28,6 +28,7 @@ ABOUT = {
     "decode": "A race of every decoder on the same held-out prompts of pico, in turns, and what a round's parts cost.",
     "serve": "`coral serve` with several clients at once.",
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data and initial weights.",
+    "methods-smollm2": "EAGLE-2, HASS and CORAL on SmolLM2-135M in equal time, from the same data, one seed.",
     "eagle3": "The EAGLE-3 shape against today's, step by step.",
     "head": "The grouped head: what it keeps of tau, and what it gains.",
     "train": "Training: tokens per second and memory against the eager reference.",
