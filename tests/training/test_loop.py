@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from coral_core.artifacts import first_difference
+from coral_core.drafter.load import save_drafter
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.store.store import Store
 from coral_core.training.checkpoint import Checkpoint, Checkpoints
@@ -353,7 +354,7 @@ def test_a_second_stage_starts_from_another_drafter(tmp_path):
     store = tiny_store(tmp_path / "data")
     spec = tiny_spec(steps=2)
     first = train(spec, store, seed=5, work=tmp_path / "a", reports=Reports(lambda _: None))
-    first.save(tmp_path)
+    save_drafter(first, tmp_path)
     slow = tiny_spec(steps=1, learning_rate=1e-12, init_from=str(tmp_path))
     second = train(slow, store, seed=9, work=tmp_path / "b", reports=Reports(lambda _: None))
     torch.testing.assert_close(second.fc.weight, first.fc.weight)
