@@ -1,6 +1,6 @@
 """One evaluation: question sets raced, finished questions kept on disk as they come, numbers published at the end.
 
-eval/results.json  results.md  results.tex  report.html  BENCH-tT.jsonl (every answer of every lane)
+eval/results.json  results.md  results.tex  report.html  BENCH.jsonl (every answer of every lane)
 """
 
 import dataclasses

@@ -121,7 +121,7 @@ def test_damaged_data_are_named_and_made_again(
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-@pytest.mark.parametrize("file", ["results.json", "held-out-t0.jsonl", "manifest.json", "report.html"])
+@pytest.mark.parametrize("file", ["results.json", "held-out.jsonl", "manifest.json", "report.html"])
 def test_a_damaged_evaluation_is_named_and_made_again(
     made: Path, run: Path, file: str, damage: Callable[[Path], object]
 ) -> None:
@@ -195,7 +195,7 @@ UNFINISHED = {
         "checkpoints/step-00000004/optimizer.safetensors",
         *(f"checkpoints/best/{file}" for file in ("state.json", "weights.safetensors")),
     ],
-    "eval": ["held-out-t0.jsonl", "settings.json"],
+    "eval": ["held-out.jsonl", "settings.json"],
 }
 BROKEN = {
     "data": ("prepare-data", data_stage, "_finish", 1),
@@ -236,5 +236,5 @@ def test_damage_to_unfinished_work_is_named_or_costs_only_time(
 
 def ids(found: dict[str, bytes]) -> list[list[list[int]]]:
     """The answers of an evaluation, whose seconds are never the same."""
-    questions = [json.loads(line) for line in found["held-out-t0.jsonl"].splitlines()]
+    questions = [json.loads(line) for line in found["held-out.jsonl"].splitlines()]
     return [[lane["ids"] for turn in turns for lane in turn["lanes"].values()] for turns in questions]
