@@ -40,8 +40,9 @@ START_S = 600.0
 def server(checkout: Path, arguments: Sequence[str], active: int) -> Iterator[str]:
     """The address of a server that is up, of that checkout's code."""
     command = [sys.executable, "-m", "coral_cli.main", "serve", *arguments, "--port", "0", "--active", str(active)]
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+    # From within the checkout: Python looks into the working folder before PYTHONPATH.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=checkout) as process:
         try:
             assert process.stderr is not None
             address = next((part for line in process.stderr for part in line.split() if part.startswith("http")), "")
@@ -145,7 +146,7 @@ def main() -> None:
     files = [Path(text) for text in rest if "=" not in text]
     recipe = load_recipe(files[0] if files else None, [text for text in rest if "=" in text])
     bodies = make_bodies(recipe, options.runs / recipe.name, options.tokens)
-    arguments, active = [*rest, "--runs", str(options.runs)], max(options.clients)
+    arguments, active = [*rest, "--runs", str(options.runs.resolve())], max(options.clients)
     with contextlib.ExitStack() as stack:
         addresses = {"shared": stack.enter_context(server(ROOT, arguments, active))}
         if options.old:
