@@ -217,6 +217,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         found["tau"][method] = by_bench(greedy, functools.partial(tau_of, method=method))
     if coral:
         found["speedup_greedy"] = by_bench(greedy, lambda part: fastest(part, coral) / fastest(part, plains))
+    if lookups := [name for name in rows[0]["lanes"] if name.startswith("lookup")]:
+        found["lookup_speedup_greedy"] = by_bench(greedy, lambda part: fastest(part, lookups) / fastest(part, plains))
     if {"coral", "hass"} <= set(methods):
         pair = counts(greedy, "coral", "full"), counts(greedy, "hass", "full")
         found |= {"coral_over_hass": ratio(*pair), "coral_over_hass_ci95": ratio_ci95(*pair)}

@@ -25,6 +25,7 @@ def row(bench: str, question: str, temperature: float = 0.0, right: bool = True)
         "coral grouped auto float32": lane(60, 30, 2.0, equal=True),
         "hass full fixed float32": lane(60, 20, 4.0, equal=True),
         "hass@1 full fixed float32": lane(60, 12, 4.0, equal=True),
+        "lookup float32": lane(60, 30, 4.0),
         "llamacpp q4": lane(60, 60, 1.0),
         "llamacpp q4 ngram": lane(60, 60, 0.5),
         "llamacpp bf16": lane(60, 60, 4.0),
@@ -39,6 +40,7 @@ def test_figures_by_hand() -> None:
     found = real.figures(rows)
     assert found["tau"] == {"coral": 4.0, "hass": pytest.approx(120 / 32)}
     assert found["speedup_greedy"] == pytest.approx(5.0 / 2.0), "the fastest of ours over the fastest plain lane"
+    assert found["lookup_speedup_greedy"] == pytest.approx(5.0 / 4.0)
     assert found["coral_over_hass"] == pytest.approx(4.0 / (120 / 32))
     assert found["grouped_tau_kept"] == pytest.approx(0.75)
     assert found["grouped_gain"] == pytest.approx(1.5)
