@@ -81,9 +81,7 @@ def test_the_published_drafter_names_its_taps_and_reads_back(tmp_path):
 
 
 def test_data_without_taps_are_refused_and_the_other_shape_reads_data_with_them(tmp_path):
-    with pytest.raises(
-        ArtifactError, match=r"hold no taps, which train.shape=eagle3 reads; .* Run: coral prep"
-    ):
+    with pytest.raises(ArtifactError, match=r"hold no taps, which train.shape=eagle3 reads; .* Run: coral prep"):
         weights(tiny_store(tmp_path / "plain"), tmp_path / "run")
     store = tiny_store(tmp_path / "data", taps=True)
     assert trainer.drafter_config(tiny_spec(), store).taps == ()
