@@ -90,6 +90,7 @@ def _here(engine: Engine) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "dtype": str(engine.target.dtype).removeprefix("torch."),
+        "exact": engine.target.exact,
         "versions": versions(),
     } | ({"graphs": True} if engine.target.graphs else {})
 

@@ -141,3 +141,13 @@ def test_what_a_round_takes_outside_of_its_parts_is_a_cost(monkeypatch: pytest.M
     paid = costs.base + (shape.depth - 1) * costs.expanded(shape.topk)[-1] + costs.verified(shape.nodes)[-1]
     assert paid == pytest.approx(5.0, abs=1e-3)
     assert dataclasses.replace(costs, base=PLAIN_CPU.base) == PLAIN_CPU
+
+
+def test_costs_of_exact_forwards_are_kept_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(measure, "step_s", lambda engine: PLAIN_CPU.step_s)
+    monkeypatch.setattr(measure, "measure_costs", lambda engine: calls.append(engine.target.exact) or PLAIN_CPU)
+    target = tiny_target()
+    for exact in (True, False, True, False):
+        tuned(tiny_engine(dataclasses.replace(target, exact=exact)), tmp_path, {})
+    assert calls == [True, False], "each is measured once"
