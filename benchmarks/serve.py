@@ -30,8 +30,8 @@ from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
-QUESTIONS = 2
-"""Of each client, in one run."""
+QUESTIONS, LEAST = 2, 8
+"""Of each client in one run; and of all together at least: the two servers draw other words at temperature 1."""
 START_S = 600.0
 """A server that takes longer to load its model does not come up at all."""
 
@@ -71,10 +71,11 @@ def ask(address: str, body: dict[str, Any]) -> tuple[str, int, float, float]:
 
 
 def load(address: str, clients: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What so many clients saw, each with its own QUESTIONS of `bodies`."""
+    """What so many clients saw, each with its own questions out of `bodies`."""
+    each = max(QUESTIONS, LEAST // clients)
 
     def client(number: int) -> list[tuple[str, int, float, float]]:
-        own = itertools.islice(itertools.cycle(bodies), number * QUESTIONS, (number + 1) * QUESTIONS)
+        own = itertools.islice(itertools.cycle(bodies), number * each, (number + 1) * each)
         return [ask(address, body) for body in own]
 
     begun_s = time.perf_counter()

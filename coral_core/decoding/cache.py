@@ -52,9 +52,9 @@ class Slots(CacheLayerMixin):
     keys: torch.Tensor | None
     values: torch.Tensor | None
 
-    def __init__(self, capacity: int, seats: int = 1) -> None:
+    def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.capacity, self.seats = capacity, seats
+        self.capacity, self.seats = capacity, 1
         self.length = 0
         self.placed: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
 
@@ -127,7 +127,7 @@ class Slots(CacheLayerMixin):
         if capacity <= self.capacity:
             return
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = _grown(self.keys, capacity), _grown(self.values, capacity)
+            self.keys, self.values = _grown(self.keys, 2, capacity), _grown(self.values, 2, capacity)
         self.capacity = capacity
 
     @property
@@ -153,8 +153,8 @@ class SlotCache(Cache):
     _block_LBJKE: torch.Tensor | None = None
     """What all layers' keys and values are views of; none before the first rows, nor where layers differ in shape."""
 
-    def __init__(self, layers: int, capacity: int, seats: int = 1) -> None:
-        super().__init__(layers=[Slots(capacity, seats=seats) for _ in range(layers)])
+    def __init__(self, layers: int, capacity: int) -> None:
+        super().__init__(layers=[Slots(capacity) for _ in range(layers)])
         self._seats: dict[int, SlotCache] = {}
         """The seats that were asked for."""
 
@@ -180,12 +180,31 @@ class SlotCache(Cache):
         return self.layers[0].capacity
 
     def seat(self, number: int) -> "SlotCache":
-        """One seat as the cache of one answer, with a length of its own, on this cache's storage."""
+        """One seat as the cache of one answer, with a length of its own, on this cache's storage.
+
+        There are as many as were asked for, in powers of two: a server of 16 places answered a single client's first
+        token 40 ms later where all were made at once (pico, one core).
+        """
+        if number >= self.layers[0].seats:
+            self._widen(1 << number.bit_length())
         if number not in self._seats:
             self._seats[number] = SlotCache(len(self.layers), self.capacity)
             self._seats[number].whole = self
             self._point(number)
         return self._seats[number]
+
+    def _widen(self, seats: int) -> None:
+        """Make room for so many answers; what is held is copied once."""
+        if self._block_LBJKE is not None:
+            self._block_LBJKE = _grown(self._block_LBJKE, 1, seats)
+        for number, layer in enumerate(self.layers):
+            layer.seats = seats
+            if self._block_LBJKE is not None and layer.is_initialized:
+                self._view(number, self._block_LBJKE)
+            elif layer.is_initialized:
+                layer.keys, layer.values = _grown(layer.keys, 0, seats), _grown(layer.values, 0, seats)
+        for number in self._seats:
+            self._point(number)
 
     def _point(self, number: int) -> None:
         """Point one seat at the storage as it is now."""
@@ -276,7 +295,7 @@ class SlotCache(Cache):
             self.whole.reserve(rounded_rows(capacity))  # few steps: every one copies all seats
             return
         if self._block_LBJKE is not None:
-            self._block_LBJKE = _grown(self._block_LBJKE, capacity)
+            self._block_LBJKE = _grown(self._block_LBJKE, 3, capacity)
         for number, layer in enumerate(self.layers):
             if self._block_LBJKE is None:
                 layer.reserve(capacity)
@@ -287,8 +306,8 @@ class SlotCache(Cache):
             self._point(seat)
 
 
-def _grown(states_XKE: torch.Tensor, capacity: int) -> torch.Tensor:
-    *axes, rows, width = states_XKE.shape
-    grown_XKE = states_XKE.new_zeros(*axes, capacity, width)
-    grown_XKE[..., :rows, :] = states_XKE
-    return grown_XKE
+def _grown(states_X: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    """With one axis longer; what is new is 0."""
+    grown_X = states_X.new_zeros(*states_X.shape[:axis], length, *states_X.shape[axis + 1 :])
+    grown_X.narrow(axis, 0, states_X.shape[axis]).copy_(states_X)
+    return grown_X

@@ -34,7 +34,7 @@ class Table:
         self.engine, self.places = dataclasses.replace(engine, target=target), places
         self.seats: list[Seat] = []
         layers = engine.target.model.config.get_text_config().num_hidden_layers
-        self.cache, self.drafted = SlotCache(layers, 0, seats=places), SlotCache(1, 0, seats=places)
+        self.cache, self.drafted = SlotCache(layers, 0), SlotCache(1, 0)
         self.clock = Clock()
 
     @property

@@ -169,13 +169,14 @@ def test_rows_that_fill_up_a_batch_are_never_on_a_path() -> None:
 
 def test_cache_rows_are_written_kept_and_moved_per_seat() -> None:
     """The drawing on top of cache.py, one head of width one, its numbers the rows' names."""
-    cache = SlotCache(layers=1, seats=2, capacity=7)
+    cache = SlotCache(layers=1, capacity=7)
 
     def rows(*names: list[float]) -> torch.Tensor:
         return torch.tensor(names)[:, None, :, None]
 
     for number, names in enumerate(([1.0, 2, 3, 4], [11.0, 12])):
         cache.seat(number).update(rows(names), rows(names))
+        assert cache.storage.shape[0] == number + 1, "as many as sit"
     new = rows([5.0, 6], [13.0, 14])
     with cache.place(torch.tensor([[4, 5], [2, 3]]), 6):
         keys, _ = cache.update(new, new)
@@ -194,3 +195,5 @@ def test_cache_rows_are_written_kept_and_moved_per_seat() -> None:
     assert cache.seat(1).capacity >= 9
     more, _ = cache.seat(1).update(rows([16.0]), rows([16.0]))
     assert more[0, 0, :, 0].tolist() == [11, 12, 13, 16]
+    cache.seat(2).update(rows([21.0]), rows([21.0]))
+    assert cache.storage[:, 0, :3, 0].tolist() == [[11, 12, 13], [11, 12, 13], [21, 0, 0], [0, 0, 0]], "two by two"

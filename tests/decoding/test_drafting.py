@@ -79,7 +79,7 @@ def test_one_draft() -> None:
 
 def test_drafts_of_a_batch() -> None:
     target, drafter = lively()
-    cache = SlotCache(1, max(ROWS) + SHAPE.rows, seats=len(ROWS) + 1)
+    cache = SlotCache(1, max(ROWS) + SHAPE.rows)
     for seats in ((0, 1), (2, 1)):  # the first ones, which are read in place, and others
         inputs = []
         for rows, seat in zip(ROWS, seats, strict=True):

@@ -174,7 +174,7 @@ def test_an_answer_has_the_same_bits_in_a_batch(dtype: torch.dtype) -> None:
     target = target_in("llama", dtype)
     paths = [some_prompt(seed, length) for seed, length in ((2, 9), (3, 13), (4, 24))]
     drafts = [a_tree(path[-6:], 4, seed) for seed, path in enumerate(paths)]
-    cache = SlotCache(target.model.config.num_hidden_layers, 60, seats=3)
+    cache = SlotCache(target.model.config.num_hidden_layers, 60)
     for seat, path in enumerate(paths):
         prefill(target, torch.tensor(path[:-6]), cache.seat(seat))
     forest = tree.pad(drafts)
