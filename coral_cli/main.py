@@ -33,6 +33,9 @@ from coral_cli.commands.train import train
 from coral_core import __version__
 from coral_core.errors import CoralError, CoralWarning
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
 
 class Boundary(typer.core.TyperGroup):
     """The group of all verbs. A subclass, since typer turns Ctrl-C into a silent exit before `main` could see it."""
@@ -44,8 +47,7 @@ class Boundary(typer.core.TyperGroup):
                 group.part()
             return done
         except KeyboardInterrupt:
-            typer.echo("interrupted; run the same command again to go on", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
         except CoralError as error:
             if os.environ.get("CORAL_DEBUG"):
                 raise
@@ -141,6 +143,8 @@ def main() -> None:
     try:
         app()
     except SystemExit as done:
+        if done.code == INTERRUPTED:  # while a command ran, or, from typer, while its words were read
+            typer.echo("interrupted; run the same command again to go on", err=True)
         sys.exit(_flushed(done.code))
     except OSError as error:
         if error.errno != errno.ENOSPC:

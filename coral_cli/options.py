@@ -85,7 +85,7 @@ def open_run(arguments: list[str] | None, runs: Path, *, main: bool | None = Non
     if main is False:
         yield look_at_run(arguments, runs)
         return
-    from coral_core.artifacts import write_text
+    from coral_core.artifacts import tell_full, write_text
     from coral_core.lock import locked
     from coral_core.recipe.loader import dump_yaml
     from coral_core.run import Run
@@ -100,7 +100,11 @@ def open_run(arguments: list[str] | None, runs: Path, *, main: bool | None = Non
         try:
             yield run
         except KeyboardInterrupt:
-            write_text(run.folder / RECIPE, dump_yaml(recipe))
+            with contextlib.suppress(OSError):  # a full disk: the command line that goes on says the recipe too
+                write_text(run.folder / RECIPE, dump_yaml(recipe))
+            raise
+        except Exception as error:
+            tell_full(error, run.folder)
             raise
         with _written(run.folder):
             write_text(run.folder / RECIPE, dump_yaml(recipe))
@@ -123,9 +127,12 @@ def engine_of(run: Run, target: Target) -> Engine:
 
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[None]:
+    from coral_core.artifacts import tell_full
+
     try:
         yield
     except OSError as error:
+        tell_full(error, folder)
         raise CoralError(f"cannot write {folder}: {error.strerror}. Choose another folder with --runs") from error
 
 

@@ -263,10 +263,7 @@ def stage(final: Path, stage_fingerprint: str, *, leftovers: Sequence[str] = ())
             shutil.rmtree(final / name, ignore_errors=True)
         (final / MARK).unlink()  # last: killed before this line, the next run still knows whose the folder is
     except Exception as error:
-        if _disk_full(error):
-            raise ArtifactError(
-                f"the disk of {final.parent} is full; what is finished is kept. Free some room and run the same command"
-            ) from error
+        tell_full(error, final.parent)
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise CoralError(f"cannot write {final}: {error.strerror}. Choose another folder with --runs") from error
         raise
@@ -293,6 +290,14 @@ def drop_unfinished(final: Path) -> None:
 def partial(final: Path) -> Path:
     """The folder that `stage` works in."""
     return final.with_name(f".{final.name}.partial")
+
+
+def tell_full(error: Exception, folder: Path) -> None:
+    """Raises ArtifactError, in one line, when an error says that the disk of a folder is full."""
+    if _disk_full(error):
+        raise ArtifactError(
+            f"the disk of {folder} is full; what is finished is kept. Free some room and run the same command"
+        ) from error
 
 
 def _disk_full(error: Exception) -> bool:

@@ -280,6 +280,13 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.truncate(length)
 
+    def wipe(self, length: int) -> None:
+        """Forget every row from `length` on, and what was in it: where that is no number, hiding it is not enough."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[:, :, length:], layer.values[:, :, length:] = 0, 0
+        self.truncate(length)
+
     def move(self, source: int, target: int) -> None:
         """Give the rows of one seat to another."""
         length = self.seat(source).length

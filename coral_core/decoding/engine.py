@@ -110,7 +110,8 @@ class Engine:
 
         With the `memory` of a dialogue, the part of the prompt that it holds is not forwarded again; one answer at a
         time may use it, and may be left after any round.
-        Raises DataError for a prompt that is empty or does not fit the target's context.
+        Raises DataError for a prompt that is empty or does not fit the target's context, and where the target's numbers
+        overflow.
         """
         clock = Clock()
         with contextlib.nullcontext(memory) if memory else self.forwards.memory(self.target) as held:
@@ -118,6 +119,9 @@ class Engine:
             yield event
             while not seat.stop.done:
                 yield from step(self, [seat], clock)
+                if seat.error:
+                    held.forget()
+                    raise seat.error
 
 
 def plain(

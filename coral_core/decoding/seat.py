@@ -22,6 +22,7 @@ from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.policy.plan import Plan
 from coral_core.decoding.sampling import Picker
 from coral_core.decoding.tree import Draft
+from coral_core.errors import DataError
 from coral_core.target.target import Target
 
 
@@ -137,6 +138,8 @@ class Seat:
     """The tokens that the drafter has not read yet; the last one is the root of the next tree."""
     feature_TD: torch.Tensor
     """The target's features before these tokens."""
+    error: DataError | None = None
+    """Why the answer ended before its time."""
 
     @property
     def rows(self) -> int:

@@ -48,6 +48,10 @@ def _read(engine: "Engine", memory: Memory, prompt: list[int], sampler: Picker, 
     prompt_T = torch.tensor(prompt, device=target.device)
     history = History(prompt_T, capacity) if sampler.looks_back else None
     feature_TD = prefill(target, prompt_T, memory.cache)
+    if feature_TD.device.type == "cpu" and feature_TD.isnan().any():
+        memory.cache.wipe(0)
+        memory.forget()
+        raise _no_numbers(target, len(prompt))
     logits_1V = target.logits(feature_TD[-1:])
     root_1 = sampler.pick(logits_1V, len(prompt), history.row() if history else None)
     if history:
@@ -105,6 +109,8 @@ def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
         drafts = _draft(engine, seats, plans, clock)
     with clock.phase("verify"):
         features, logits_NV = _verify(engine, seats, drafts)
+        if logits_NV.device.type == "cpu" and any(feature_MD.isnan().any() for feature_MD in features):
+            logits_NV = _verify_roots(engine, seats, drafts, features, logits_NV)
     with clock.phase("accept"):
         verdicts = _judge(seats, drafts, logits_NV)
         for seat, draft, verdict in zip(seats, drafts, verdicts, strict=True):
@@ -165,6 +171,41 @@ def _verify(
         features.append(feature_MD[: draft.token_M.numel()])
         seat.memory.cache.length += draft.token_M.numel()
     return features, target.logits(torch.cat(features))
+
+
+def _verify_roots(
+    engine: "Engine",
+    seats: Sequence[Seat],
+    drafts: list[Draft],
+    features: list[torch.Tensor],
+    logits_NV: torch.Tensor,
+) -> torch.Tensor:
+    """Verify trees whose features are no numbers again, as their roots alone; the logits [N,V] of all, then.
+
+    A drafted row that overflows in 16 bits would spoil the others: a hidden column weighs 0, and 0 times no number is
+    no number. A seat whose root overflows too has its error, and ends.
+    """
+    logits = list(logits_NV.split([draft.token_M.numel() for draft in drafts]))
+    for number, seat in enumerate(seats):
+        if not features[number].isnan().any():
+            continue
+        cache = seat.memory.cache
+        cache.wipe(cache.length - drafts[number].token_M.numel())
+        drafts[number] = tree.root_only(drafts[number].token_M[:1])
+        features[number], logits[number] = engine.forwards.verify(engine.target, seat.memory, drafts[number])
+        if features[number].isnan().any():
+            seat.error, seat.stop.remaining = _no_numbers(engine.target, seat.rows), 0
+            cache.wipe(cache.length - 1)
+            cache.length += 1
+    return torch.cat(logits)
+
+
+def _no_numbers(target: Target, position: int) -> DataError:
+    dtype = str(target.dtype).removeprefix("torch.")
+    return DataError(
+        f"after {position} tokens the target computes no numbers in {dtype}: they overflow, or its weights are "
+        "damaged. Set target.dtype=float32 or bfloat16"
+    )
 
 
 def _judge(seats: Sequence[Seat], drafts: Sequence[Draft], logits_NV: torch.Tensor) -> list[Verdict]:

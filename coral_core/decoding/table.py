@@ -99,4 +99,6 @@ def decode_all(engine: Engine, requests: Sequence[Request], places: int) -> Iter
             yield number, event
         if table.seats:
             for seat, event in table.step():
+                if seat.error:
+                    raise seat.error
                 yield number_of[seat], event

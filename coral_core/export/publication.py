@@ -99,12 +99,14 @@ def _copy_engines(run: Path, folder: Path, source: Source) -> list[str]:
     """The engines' folders of this drafter, one of each; older ones are left behind."""
     found = []
     for to in formats(source.drafter):
-        shutil.rmtree(folder / to, ignore_errors=True)
-        made = run / "export" / to
+        copy, made = folder / f".{to}.partial", run / "export" / to
+        for older in (copy, folder / to):
+            shutil.rmtree(older, ignore_errors=True)
         if not (made / MANIFEST).exists():
             continue
         if Manifest.read(made, "export", f"coral export --to {to}").inputs["drafter"] == source.manifest.fingerprint:
-            shutil.copytree(made, folder / to)
+            shutil.copytree(made, copy)
+            copy.rename(folder / to)
             found.append(to)
     return found
 

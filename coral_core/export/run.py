@@ -4,6 +4,7 @@ Axes: C candidate: a token that is drafted from.
 """
 
 import dataclasses
+import io
 import shutil
 from pathlib import Path
 
@@ -99,7 +100,9 @@ def export_engine(to: str, source: Source, target: Target, run: Path, token_map:
             write_folder(layout, drafter, target.lent, work, str(target.model.config._name_or_path))
         if ids is not None and not drafter.config.taps:
             # SGLang reads nothing else: a pickled list of plain integers, loaded there with weights_only.
-            torch.save(ids, work / TOKEN_MAP)
+            content = io.BytesIO()  # written by Python, whose error says when the disk is full
+            torch.save(ids, content)
+            (work / TOKEN_MAP).write_bytes(content.getvalue())
         facts = {"format": to, "token_map": len(ids) if ids else None}
         Manifest(kind="export", fingerprint=name, inputs=inputs, recipe={}, facts=facts).sealed(work).write(work)
     return final

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from coral_core.decoding.table import Table
+from coral_core.errors import DataError
 from coral_core.serve.answer import Answer, Opened, Piece, Service
 from coral_core.serve.protocol import Ask, Fields, Form, Refusal, Usage, parse, read_chat, read_completion
 from coral_core.serve.worker import Ended, FullError, Job, Worker
@@ -194,6 +195,8 @@ def _failed(told: Any) -> Refusal:
         return told
     if isinstance(told, Ended) and isinstance(told.error, FullError):
         return Refusal("the server is shutting down", status=503, code="shutting_down")
+    if isinstance(told, Ended) and isinstance(told.error, DataError):
+        return Refusal(str(told.error), status=500)
     return Refusal("the answer failed; the server's log says why", status=500)
 
 

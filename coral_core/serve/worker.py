@@ -159,7 +159,7 @@ class Worker:
         """Tell a job's owner of its round. A bug in one answer must not stop the others."""
         job, last = self.active[seat], seat.stop.done
         try:
-            value, done = job.answer.feed(event, last)
+            value, done = (Ended(seat.error), True) if seat.error else job.answer.feed(event, last)
         except Exception as error:
             log.exception("an answer failed")
             value, done = Ended(error), True

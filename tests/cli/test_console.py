@@ -66,6 +66,11 @@ def test_durations_are_for_people(seconds, text):
     assert console.duration_text(seconds) == text
 
 
+@pytest.mark.parametrize(("size", "text"), [(900, "0.9 kB"), (81_400_000, "81.4 MB"), (2_500_000_000, "2.5 GB")])
+def test_sizes_are_never_zero_gigabytes(size, text):
+    assert console.size_text(size) == text
+
+
 def test_numbers_carry_their_unit():
     assert (
         console.numbers_text({"tokens_per_s": 1234.5, "loss": 0.12345, "done": 3})

@@ -91,9 +91,12 @@ def test_a_bug_keeps_its_traceback():
     assert "error: a bug" not in done.stderr
 
 
-def test_ctrl_c_is_130_with_one_line():
-    """A real signal, to a command in the middle of its work."""
+@pytest.mark.parametrize("moment", ["at work", "while its words are read"])
+def test_ctrl_c_is_130_with_one_line(moment):
+    """A real signal."""
     code = FAKE.format(body="print('ready', flush=True); time.sleep(60)")
+    if moment != "at work":
+        code = code.replace("\ncli.main()", "\ncli.app.info.cls.parse_args = lambda *_: fake()\ncli.main()")
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:

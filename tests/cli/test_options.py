@@ -90,6 +90,10 @@ def test_a_full_disk_leaves_the_old_recipe(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(CoralError, match="No space left on device"):
+    with pytest.raises(CoralError, match="the disk of .*pico is full; .* Free some room and run the same command"):
         opened(["seed=5"], tmp_path)
+    with pytest.raises(KeyboardInterrupt), open_run(["seed=5"], tmp_path):
+        raise KeyboardInterrupt
+    with pytest.raises(CoralError, match="the disk of .*pico is full"), open_run(["seed=5"], tmp_path) as other:
+        (other.folder / "file").write_text("what a command writes besides its stages")
     assert load_recipe(run.folder / "recipe.yaml", []) == run.recipe

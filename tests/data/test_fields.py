@@ -124,6 +124,8 @@ def test_every_way_to_a_target_says_the_same_of_a_token_without_a_row() -> None:
     engine = make_service().engine
     with pytest.raises(DataError, match=LINE):
         list(dataclasses.replace(engine, target=target).decode([5, 259], Sampler(), 4))
+    with pytest.raises(DataError, match="token -1 has no row"):
+        list(plain(target, [5, -1], Sampler(), 4))
     chat = {"model": "tiny", "messages": [{"role": "user", "content": f"a {ADDED}"}]}
     rest: dict[str, Any] = {"max_new_tokens": 4, "sampling": {}}
     for ask in (read_chat(chat), Ask(text=ADDED, **rest), Ask(ids=[259], **rest)):

@@ -9,7 +9,7 @@ from coral_core import embedded
 from coral_core.artifacts import fingerprint
 from coral_core.errors import RecipeError
 from coral_core.recipe.loader import dump_yaml, load_recipe, section_fingerprint, to_mapping
-from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, Recipe
+from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, DecodeSpec, Recipe
 
 
 @pytest.fixture
@@ -30,6 +30,12 @@ def refusal(path: Path | None, *overrides: str) -> str:
         load_recipe(path, list(overrides))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, float("inf"), float("nan")])
+def test_a_recipe_made_in_a_program_holds_no_nonsense(temperature):
+    with pytest.raises(RecipeError, match="decode.temperature is .*; it must be a finite number, at least 0"):
+        DecodeSpec(temperature=temperature)
 
 
 def test_no_recipe_is_the_run_that_made_the_embedded_drafter():

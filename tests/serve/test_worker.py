@@ -18,6 +18,7 @@ class Place:
 
     name: str
     left: int
+    error: None = None
 
     @property
     def stop(self) -> Any:

@@ -1,6 +1,7 @@
 """What a target must do is seen when it is loaded, and what does not do it is refused in one line."""
 
 import dataclasses
+import functools
 import random
 from typing import Any
 
@@ -13,6 +14,7 @@ from coral_core.data.answer import Sampling, write
 from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError, TargetError
+from coral_core.target import probe
 from coral_core.target.capture import tap
 from coral_core.target.load import wrap
 from coral_core.target.target import Target
@@ -113,9 +115,15 @@ def test_a_model_without_a_cache_is_refused() -> None:
 
 def test_a_window_that_the_layers_do_not_apply_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long ones too, without a forward of as many rows as they have."""
+    counts: list[int] = []
+    ids = probe._ids
+    monkeypatch.setattr(probe, "_ids", lambda target, count: counts.append(count) or ids(target, count))
     for window, small in ((7, 512), (40, 16)):
-        monkeypatch.setattr("coral_core.target.probe.LONG_WINDOW", small)
-        assert wrap(model_of("MistralConfig", sliding_window=window), None).window == window
+        monkeypatch.setattr(probe, "LONG_WINDOW", small)
+        counts.clear()
+        right = model_of("MistralConfig", sliding_window=window)
+        assert wrap(right, None).window == right.config.sliding_window == window
+        assert max(counts) <= small
         model = model_of("LlamaConfig")
         model.config.sliding_window = window  # as of Moshi's decoder: named in the config, used by no mask
         refused(model, f"names a window of {window} positions, which its own attention does not apply")
@@ -140,6 +148,10 @@ def test_layers_that_place_rows_by_the_length_of_the_cache_are_refused() -> None
 def test_rows_that_see_their_siblings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("LlamaConfig")
     forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda attention_mask=None, **kwargs: forward(**kwargs))
-    with pytest.raises(TargetError, match="a row of a drafted tree is not what it is alone|takes no"):
-        wrap(model, None)
+
+    @functools.wraps(forward)
+    def blind(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **{**kwargs, "attention_mask": None})
+
+    monkeypatch.setattr(model.model, "forward", blind)
+    refused(model, "a row of a drafted tree is not what it is alone")
