@@ -2,10 +2,11 @@
 
     python -m benchmarks.serve                                  # pico on its held-out prompts
     python -m benchmarks.serve --old ../before my.yaml          # beside the server of another checkout, in turns
+    python -m benchmarks.serve --transformers                   # and beside `transformers serve` (its extra: serving)
 
-Each client asks one question after the other and reads the stream. Both servers run at once, and only one of them is
-asked at a time, so that a machine that slows down favours neither. Half of the questions are answered greedily, half
-at temperature 1; answers of the two servers are compared. With the turns of `--old`, an answer takes its turn round by
+Each client asks one question after the other and reads the stream. All servers run at once, and only one of them is
+asked at a time, so that a machine that slows down favours none. Half of the questions are answered greedily, half
+at temperature 1; answers of the servers are compared. With the turns of `--old`, an answer takes its turn round by
 round; here, a round is shared by all.
 """
 
@@ -15,6 +16,7 @@ import http.client
 import itertools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,8 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import record
+from transformers import AutoTokenizer
+
+from benchmarks.record import RESULTS, record
 from coral_core.bench.questions import held_out
+from coral_core.embedded import model_source
 from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import Recipe
 
@@ -51,6 +56,34 @@ def server(checkout: Path, arguments: Sequence[str], active: int) -> Iterator[st
             yield address.removeprefix("http://").split("/")[0]
         finally:
             process.terminate()
+
+
+@contextlib.contextmanager
+def transformers_server(model: str) -> Iterator[str]:
+    """The address of `transformers serve` with its own defaults, once it answers for that model."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            begun_s = time.monotonic()
+            while not _healthy(f"127.0.0.1:{port}"):
+                if process.poll() is not None or time.monotonic() - begun_s > START_S:
+                    raise SystemExit(f"transformers serve does not start; try: {' '.join(command)}")
+                time.sleep(0.5)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def _healthy(address: str) -> bool:
+    with contextlib.closing(http.client.HTTPConnection(address, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
 
 
 def ask(address: str, body: dict[str, Any]) -> tuple[str, int, float, float]:
@@ -90,23 +123,26 @@ def load(address: str, clients: int, bodies: Sequence[dict[str, Any]]) -> dict[s
 
 
 def make_bodies(recipe: Recipe, run: Path, tokens: int) -> list[dict[str, Any]]:
-    """Held-out prompts, as requests."""
-    body = {"model": recipe.name, "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
-    prompts = [list(question.ids) for question in held_out(run, recipe.target.model)]
-    return [body | {"prompt": ids, "temperature": number % 2, "seed": number} for number, ids in enumerate(prompts)]
+    """Held-out prompts as text, which every server takes, as requests."""
+    body = {"max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+    tokenizer = AutoTokenizer.from_pretrained(model_source(recipe.target.model))
+    texts = [tokenizer.decode(question.ids) for question in held_out(run, recipe.target.model)]
+    return [body | {"prompt": text, "temperature": number % 2, "seed": number} for number, text in enumerate(texts)]
 
 
 def race(
-    addresses: dict[str, str], clients: Sequence[int], bodies: Sequence[dict[str, Any]], repeats: int
+    addresses: dict[str, tuple[str, str]], clients: Sequence[int], bodies: Sequence[dict[str, Any]], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each lane and number of clients: medians over the repeats, the lanes in turns."""
-    for address in addresses.values():
-        load(address, 1, bodies)  # warms up
+    """A row for each lane (an address, and what the model is called there) and number of clients: medians over the
+    repeats, the lanes in turns."""
+    asked = {lane: [body | {"model": model} for body in bodies] for lane, (_, model) in addresses.items()}
+    for lane, (address, _) in addresses.items():
+        load(address, 1, asked[lane])  # warms up
     for count in clients:
         seen: dict[str, list[dict[str, Any]]] = {lane: [] for lane in addresses}
         for repeat in range(repeats):
             for lane in list(addresses)[:: -1 if repeat % 2 else 1]:
-                seen[lane].append(load(addresses[lane], count, bodies))
+                seen[lane].append(load(addresses[lane][0], count, asked[lane]))
         first = next(iter(seen.values()))[0]["texts"]
         for lane, runs in seen.items():
             first_s = sorted(value for one in runs for value in one["first_s"])
@@ -132,7 +168,16 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "serve8_over_turns": over(("shared", 8), ("turns", 8)),
         "serve8_over_one": over(("shared", 8), ("shared", 1)),
         "serve1_over_turns": over(("shared", 1), ("turns", 1)),
+        "serve1_over_transformers": over(("shared", 1), ("transformers", 1)),
+        "serve8_over_transformers": over(("shared", 8), ("transformers", 8)),
     }
+
+
+def kept(name: str, model: str) -> list[dict[str, Any]]:
+    """Rows of other models that are in the results already."""
+    path = RESULTS / f"{name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return [row for row in rows if row["model"] != model]
 
 
 def main() -> None:
@@ -143,21 +188,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--name", default="serve", help="of the file in results/")
+    parser.add_argument("--transformers", action="store_true", help="a lane of `transformers serve`")
     options, rest = parser.parse_known_args()
     files = [Path(text) for text in rest if "=" not in text]
     recipe = load_recipe(files[0] if files else None, [text for text in rest if "=" in text])
     bodies = make_bodies(recipe, options.runs / recipe.name, options.tokens)
     arguments, active = [*rest, "--runs", str(options.runs.resolve())], max(options.clients)
     with contextlib.ExitStack() as stack:
-        addresses = {"shared": stack.enter_context(server(ROOT, arguments, active))}
+        addresses = {"shared": (stack.enter_context(server(ROOT, arguments, active)), recipe.name)}
         if options.old:
-            addresses["turns"] = stack.enter_context(server(options.old, arguments, active))
-        rows = []
+            addresses["turns"] = stack.enter_context(server(options.old, arguments, active)), recipe.name
+        if options.transformers:
+            source = model_source(recipe.target.model)
+            addresses["transformers"] = stack.enter_context(transformers_server(source)), source
+        rows = kept(options.name, recipe.name)
         for row in race(addresses, options.clients, bodies, options.repeats):
             print(json.dumps(row), file=sys.stderr, flush=True)
             rows.append({"model": recipe.name} | row)
-    print(json.dumps(figures(rows), indent=1))
-    print(record(options.name, figures(rows), rows))
+    models = dict.fromkeys(row["model"] for row in rows)
+    found = {model: figures([row for row in rows if row["model"] == model]) for model in models}
+    print(json.dumps(found, indent=1))
+    print(record(options.name, {**found.pop("pico", {}), **found}, rows))
 
 
 if __name__ == "__main__":
