@@ -113,6 +113,12 @@ def numbers_text(numbers: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
+def tell(text: str, style: str = "") -> None:
+    """Text on stderr as it is, in one line however long: a path or a command in it can be copied. '' is not said."""
+    if text:
+        err.print(text, style=style, markup=False, soft_wrap=True)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A Markdown table on stdout: the first column to the left, the others to the right."""
     from coral_core.report.tables import table

@@ -27,7 +27,7 @@ def chat(
     runs: RunsOption = RUNS,
 ) -> None:
     """Talk with the target: answers stream; after each, tokens/s, tau and the speedup against plain decoding."""
-    from coral_cli.console import err, out
+    from coral_cli.console import err, out, tell
     from coral_cli.talk import keyboard, views
 
     session = _session(look_at_run(arguments, runs), speculative)
@@ -44,9 +44,9 @@ def chat(
                     return
                 _heed(session, line.strip(), show_drafts)
             except CoralError as error:
-                err.print(str(error), markup=False, soft_wrap=True)
+                tell(str(error))
             except KeyboardInterrupt:  # pressed once more, after the answer had ended
-                err.print("(stopped)", style="dim")
+                tell("(stopped)", "dim")
 
 
 def _tell(text: str) -> None:
@@ -67,7 +67,7 @@ def _heed(session: Session, words: str, show_drafts: bool) -> None:
 
 
 def _session(run: Run, speculative: bool) -> Session:
-    from coral_cli.console import err
+    from coral_cli.console import tell
     from coral_cli.talk.session import Session
     from coral_core.decoding.engine import Engine
 
@@ -78,7 +78,7 @@ def _session(run: Run, speculative: bool) -> Session:
             found = engine_of(run, target)
         except ArtifactError as error:
             raise ArtifactError(f"{error}, or chat without a drafter: --no-speculative") from error
-        err.print(f"drafter and head from {run.made}", style="dim", markup=False, soft_wrap=True)
+        tell(f"drafter and head from {run.made}", "dim")
         return found
 
     return Session(target, run.sampler, run.recipe.decode.max_new_tokens, engine, drafted=speculative)

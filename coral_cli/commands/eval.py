@@ -37,7 +37,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     runs: RunsOption = RUNS,
 ) -> None:
     """Measure tokens per round and speed against plain decoding, and check that not a word differs."""
-    from coral_cli.console import err, print_json, print_markdown, progress_bars
+    from coral_cli.console import print_json, print_markdown, progress_bars, tell
     from coral_core.bench.contenders import contenders
     from coral_core.bench.questions import Bench, check_names, load_bench
 
@@ -55,7 +55,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
         target = run.target(dialogues=any(not one.ids for bench in found for one in bench.questions))
         methods = [load_method(contender, target) for contender in compared]
         for folder in dict.fromkeys(method.folder for method in methods):
-            err.print(f"drafter and head from {folder}", markup=False, soft_wrap=True)
+            tell(f"drafter and head from {folder}")
         plan = Plan(
             recipe=recipe,
             target=target,
@@ -63,15 +63,12 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
             benches=[Bench(one.name, one.questions[:limit]) for one in found],
             run_code=run_code,
         )
-        if said := interrupted(plan, run.folder):
-            err.print(said, markup=False, soft_wrap=True)
+        tell(interrupted(plan, run.folder))
         with progress_bars() as progress:
             results = run_evaluation(plan, run.folder, progress)
         if as_json:
             print_json(results)
         else:
             print_markdown(markdown(results))
-        err.print(
-            f"written to {run.folder / 'eval'}: results.json, results.md, results.tex", markup=False, soft_wrap=True
-        )
-        err.print(f"to look at: {run.folder / 'eval' / 'report.html'}", markup=False, soft_wrap=True)
+        tell(f"written to {run.folder / 'eval'}: results.json, results.md, results.tex")
+        tell(f"to look at: {run.folder / 'eval' / 'report.html'}")

@@ -35,7 +35,7 @@ def export(
     runs: RunsOption = RUNS,
 ) -> None:
     """Write RUNS/NAME/export/FORMAT, a folder that an engine loads as it is, or say why it could not."""
-    from coral_cli.console import err
+    from coral_cli.console import tell
     from coral_core import embedded
     from coral_core.errors import CoralError
     from coral_core.export.run import FORMATS, HF, export_engine, export_hf, open_source
@@ -52,12 +52,12 @@ def export(
         if to == HF:
             folder = export_hf(source, run.folder)
             next_step = hints.pasteable("coral publish --repo ORG/NAME")
-            err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
+            tell(f"written to {folder}. Next: {next_step}")
             return
         mapped = map_size if wide else to == "sglang"
         token_map = _token_map(run, source, target, map_size) if mapped else None
         folder = export_engine(to, source, target, run.folder, token_map)
-        err.print(f"written to {folder}, and read back. Serve it with:", markup=False, soft_wrap=True)
+        tell(f"written to {folder}, and read back. Serve it with:")
         model = embedded.model_source(run.recipe.target.model)
         with_map = token_map is not None and not wide
         typer.echo(serve_command(to, run.recipe, source.drafter.config, (model, str(folder)), with_map=with_map))
@@ -65,7 +65,7 @@ def export(
 
 def _token_map(run: Run, source: Source, target: Target, size: int | None) -> torch.Tensor | None:
     """The most frequent tokens, where a head knows them; prints what drafting from them alone costs in tau."""
-    from coral_cli.console import err, progress_bars
+    from coral_cli.console import progress_bars, tell
     from coral_core.bench.acceptance import static_head_cost
     from coral_core.bench.questions import held_out
     from coral_core.errors import ArtifactError, CoralError
@@ -79,15 +79,13 @@ def _token_map(run: Run, source: Source, target: Target, size: int | None) -> to
     try:
         questions = held_out(run.folder, run.recipe.target.model)[:MEASURED_PROMPTS]
     except ArtifactError as error:
-        err.print(f"token map of {len(token_map):,} tokens, its cost not measured: {error}", markup=False)
+        tell(f"token map of {len(token_map):,} tokens, its cost not measured: {error}")
         return token_map
     prompts = [list(question.ids) for question in questions]
     with progress_bars() as progress:
         whole, mapped = static_head_cost(run.recipe, target, source.drafter, token_map, prompts, progress)
-    err.print(
+    tell(
         f"token map: {len(token_map):,} of {target.lent.head_VD.shape[0]:,} tokens; expected tau {mapped:.2f} instead "
-        f"of {whole:.2f} ({mapped / whole - 1:+.1%}), on {len(prompts)} held-out prompts",
-        markup=False,
-        soft_wrap=True,
+        f"of {whole:.2f} ({mapped / whole - 1:+.1%}), on {len(prompts)} held-out prompts"
     )
     return token_map

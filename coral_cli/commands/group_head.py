@@ -10,41 +10,32 @@ from coral_cli.tapped import Tapped
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
-    from coral_core.grouping.stage import Probe
-    from coral_core.progress import Progress
 
 
 def group_head(arguments: Arguments = None, runs: RunsOption = RUNS) -> None:
     """Group the LM head's rows and train the router."""
-    from coral_cli.console import err, progress_bars
+    from coral_cli.console import progress_bars, tell
+    from coral_core.bench.probe import Probe
     from coral_core.grouping.stage import group_head as build_head
     from coral_core.grouping.stage import head_standing
 
     with open_run(arguments, runs) as run:
         spec, folder = run.recipe.head, run.folder / "head"
         found = head_standing(run.recipe, run.folder)
-        if text := hints.standing(folder, found, "recipe and drafter"):
-            err.print(text, markup=False, soft_wrap=True)
+        tell(hints.standing(folder, found, "recipe and drafter"))
         tapped = Tapped(run, "; or set head.groups and head.active")
         tapped.check()
         with progress_bars() as progress:
             is_open = not (spec.groups and spec.active) and not found.manifest
-            probe = _probe(tapped, progress) if is_open else None
+            prompts = tapped.prompts if is_open else []  # asked for first: the target takes long to load
+            probe = Probe(run.recipe, tapped.target, prompts, progress) if is_open else None
             manifest, _ = build_head(run.recipe, run.folder, progress, probe, tapped.tap)
         _print_summary(manifest)
-        err.print(f"written to {folder}. Next: {hints.pasteable('coral eval')}", markup=False, soft_wrap=True)
-
-
-def _probe(tapped: Tapped, progress: Progress) -> Probe:
-    """Rounds of the target, to choose by. Raises CoralError when the data has no held-out prompt of this target."""
-    from coral_core.bench.probe import Probe as DecodingProbe
-
-    prompts = tapped.prompts
-    return DecodingProbe(tapped.run.recipe, tapped.target, prompts, progress)
+        tell(f"written to {folder}. Next: {hints.pasteable('coral eval')}")
 
 
 def _print_summary(manifest: Manifest) -> None:
-    from coral_cli.console import err, print_table
+    from coral_cli.console import print_table, tell
 
     facts = manifest.facts
     settings = facts.get("settings") or [facts]
@@ -59,7 +50,7 @@ def _print_summary(manifest: Manifest) -> None:
         "a head's ms from single calls with a cold cache, the router included",
         *(["- was not predicted, since head.groups and head.active were given"] if not predicted else []),
     ):
-        err.print(line, style="dim", markup=False, soft_wrap=True)
+        tell(line, "dim")
 
 
 def _row(setting: dict[str, Any], chosen: dict[str, Any]) -> tuple[str, ...]:

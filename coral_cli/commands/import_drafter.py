@@ -16,7 +16,7 @@ def import_drafter(
     runs: RunsOption = RUNS,
 ) -> None:
     """Take a drafter into RUNS/NAME/drafter, for the recipe's target, after checking that it is whole and fits."""
-    from coral_cli.console import err
+    from coral_cli.console import tell
     from coral_core.drafter.hub import fetch
     from coral_core.export.bring_in import bring_in
     from coral_core.target.load import load_target
@@ -27,10 +27,5 @@ def import_drafter(
         next_step = (
             "coral eval" if with_head else "coral eval head.kind=full, or coral prepare-data and coral group-head"
         )
-        facts = manifest.facts
-        err.print(
-            f"{facts['parameters']:,} parameters written to {run.folder / 'drafter'}. "
-            f"Next: {hints.pasteable(next_step)}",
-            markup=False,
-            soft_wrap=True,
-        )
+        written = f"{manifest.facts['parameters']:,} parameters written to {run.folder / 'drafter'}"
+        tell(f"{written}. Next: {hints.pasteable(next_step)}")

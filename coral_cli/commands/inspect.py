@@ -21,7 +21,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a folder that coral made is, and whether it is whole."""
-    from coral_cli.console import print_json, progress_bars
+    from coral_cli.console import print_json, progress_bars, tell
     from coral_core.inspection import inspect as describe
 
     with progress_bars() as progress:
@@ -32,7 +32,7 @@ def inspect(
         for part in found.get("stages", {"": found}).values():
             _print(part)
         for name in found.get("unfinished", []):
-            _say(f"{name} is unfinished: the command that makes it goes on where it stopped")
+            tell(f"{name} is unfinished: the command that makes it goes on where it stopped")
     if found["damaged"]:
         raise ArtifactError(f"damaged: {', '.join(found['damaged'])}. {_remedy(path, found)}")
 
@@ -96,9 +96,3 @@ def _weights_text(weights: dict[str, Any]) -> str:
     return (
         f"{weights['parameters']:,} parameters in {weights['tensors']} tensors, {dtypes}, {size_text(weights['bytes'])}"
     )
-
-
-def _say(text: str) -> None:
-    from coral_cli.console import err
-
-    err.print(text, markup=False, soft_wrap=True)

@@ -30,7 +30,7 @@ def prepare_data(
     runs: RunsOption = RUNS,
 ) -> None:
     """Let the target answer the prompts, and tap its features."""
-    from coral_cli.console import progress_bars
+    from coral_cli.console import progress_bars, tell
     from coral_core.artifacts import drop_unfinished
     from coral_core.data.estimate import estimate
     from coral_core.data.job import Job, check_recipe, standing
@@ -52,7 +52,7 @@ def prepare_data(
             if not dry_run and found.store is None:
                 prepare(job)
             return
-        _say(_standing_text(job, found))
+        tell(_standing_text(job, found))
         if dry_run:
             with progress_bars() as progress:
                 _print_estimate(job, estimate(job, progress))
@@ -64,14 +64,7 @@ def prepare_data(
         _print_summary(store)
         for index in store.train_indices[:show]:
             _print_sample(store, index, job.target.tokenizer)
-        _say(hints.pasteable(f"in {job.folder}. Next: coral train"))
-
-
-def _say(text: str) -> None:
-    from coral_cli.console import err
-
-    if text:
-        err.print(text, markup=False, soft_wrap=True)
+        tell(hints.pasteable(f"in {job.folder}. Next: coral train"))
 
 
 def _standing_text(job: Job, found: Standing) -> str:

@@ -21,10 +21,10 @@ def publish(
     runs: RunsOption = RUNS,
 ) -> None:
     """Show the model card and the files that would be published; with --push, upload them."""
-    from coral_cli.console import err
+    from coral_cli.console import size_text, tell
     from coral_core.drafter.hub import upload
     from coral_core.errors import CoralError
-    from coral_core.export.publication import prepare, size_text
+    from coral_core.export.publication import prepare
 
     if repo.count("/") != 1:
         raise typer.BadParameter(f"--repo is '{repo}'; write it as org/name")
@@ -34,15 +34,11 @@ def publish(
         publication = prepare(run.recipe, run.folder, repo, licence)
         typer.echo(publication.card)
         for name, size_bytes in publication.files:
-            err.print(f"{name}  {size_text(size_bytes)}", markup=False, soft_wrap=True)
+            tell(f"{name}  {size_text(size_bytes)}")
         for warning in publication.warnings:
-            err.print(f"note: {warning}", markup=False, soft_wrap=True)
+            tell(f"note: {warning}")
         if push:
             address = upload(publication.folder, repo, message=f"{run.recipe.name}, by coral")
-            err.print(f"published: {address}", markup=False, soft_wrap=True)
+            tell(f"published: {address}")
         else:
-            err.print(
-                f"nothing was uploaded; it lies in {publication.folder}. To publish: --push",
-                markup=False,
-                soft_wrap=True,
-            )
+            tell(f"nothing was uploaded; it lies in {publication.folder}. To publish: --push")

@@ -38,7 +38,7 @@ def serve(
 
     import uvicorn
 
-    from coral_cli.console import err
+    from coral_cli.console import tell
     from coral_core.serve.app import make_app
 
     app = make_app(_service(run), active, waiting)
@@ -48,18 +48,18 @@ def serve(
         # A web page whose name was pointed at this machine must not read answers: its requests carry that name.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL[:2]))
     else:
-        err.print(f"listening on {host}: whoever reaches this port may ask; there are no keys", markup=False)
+        tell(f"listening on {host}: whoever reaches this port may ask; there are no keys")
     listening.listen()  # whoever reads the next line may connect
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}/v1"
-    err.print(f"{run.recipe.name} answers at {address}, Ctrl-C stops", markup=False, soft_wrap=True)
+    tell(f"{run.recipe.name} answers at {address}, Ctrl-C stops")
     config = uvicorn.Config(
         app, log_config=_log_config(uvicorn.config.LOGGING_CONFIG), timeout_graceful_shutdown=SHUTDOWN_S, ws="none"
     )
     try:
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:  # uvicorn passes it on when it has shut down
-        err.print("stopped", markup=False)
+        tell("stopped")
 
 
 def _refuse_without_extra() -> None:

@@ -13,8 +13,6 @@ from coral_cli.tapped import Tapped
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
-    from coral_core.progress import Progress
-    from coral_core.training.loop import Measure
 
 
 def train(
@@ -31,8 +29,9 @@ def train(
     if dry_run:
         _print_estimate(arguments, runs)
         return
-    from coral_cli.console import err, progress_bars
+    from coral_cli.console import progress_bars, tell
     from coral_core.artifacts import drop_unfinished
+    from coral_core.bench.acceptance import acceptance
     from coral_core.processes import processes
     from coral_core.training.stage import drafter_standing, train_drafter
 
@@ -41,17 +40,19 @@ def train(
         if restart and main:
             drop_unfinished(run.folder / "drafter")
         folder, found = run.folder / "drafter", drafter_standing(run.recipe, run.folder)
-        if main and (text := hints.standing(folder, found, "recipe and data")):
-            err.print(text, markup=False, soft_wrap=True)
+        if main:
+            tell(hints.standing(folder, found, "recipe and data"))
         tapped = Tapped(run, ", or set train.eval_every=0" if run.recipe.data.features == "stored" else "")
         tapped.check()
         with progress_bars() as progress:
-            measure = _acceptance(tapped, progress) if run.recipe.train.eval_every else None
+            measure = None
+            if run.recipe.train.eval_every:
+                prompts = tapped.prompts  # asked for first: the target takes long to load
+                measure = acceptance(run.recipe, tapped.target, prompts, progress)
             manifest, _ = train_drafter(run.recipe, run.folder, progress, measure, tapped.tap)
         if main:
             _print_summary(manifest)
-            next_step = hints.pasteable("coral group-head")
-            err.print(f"written to {folder}. Next: {next_step}", markup=False, soft_wrap=True)
+            tell(f"written to {folder}. Next: {hints.pasteable('coral group-head')}")
 
 
 def _print_estimate(arguments: list[str] | None, runs: Path) -> None:
@@ -73,14 +74,6 @@ def _print_estimate(arguments: list[str] | None, runs: Path) -> None:
         ("time, at most", duration_text(expected.elapsed_s)),
     ]
     print_table(("to expect", recipe.name), rows)
-
-
-def _acceptance(tapped: Tapped, progress: Progress) -> Measure:
-    """Real tokens per round on the run's held-out prompts. Raises CoralError when the data has none of this target."""
-    from coral_core.bench.acceptance import acceptance
-
-    prompts = tapped.prompts
-    return acceptance(tapped.run.recipe, tapped.target, prompts, progress)
 
 
 def _print_summary(manifest: Manifest) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coral_core.artifacts import write_text
-from coral_core.errors import CoralError
+from coral_core.errors import CoralError, did_you_mean
 
 if TYPE_CHECKING:
     from coral_cli.talk.session import Session, Tally
@@ -20,9 +19,7 @@ def run(session: Session, line: str) -> str:
     """Do what the line asks; /exit is the caller's. Raises CoralError for what is no command, with the nearest."""
     name, _, argument = line.partition(" ")
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {' '.join(COMMANDS)}"
-        raise CoralError(f"unknown command {name}; {hint}")
+        raise CoralError(f"unknown command {name}; {did_you_mean(name, COMMANDS) or 'there are ' + ' '.join(COMMANDS)}")
     return COMMANDS[name](session, argument.strip())
 
 

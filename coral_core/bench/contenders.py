@@ -1,13 +1,12 @@
 """What is to be compared, drafters times heads, by name: checked before anything heavy is imported or loaded."""
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 from coral_core import embedded
-from coral_core.errors import ArtifactError, DataError
+from coral_core.errors import ArtifactError, DataError, did_you_mean
 from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import HeadSpec, Recipe
 
@@ -39,9 +38,8 @@ def contenders(recipe: Recipe, run: Path, drafters: Sequence[str], heads: Sequen
     """
     for kind in heads:
         if kind not in HEADS:
-            near = difflib.get_close_matches(kind, HEADS, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise DataError(f"unknown head '{kind}'; {hint}The heads are {', '.join(HEADS)}")
+            hint = did_you_mean(kind, HEADS)
+            raise DataError(f"unknown head '{kind}'; " + f"{hint} the heads are {', '.join(HEADS)}".lstrip())
     found = []
     for drafter in drafters or [""]:
         folder, owner = (find_run(drafter, run.parent), Path(drafter).name) if drafter else (run, recipe.name)
@@ -64,6 +62,5 @@ def find_run(name: str, runs: Path) -> Path:
     if name == embedded.NAME:
         return embedded.FOLDER
     known = sorted(path.parent.name for path in runs.glob("*/drafter"))
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"runs with one: {', '.join(known) or 'none'}."
+    hint = did_you_mean(name, known) or f"runs with one: {', '.join(known) or 'none'}."
     raise ArtifactError(f"no drafter in '{name}' or '{runs / name}'; {hint} Give --drafter a run's name or folder")

@@ -1,7 +1,6 @@
 """Question sets: a run's held-out prompts, the benches of the papers, any JSONL file."""
 
 import dataclasses
-import difflib
 import json
 import logging
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from coral_core import embedded, hub
 from coral_core.artifacts import check_files
 from coral_core.bench.catalogue import PUBLISHED, SPEED_BENCH_MASK
-from coral_core.errors import ArtifactError, DataError
+from coral_core.errors import ArtifactError, DataError, did_you_mean
 
 HELD_OUT = "held-out"
 BENCHES = (HELD_OUT, *PUBLISHED)
@@ -44,9 +43,8 @@ def check_bench(name: str, known: tuple[str, ...] = BENCHES) -> str:
     """The name itself. Raises DataError naming the nearest bench for an unknown one."""
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise DataError(f"unknown bench '{name}'; {hint}The benches are {', '.join(known)}")
+    hint = did_you_mean(name, known)
+    raise DataError(f"unknown bench '{name}'; " + f"{hint} the benches are {', '.join(known)}".lstrip())
 
 
 def check_names(names: list[str], questions: Path | None) -> list[str]:

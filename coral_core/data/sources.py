@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from coral_core import hub
-from coral_core.errors import DataError
+from coral_core.errors import DataError, first_line
 
 SELF = "self"
 """The name of the source that is the target itself."""
@@ -224,8 +224,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"cannot read {path} beyond row {number}: {reason}. Restore the file") from error
+        raise DataError(f"cannot read {path} beyond row {number}: {first_line(error)}. Restore the file") from error
     if not number:
         raise DataError(f"{path} is empty. Put one dialogue in each row")
 
@@ -245,9 +244,8 @@ def _hub(name: str, seed: int) -> Iterator[tuple[str, Any]]:
             number += 1
             yield f"{name} row {number}", row
     except Exception as error:  # the Hub client raises many kinds; the reason is passed on
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            f"cannot read the Hub dataset {name}, split {split}: {type(error).__name__}: {reason}. "
+            f"cannot read the Hub dataset {name}, split {split}: {type(error).__name__}: {first_line(error)}. "
             "Check the id (owner/name:split), or download it and set data.prompts to the file"
         ) from error
     if not number:

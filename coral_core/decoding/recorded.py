@@ -28,7 +28,7 @@ from coral_core.decoding.sampling import Ahead, Picker
 from coral_core.decoding.seat import Memory
 from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
-from coral_core.errors import TargetError
+from coral_core.errors import TargetError, first_line
 from coral_core.head.heads import Head
 from coral_core.target.target import Target
 
@@ -88,9 +88,8 @@ def run(
         try:
             replay, out = record(lambda: call(**held))
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
             raise TargetError(
-                f"a forward cannot be recorded as a CUDA graph: {reason}. Set target.graphs to false"
+                f"a forward cannot be recorded as a CUDA graph: {first_line(error)}. Set target.graphs to false"
             ) from error
         recordings[key] = Recording(call, cache, cache.storage, held, replay, out)
     recording = recordings[key]

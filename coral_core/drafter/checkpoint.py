@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 
 from coral_core.artifacts import fingerprint
 from coral_core.drafter import eagle3
-from coral_core.drafter.config import DrafterConfig, first_line, read_values
+from coral_core.drafter.config import DrafterConfig, read_values
 from coral_core.drafter.load import build_drafter
 from coral_core.drafter.model import Drafter
-from coral_core.errors import ArtifactError
+from coral_core.errors import ArtifactError, first_line
 
 EMBED = "embed_tokens.weight"
 FC_BIAS = "fc.bias"
@@ -113,7 +113,7 @@ def _config(folder: Path, values: dict[str, Any], *, fc_bias: bool) -> DrafterCo
         )
     except (TypeError, ValueError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
-        raise ArtifactError(f"{path} is no Llama config: {first_line(cause or error)}. {REMEDY}") from error  # type: ignore[arg-type]
+        raise ArtifactError(f"{path} is no Llama config: {first_line(cause or error)}. {REMEDY}") from error
     config.refuse_nonsense(folder, REMEDY)
     return config
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coral_core.errors import ArtifactError
+from coral_core.errors import ArtifactError, first_line
 
 COMMAND = "coral train; of a drafter that was imported: coral import"
 """What makes a drafter."""
@@ -134,9 +134,3 @@ def read_values(folder: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ArtifactError(f"{path} is not a config: it is no JSON object. {remedy}")
     return values
-
-
-def first_line(error: Exception) -> str:
-    """Of a library's message, which may run over a page, or be empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].rstrip(".")

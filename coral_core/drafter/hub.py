@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from coral_core import embedded
-from coral_core.drafter.config import first_line
-from coral_core.errors import ArtifactError, CoralError
+from coral_core.errors import ArtifactError, CoralError, first_line
 from coral_core.hub import offline_where_absent
 
 READ = ("*.json", "*.safetensors", "pytorch_model*.bin", "head/*")

@@ -61,14 +61,6 @@ def prepare(recipe: Recipe, run: Path, repo: str, licence: str) -> Publication:
     )
 
 
-def size_text(size_bytes: int) -> str:
-    """1.7 MB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if size_bytes >= size:
-            return f"{size_bytes / size:,.1f} {unit}"
-    return f"{size_bytes / 1e3:,.1f} kB"
-
-
 def _serve(to: str, recipe: Recipe, source: Source, repo: str, made: Path) -> str:
     """From where `hf download` puts it."""
     places = hub_target(recipe) or "TARGET", f"{repo.split('/')[1]}/{to}"

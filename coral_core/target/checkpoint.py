@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from coral_core import hub
-from coral_core.errors import TargetError
+from coral_core.errors import TargetError, first_line
 
 WEIGHTS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -85,14 +85,6 @@ def load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
             reason = f"{first_line(error)}. Restore tokenizer.json and tokenizer_config.json"
         raise TargetError(f"target '{name}' has no tokenizer that loads: {reason}") from error
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    """Of a library's message, which may run over many lines, without its full stop."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
-    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    kind = "" if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: "
-    return (kind + text).rstrip(".: ")
 
 
 @contextlib.contextmanager

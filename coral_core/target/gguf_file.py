@@ -7,7 +7,6 @@ CACHE is the Hugging Face libraries' own (HF_ASSETS_CACHE, else HF_HOME/assets).
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import re
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 
 from coral_core import hub
-from coral_core.artifacts import fingerprint, write_text
-from coral_core.errors import TargetError
+from coral_core.artifacts import file_sha256, fingerprint, write_text
+from coral_core.errors import TargetError, first_line
 
 ON_THE_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)", re.IGNORECASE)
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -49,10 +48,8 @@ def find(model: str, revision: str) -> Path | None:
         cached = not hub.answers()  # the Hub's client would try for minutes
         return Path(hf_hub_download(there["repo"], there["file"], revision=revision, local_files_only=cached))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise TargetError(
-            f"cannot fetch {there['file']} of {there['repo']} from the Hub: {reason}. {INSTEAD}"
-        ) from error
+        where = f"{there['file']} of {there['repo']} from the Hub"
+        raise TargetError(f"cannot fetch {where}: {first_line(error)}. {INSTEAD}") from error
 
 
 def unpack(file: Path, dtype: torch.dtype) -> Path:
@@ -69,7 +66,7 @@ def unpack(file: Path, dtype: torch.dtype) -> Path:
         if (folder := _known(file, cache, dtype)) and folder.is_dir():
             return folder
         with filelock.FileLock(cache / ".lock"):  # one process converts, the others wait for it
-            write_text(_sum_file(file, cache), _sha256(file))
+            write_text(_sum_file(file, cache), file_sha256(file))
             folder = _known(file, cache, dtype)
             assert folder is not None
             if not folder.is_dir():
@@ -126,14 +123,6 @@ def _known(file: Path, cache: Path, dtype: torch.dtype) -> Path | None:
     return cache / f"{known.read_text(encoding='utf-8')}-{str(dtype).removeprefix('torch.')}"
 
 
-def _sha256(file: Path) -> str:
-    digest, piece = hashlib.sha256(), bytearray(1 << 22)
-    with file.open("rb", buffering=0) as raw:
-        while count := raw.readinto(piece):
-            digest.update(memoryview(piece)[:count])
-    return digest.hexdigest()
-
-
 def _check(file: Path) -> None:
     """Raises TargetError for a file that lacks what a target needs, before minutes are spent on it."""
     if importlib.util.find_spec("gguf") is None:
@@ -162,7 +151,7 @@ def _fields(file: Path) -> dict[str, Any]:
         }
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise TargetError(
-            f"{file} is damaged, or was cut off while it was copied ({str(error).splitlines()[0]}). Fetch it again"
+            f"{file} is damaged, or was cut off while it was copied ({first_line(error)}). Fetch it again"
         ) from error
 
 
@@ -183,8 +172,7 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(lone, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise TargetError(f"transformers cannot read {file}: {reason}. {INSTEAD}") from error
+        raise TargetError(f"transformers cannot read {file}: {first_line(error)}. {INSTEAD}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise TargetError(f"{file} lacks {len(missing)} of its model's tensors, {missing[0]} among them. {INSTEAD}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from coral_core import embedded
-from coral_core.errors import TargetError
+from coral_core.errors import TargetError, first_line
 from coral_core.kernels.linear import pack
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
@@ -36,8 +36,8 @@ def pick_device(device: str) -> torch.device:
         kind, _, number = device.partition(":")
         if kind not in ("cpu", "cuda", "mps", "xpu") or (number and not number.isdigit()):
             raise TargetError(f"target.device is {device!r}; it must be auto, cpu, cuda or cuda:NUMBER") from error
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise TargetError(f"target.device is {device!r}, which this machine lacks ({reason}); try auto") from error
+        lacks = f"target.device is {device!r}, which this machine lacks ({first_line(error)})"
+        raise TargetError(f"{lacks}; try auto") from error
 
 
 def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:

@@ -4,11 +4,10 @@ chatml is OpenAI's (openai-python 0.28, chatml.md), llama-2 is Meta's (facebookr
 FastChat's (conversation.py, vicuna_v1.1). plain has no turns: the model continues the text.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-from coral_core.errors import DataError, TargetError
+from coral_core.errors import DataError, TargetError, did_you_mean
 from coral_core.target.template import FOLDER, NAMED, OFFER, SENTINEL, control_ids, render, text_ids
 
 
@@ -40,6 +39,5 @@ def _read(chosen: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(chosen, NAMED, n=1)
-        reason = f"did you mean {near[0]}?" if near else f"it is no file that can be read. Set it to {OFFER}"
+        reason = did_you_mean(chosen, NAMED) or f"it is no file that can be read. Set it to {OFFER}"
         raise TargetError(f"target.chat_template is '{chosen}': {reason}") from error

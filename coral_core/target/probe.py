@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from coral_core.errors import TargetError
+from coral_core.errors import TargetError, first_line
 from coral_core.target.target import Target
 
 SPREAD = (0, 1, 5, 17, 31)
@@ -44,9 +44,9 @@ def probed(target: Target) -> Target:
         _compare_tree(target, name)
         return _bounded(target)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise TargetError(
-            f"{name} cannot be read with coral's masks, positions and cache ({reason}). Choose another target.model"
+            f"{name} cannot be read with coral's masks, positions and cache ({first_line(error)}). "
+            "Choose another target.model"
         ) from error
 
 

@@ -102,10 +102,10 @@ def test_eval_of_draws_from_a_file(finished: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--bench mtbench", "unknown bench 'mtbench'; did you mean 'mt-bench'?"),
+        ("--bench mtbench", "unknown bench 'mtbench'; did you mean mt-bench?"),
         ("--questions absent/gsm8k.jsonl", "gsm8k.jsonl is missing; download the test split of https://hugging"),
-        ("--drafter tinny", "no drafter in 'tinny' or 'runs/tinny'; did you mean 'tiny'?"),
-        ("--head ful", "unknown head 'ful'; did you mean 'full'?"),
+        ("--drafter tinny", "no drafter in 'tinny' or 'runs/tinny'; did you mean tiny?"),
+        ("--head ful", "unknown head 'ful'; did you mean full?"),
     ],
 )
 def test_eval_answers_a_slip_in_one_line(finished: Path, options: str, message: str) -> None:
