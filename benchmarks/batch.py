@@ -13,7 +13,8 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from coral_core.bench.race import first_prompt
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.table import Request, decode_all
+from coral_core.decoding.seat import Seat
+from coral_core.decoding.step import room
+from coral_core.decoding.table import Request, Table
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
 from coral_core.target.load import load_target
@@ -35,6 +38,29 @@ Answers = list[list[int]]
 Decoded = tuple[Answers, list[int]]
 """The answers, and the tokens that each draft round emitted."""
 NEW = 96
+
+
+def decode_all(engine: Engine, requests: Sequence[Request], places: int) -> Iterator[tuple[int, Round]]:
+    """Yield (number of the request, round) as rounds are done: of each request in order, of all interleaved.
+
+    Joined per request, the ids are those of `Engine.decode`. A round's seconds are the table's, shared out evenly.
+    Raises DataError, before anything is decoded, for a prompt that is empty or does not fit the target's context.
+    """
+    for request in requests:
+        room(engine.target, request.prompt, request.max_new_tokens)
+    table, number_of = Table(engine, max(1, min(places, len(requests)))), dict[Seat, int]()
+    waiting = deque(enumerate(requests))
+    while waiting or table.seats:
+        while waiting and not table.full:
+            number, request = waiting.popleft()
+            seat, event = table.sit(request)
+            number_of[seat] = number
+            yield number, event
+        if table.seats:
+            for seat, event in table.step():
+                if seat.error:
+                    raise seat.error
+                yield number_of[seat], event
 
 
 def collect(count: int, events: Iterable[tuple[int, Round]]) -> Decoded:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.batch import decode_all
 from benchmarks.record import RESULTS, record
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
@@ -29,7 +30,7 @@ from coral_core.decoding.engine import Eager, Engine
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Memory
 from coral_core.decoding.step import prefill
-from coral_core.decoding.table import Request, decode_all
+from coral_core.decoding.table import Request
 from coral_core.target.target import Target
 
 TREES = {"chain": (4, 4), "tree": (4, 12), "60-node tree": (6, 60)}

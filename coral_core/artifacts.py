@@ -24,6 +24,7 @@ from typing import Any
 from coral_core import __version__, embedded
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.lock import published
+from coral_core.progress import Progress, silent
 
 MANIFEST = "manifest.json"
 KIN = "target"
@@ -88,10 +89,14 @@ class Manifest:
         names = names or tuple(sorted(_files(folder)))
         return dataclasses.replace(self, files={name: file_sha256(folder / name) for name in names})
 
-    def damaged(self, folder: Path, *names: str) -> list[str]:
+    def damaged(self, folder: Path, *names: str, progress: Progress = silent) -> list[str]:
         """Which of its files, or of those named, are missing or have other bytes than were written; reads them all."""
-        sums = self.sums()
-        return [name for name in names or sums if name in sums and not _is(folder / name, sums[name])]
+        sums, found = self.sums(), []
+        for number, name in enumerate(names or sums, start=1):
+            if name in sums and not _is(folder / name, sums[name]):
+                found.append(name)
+            progress("checking files", number, len(names or sums), {})
+        return found
 
     def sums(self) -> dict[str, str]:
         """The checksum of each file."""

@@ -14,7 +14,6 @@ from coral_core.artifacts import MANIFEST, Manifest, partial
 from coral_core.errors import ArtifactError
 from coral_core.progress import Progress, silent
 from coral_core.store.shard import Shard
-from coral_core.store.store import Store
 
 STAGES = ("data", "drafter", "head", "eval", "export")
 EXPORT = "export"
@@ -65,8 +64,7 @@ def _provenance(manifest: Manifest) -> dict[str, Any]:
 
 
 def _store(path: Path, manifest: Manifest, progress: Progress) -> dict[str, Any]:
-    store = Store(path, manifest, "coral prepare-data")
-    damaged = store.damaged(progress)
+    damaged = manifest.damaged(path, progress=progress)
     shards = [facts["file"] for facts in manifest.facts["shards"]]
     whole = [Shard(path / name, "coral prepare-data") for name in shards if name not in damaged]
     facts = manifest.facts

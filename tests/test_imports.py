@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "kernels": {"errors", "lent"},
     "lent": {"errors", "tensors", "kernels"},
     "recipe": {"errors", "embedded", "artifacts"},
-    "artifacts": {"errors", "embedded", "lock"},
+    "artifacts": {"errors", "embedded", "lock", "progress"},
     "target": NOUNS,
     "store": NOUNS,
     "drafter": NOUNS,

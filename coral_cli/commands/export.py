@@ -38,8 +38,7 @@ def export(
     from coral_cli.console import tell
     from coral_core import embedded
     from coral_core.errors import CoralError
-    from coral_core.export.run import FORMATS, HF, export_engine, export_hf, open_source
-    from coral_core.export.serve import serve_command
+    from coral_core.export.run import FORMATS, HF, export_engine, export_hf, open_source, serve_command
 
     if to not in FORMATS:
         raise typer.BadParameter(f"--to is '{to}'; it must be one of {', '.join(FORMATS)}")

@@ -5,30 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from coral_core.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from coral_core.decoding.engine import Engine
     from coral_core.decoding.rounds import Round
     from coral_core.decoding.sampling import Sampler
-    from coral_core.decoding.seat import Memory
     from coral_core.target.target import Target
 
 SAMPLE_TOKENS = 16
 """Plain tokens that are decoded to compare with, where no answer of the session was plain."""
 SAMPLE_S = 1.0
 """No more than this is spent on them, on a target however slow."""
-
-
-class Decoder(Protocol):
-    """What drafts: an Engine."""
-
-    def decode(
-        self, prompt: list[int], sampler: Sampler, max_new_tokens: int, memory: Memory | None = None
-    ) -> Iterator[Round]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +86,11 @@ class Session:
     """A dialogue that goes on until it is cleared; its settings may change between any two answers."""
 
     def __init__(
-        self, target: Target, sampler: Sampler, max_new_tokens: int, assemble: Callable[[], Decoder], *, drafted: bool
+        self, target: Target, sampler: Sampler, max_new_tokens: int, assemble: Callable[[], Engine], *, drafted: bool
     ) -> None:
         self.target, self.sampler, self.max_new_tokens = target, sampler, max_new_tokens
         self._assemble = assemble
-        self._engine: Decoder | None = None
+        self._engine: Engine | None = None
         self.system = ""
         self.plain, self.drafted, self.sampled = Tally(), Tally(), Tally()
         self.last: Answer | None = None

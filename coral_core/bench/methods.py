@@ -1,20 +1,15 @@
-"""A drafter and a head, loaded: each method an engine on the same target with the same tree.
-
-Axes: N row, D hidden.
-"""
+"""A drafter and a head, loaded: each method an engine on the same target with the same tree."""
 
 import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coral_core.artifacts import Manifest
 from coral_core.bench.contenders import Contender
+from coral_core.bench.probe import Watched
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Sampler
-from coral_core.head.heads import Candidates, Head
 from coral_core.run import Run
 from coral_core.target.target import Target
 
@@ -59,25 +54,10 @@ def load_method(contender: Contender, target: Target) -> Method:
     return Method(contender.name, engine, run.made, facts)
 
 
-class _CountingHead:
-    """A head that notes how many rows of the LM head each call read."""
-
-    recordable = False  # a replayed draft would not come by here
-
-    def __init__(self, head: Head) -> None:
-        self.head = head
-        self.rows: list[int] = []
-
-    def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
-        found = self.head.candidates(hidden_ND)
-        self.rows.append(found.token_C.unique().numel())
-        return found
-
-
 def rows_read(engine: Engine, prompt: list[int]) -> float:
     """LM-head rows that the drafter reads per level of the tree, the mean over a short greedy answer; not timed."""
     assert engine.head is not None
-    head = _CountingHead(engine.head)
+    head = Watched(engine.head)
     for _ in dataclasses.replace(engine, head=head).decode(prompt, Sampler(), PROBE_TOKENS):
         pass
-    return statistics.fmean(head.rows) if head.rows else 0.0
+    return statistics.fmean(token_C.unique().numel() for token_C in head.tokens) if head.tokens else 0.0

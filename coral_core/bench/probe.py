@@ -24,18 +24,23 @@ PROMPTS = 12
 
 
 class Watched:
-    """A head, and how many rows each call of it had."""
+    """A head, and what each call of it had and gave."""
 
     recordable = False  # a replayed draft would not come by here
 
     def __init__(self, head: Head) -> None:
         self.head = head
         self.rows: list[int] = []
+        """Drafted rows."""
+        self.tokens: list[torch.Tensor] = []
+        """Candidates, as the head gave them: ids in any arrangement."""
 
     def candidates(self, hidden_ND: torch.Tensor) -> Candidates:
         """The head's own."""
+        found = self.head.candidates(hidden_ND)
         self.rows.append(hidden_ND.shape[0])
-        return self.head.candidates(hidden_ND)
+        self.tokens.append(found.token_C)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +75,10 @@ class Probe:
         if not accepted:
             raise DataError("no held-out prompt led to a drafted round. Raise data.holdout or decode.max_new_tokens")
         later = sorted(rows for rows in watched.rows if rows > 1) or [1]
-
-        def phase(name: str) -> float:
-            return sum(lane.seconds.get(name, 0.0) for lane in lanes) / len(accepted)
-
         return RoundCost(
             hit_rates=hit_rates(accepted),
             round_s=sum(lane.decode_s for lane in lanes) / len(accepted),
-            head_s=phase("head"),
-            layer_s=phase("draft"),
-            verify_s=phase("verify"),
+            head_s=sum(lane.seconds.get("head", 0.0) for lane in lanes) / len(accepted),
             head_calls=len(watched.rows) / len(accepted),
             level_rows=later[len(later) // 2],
         )

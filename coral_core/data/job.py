@@ -140,7 +140,7 @@ def standing(job: Job) -> Standing:
     if manifest.fingerprint != job.fingerprint(inputs):
         changes = tuple(_changes(manifest, job, inputs))
         return Standing(None, changed=changes, words=_same_words(manifest, job))
-    damaged = Store(job.folder, manifest, COMMAND).damaged()
+    damaged = manifest.damaged(job.folder)
     return Standing(None if damaged else Store.open(job.folder, COMMAND), damaged=tuple(damaged))
 
 
@@ -152,8 +152,7 @@ def standing_words(job: Job) -> Words | None:
         return None
     if not _same_words(manifest, job):
         return None
-    store = Store(job.folder, manifest, COMMAND)
-    return Words(store, frozenset(store.damaged()))
+    return Words(Store(job.folder, manifest, COMMAND), frozenset(manifest.damaged(job.folder)))
 
 
 def _same_words(manifest: Manifest, job: Job) -> bool:

@@ -4,14 +4,13 @@ import json
 import shutil
 import tempfile
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, cast, overload
+from typing import IO, Any, cast
 
 from coral_core.data.prompts import Dialogue, parse
 
 
-class Kept(Sequence[Dialogue]):
+class Kept:
     """Rows of a JSONL file that `parse` reads."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -54,11 +53,5 @@ class Kept(Sequence[Dialogue]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, number: int) -> Dialogue: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Dialogue]: ...
-    def __getitem__(self, number: int | slice) -> Dialogue | list[Dialogue]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Dialogue:
         return parse(self.row(number), f"dialogue {number}")

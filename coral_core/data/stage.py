@@ -194,7 +194,7 @@ def _salvage(job: Job, source: Path, work: Path, name: str) -> None:
         return
     if source != work and (work / PLAN).exists():  # what was taken over, or made anew, is there already
         return
-    damaged = words.damaged if words else set(Store(source, manifest, COMMAND).damaged())
+    damaged = words.damaged if words else set(manifest.damaged(source))
     wanted = [ShardFacts(**facts) for facts in manifest.facts["shards"]] if manifest.fingerprint == name else []
     if not damaged.intersection((PROMPTS, PLAN)):
         for file in (PROMPTS, PLAN):
@@ -218,9 +218,10 @@ def _link(source: Path, copy: Path) -> None:
 
 def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: Manifest) -> None:
     """Write what makes the folder a store, and clear what only a resumed run needs."""
-    held = plan.dialogues[len(plan.dialogues) - job.recipe.data.holdout :]
+    count = len(plan.dialogues)
+    held = [plan.dialogues[row] for row in range(count - job.recipe.data.holdout, count)]
     facts = {
-        "dialogues": len(plan.dialogues),
+        "dialogues": count,
         "holdout_dialogues": len(held),
         "skipped": {f"{reason} (first: {where})": count for reason, (count, where) in plan.skipped.items()},
         "unread": {f"{name} (first: {where})": count for name, (count, where) in plan.unread.items()},

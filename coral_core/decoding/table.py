@@ -5,15 +5,13 @@ alone when it sits down.
 """
 
 import dataclasses
-from collections import deque
-from collections.abc import Iterator, Sequence
 
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.rounds import Clock, Round
 from coral_core.decoding.sampling import Picker
 from coral_core.decoding.seat import Memory, Seat
-from coral_core.decoding.step import room, sit, step
+from coral_core.decoding.step import sit, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,26 +77,3 @@ class Table:
 
     def _memory(self, place: int) -> Memory:
         return Memory(self.engine.target, self.cache.seat(place), self.drafted.seat(place))
-
-
-def decode_all(engine: Engine, requests: Sequence[Request], places: int) -> Iterator[tuple[int, Round]]:
-    """Yield (number of the request, round) as rounds are done: of each request in order, of all interleaved.
-
-    Joined per request, the ids are those of `Engine.decode`. A round's seconds are the table's, shared out evenly.
-    Raises DataError, before anything is decoded, for a prompt that is empty or does not fit the target's context.
-    """
-    for request in requests:
-        room(engine.target, request.prompt, request.max_new_tokens)
-    table, number_of = Table(engine, max(1, min(places, len(requests)))), dict[Seat, int]()
-    waiting = deque(enumerate(requests))
-    while waiting or table.seats:
-        while waiting and not table.full:
-            number, request = waiting.popleft()
-            seat, event = table.sit(request)
-            number_of[seat] = number
-            yield number, event
-        if table.seats:
-            for seat, event in table.step():
-                if seat.error:
-                    raise seat.error
-                yield number_of[seat], event

@@ -3,6 +3,7 @@
 Axes: V vocabulary, D hidden.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from coral_core.drafter.eagle3 import flat
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.export.bring_in import lent_head
-from coral_core.export.layouts import Layout, config_values, narrow, tensor_shapes
-from coral_core.export.wide import wide_shapes, wide_tensors, wide_values
+from coral_core.export.layouts import Layout, config_values, narrow
+from coral_core.export.wide import WIDE, layer_name, wide_tensors, wide_values
 from coral_core.lent import Lent
 from coral_core.tensors import write_tensors
 
@@ -46,17 +47,35 @@ def write_folder(layout: Layout, drafter: Drafter, lent: Lent, folder: Path, tar
 def _tensors(layout: Layout, drafter: Drafter) -> dict[str, torch.Tensor]:
     """Every tensor of a folder of EAGLE-2's shape but the embedding."""
     weights = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
-    shapes = tensor_shapes(layout, drafter.config)
-    if FC_BIAS in shapes and FC_BIAS not in weights:
-        weights[FC_BIAS] = torch.zeros(shapes[FC_BIAS], dtype=drafter.fc.weight.dtype)
-    if FC_BIAS not in shapes:
-        weights.pop(FC_BIAS, None)
+    bias_D = weights.pop(FC_BIAS, None)
+    if _with_bias(layout, drafter.config):
+        weights[FC_BIAS] = weights["fc.weight"].new_zeros(drafter.config.hidden_size) if bias_D is None else bias_D
     return weights
+
+
+def _with_bias(layout: Layout, config: DrafterConfig) -> bool:
+    """Whether the folder's `fc` has a bias."""
+    return layout.fc_bias == "always" or (layout.fc_bias == "as is" and config.fc_bias)
+
+
+def expected_shapes(layout: Layout, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the folder, as the engine's loader asks for them."""
+    embedding = (config.vocab_size, config.hidden_size)
+    with torch.device("meta"):
+        drafter = Drafter(dataclasses.replace(config, fc_bias=_with_bias(layout, config)))
+    shapes = {name: tuple(value.shape) for name, value in drafter.state_dict().items()} | {EMBED: embedding}
+    if not config.taps:
+        return shapes
+    if config.draft_vocab_size:
+        shapes["t2d"] = (config.vocab_size,)
+    elif layout is not WIDE["sglang"]:
+        shapes["lm_head.weight"] = embedding
+    return {layer_name(layout, name): shape for name, shape in shapes.items()}
 
 
 def check_folder(layout: Layout, config: DrafterConfig, folder: Path) -> None:
     """Raises ArtifactError naming the first tensor or config key that the engine's loader would refuse or miss."""
-    expected = wide_shapes(layout, config) if config.taps else tensor_shapes(layout, config)
+    expected = expected_shapes(layout, config)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     for name in sorted(expected.keys() | found.keys()):

@@ -1,6 +1,6 @@
 """What each engine's loader accepts of a drafter: read in vLLM 0.33.0, SGLang 0.5.23 and EAGLE's cnets1.py.
 
-Tensor names and shapes, config keys, the RoPE variants that it computes as the drafter was trained with them, and the
+Config keys, the RoPE variants that it computes as the drafter was trained with them, and the
 targets that its classes can lend an embedding and a head from. vLLM's and SGLang's own loaders
 are run on the folders by tests/export/test_engines.py.
 Axes: V vocabulary, D hidden.
@@ -113,27 +113,6 @@ LAYOUTS = {
 }
 
 
-def tensor_shapes(layout: Layout, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the folder, by name."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (config.vocab_size, hidden),
-        "fc.weight": (hidden, 2 * hidden),
-        "layers.0.self_attn.q_proj.weight": (query, hidden),
-        "layers.0.self_attn.k_proj.weight": (key, hidden),
-        "layers.0.self_attn.v_proj.weight": (key, hidden),
-        "layers.0.self_attn.o_proj.weight": (hidden, query),
-        "layers.0.mlp.gate_proj.weight": (inner, hidden),
-        "layers.0.mlp.up_proj.weight": (inner, hidden),
-        "layers.0.mlp.down_proj.weight": (hidden, inner),
-        "layers.0.post_attention_layernorm.weight": (hidden,),
-    }
-    if layout.fc_bias == "always" or (layout.fc_bias == "as is" and config.fc_bias):
-        shapes["fc.bias"] = (hidden,)
-    return shapes
-
-
 def narrow(embed_VD: torch.Tensor) -> torch.Tensor:
     """The embedding on the CPU in the narrowest dtype that holds it exactly; float32 is mostly how it was read."""
     embed_VD = embed_VD.detach().cpu().contiguous()
@@ -143,34 +122,38 @@ def narrow(embed_VD: torch.Tensor) -> torch.Tensor:
     return embed_VD
 
 
-def llama_keys(config: DrafterConfig) -> dict[str, Any]:
-    """The fields that a Llama config has too, RoPE excepted."""
+def llama_values(config: DrafterConfig, dtype: str, *, rope_parameters: bool = True) -> dict[str, Any]:
+    """The keys that a Llama config has too.
+
+    `tie_word_embeddings` is false even where the target's are tied: SGLang replaces both matrices one after the other.
+    """
     required = (field.name for field in dataclasses.fields(config) if field.default is dataclasses.MISSING)
-    return {name: getattr(config, name) for name in required if name != "rope_parameters"}
+    rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}
+    values = {
+        **{name: getattr(config, name) for name in required if name != "rope_parameters"},
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "num_hidden_layers": 1,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": dtype,
+    }
+    if rope_parameters:
+        values["rope_parameters"] = {key: float(v) if key == "factor" else v for key, v in rope.items()}
+    return values
 
 
 def config_values(layout: Layout, config: DrafterConfig, *, dtype: str, logit_scale: float) -> dict[str, Any]:
     """config.json of the folder.
 
     `bias` is EAGLE's word for a bias of `fc`, and the engines' for one of attention: true only for EAGLE's own code.
-    `tie_word_embeddings` is false even where the target's are tied: SGLang replaces both matrices one after the other.
     """
-    rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}
-    values: dict[str, Any] = {
-        "architectures": [layout.architecture],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "num_hidden_layers": 1,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        **llama_keys(config),
-        "rope_theta": rope["rope_theta"],
-        "attention_bias": False,
-    }
-    if layout.architecture == LAYOUTS["eagle"].architecture:
+    eagle = LAYOUTS["eagle"]
+    values = llama_values(config, dtype, rope_parameters=layout is not eagle)  # its config class is older than this key
+    values["architectures"] = [layout.architecture]
+    if layout.architecture == eagle.architecture:
         values["bias"] = layout.fc_bias == "as is" and config.fc_bias
-    if layout is not LAYOUTS["eagle"]:  # its config class is older than this key
-        values["rope_parameters"] = {key: float(v) if key == "factor" else v for key, v in rope.items()}
     if layout.scales_logits and logit_scale != 1.0:
         values["logit_scale"] = logit_scale
     return values

@@ -11,8 +11,7 @@ import yaml
 from coral_core.artifacts import MANIFEST, Manifest, check_files, write_text
 from coral_core.errors import ArtifactError
 from coral_core.export.card import CardFacts, card_text, hub_target
-from coral_core.export.run import TOKEN_MAP, Source, export_hf, formats, open_source
-from coral_core.export.serve import serve_command
+from coral_core.export.run import TOKEN_MAP, Source, export_hf, formats, open_source, serve_command
 from coral_core.recipe.loader import load_recipe, to_mapping
 from coral_core.recipe.schema import Recipe
 

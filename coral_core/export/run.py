@@ -12,6 +12,7 @@ import torch
 
 from coral_core import embedded
 from coral_core.artifacts import MANIFEST, Manifest, check_files, fingerprint, stage
+from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.load import FILES, load_drafter, save_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import CoralError
@@ -33,6 +34,10 @@ GGUF = "gguf"
 FORMATS = (*WIDE, GGUF, HF)
 DRAFTER_FILE = "drafter.gguf"
 TOKEN_MAP = "token_map.pt"
+LLAMA = (
+    "llama-server -m {target} --model-draft {folder}/{file} --spec-type draft-eagle3 --spec-draft-n-max {depth} "
+    "--spec-draft-p-min 0"
+)
 
 
 def engine_name(to: str) -> str:
@@ -152,3 +157,26 @@ def export_hf(source: Source, run: Path) -> Path:
             shutil.rmtree(work / "head", ignore_errors=True)
             shutil.copytree(source.head, work / "head")
     return final
+
+
+def serve_command(to: str, recipe: Recipe, config: DrafterConfig, places: tuple[str, str], *, with_map: bool) -> str:
+    """The engine's own command, with the recipe's tree in its words; `places` are target and folder as it finds them.
+
+    SGLang and EAGLE count the root among the nodes, EAGLE counts levels from 0, vLLM and llama.cpp draft a chain.
+    """
+    decode, (target, folder) = recipe.decode, places
+    if to == GGUF:
+        return LLAMA.format(
+            target=target if target.endswith(".gguf") else "TARGET.gguf",
+            folder=folder,
+            file=DRAFTER_FILE,
+            depth=decode.draft_depth,
+        )
+    text = layout_of(to, config).serve.format(
+        target=target,
+        folder=folder,
+        depth=decode.draft_depth - (to == "eagle"),
+        topk=decode.draft_topk,
+        nodes=decode.draft_nodes + 1,
+    )
+    return f"{text} --speculative-token-map {folder}/{TOKEN_MAP}" if with_map else text

@@ -16,7 +16,7 @@ from coral_core.drafter.eagle3 import LIST
 from coral_core.drafter.load import build_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
-from coral_core.export.layouts import LAYOUTS, Layout, llama_keys, narrow
+from coral_core.export.layouts import LAYOUTS, Layout, llama_values, narrow
 from coral_core.lent import Lent
 
 _TARGETS = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss"})
@@ -82,10 +82,14 @@ def with_rows(drafter: Drafter, lent: Lent, token_C: torch.Tensor) -> Drafter:
     return build_drafter(config, weights, source="the drafter", remedy="Choose other tokens")
 
 
+def layer_name(layout: Layout, name: str) -> str:
+    """The engine's name of a tensor of ours."""
+    return name if layout is WIDE["speculators"] else name.replace("layers.0.", "midlayer.", 1)
+
+
 def wide_tensors(layout: Layout, drafter: Drafter, lent: Lent) -> dict[str, torch.Tensor]:
     """Every tensor of the folder but the embedding."""
-    layer = "layers.0." if layout is WIDE["speculators"] else "midlayer."
-    weights = {name.replace("layers.0.", layer, 1): value for name, value in drafter.state_dict().items()}
+    weights = {layer_name(layout, name): value for name, value in drafter.state_dict().items()}
     if drafter.config.draft_vocab_size:
         drafted_V = torch.zeros(drafter.config.vocab_size, dtype=torch.bool)
         weights["t2d"] = drafted_V.index_fill(0, drafter.draft_tokens.cpu(), True)
@@ -94,51 +98,12 @@ def wide_tensors(layout: Layout, drafter: Drafter, lent: Lent) -> dict[str, torc
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
-def wide_shapes(layout: Layout, config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the folder."""
-    hidden, inner, rows = config.hidden_size, config.intermediate_size, config.draft_vocab_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = "layers.0." if layout is WIDE["speculators"] else "midlayer."
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (config.vocab_size, hidden),
-        "fc.weight": (hidden, len(config.taps) * hidden),
-        f"{layer}self_attn.q_proj.weight": (query, 2 * hidden),
-        f"{layer}self_attn.k_proj.weight": (key, 2 * hidden),
-        f"{layer}self_attn.v_proj.weight": (key, 2 * hidden),
-        f"{layer}self_attn.o_proj.weight": (hidden, query),
-        f"{layer}mlp.gate_proj.weight": (inner, hidden),
-        f"{layer}mlp.up_proj.weight": (inner, hidden),
-        f"{layer}mlp.down_proj.weight": (hidden, inner),
-        "norm.weight": (hidden,),
-    }
-    norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
-    shapes |= {f"{layer}{norm}.weight": (hidden,) for norm in norms}
-    if config.fc_norm:
-        shapes |= {f"fc_norm.{tap}.weight": (hidden,) for tap in range(len(config.taps))}
-    if rows:
-        shapes |= {"lm_head.weight": (rows, hidden), "d2t": (rows,), "t2d": (config.vocab_size,)}
-    elif layout is not WIDE["sglang"]:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
 def wide_values(
     layout: Layout, config: DrafterConfig, *, dtype: str, logit_scale: float, target: str
 ) -> dict[str, Any]:
     """config.json of the folder. Every key is written, since a guess of an engine's can be wrong in silence."""
-    rope = {key: value for key, value in config.rope_parameters.items() if key != "type"}
-    llama = {
-        **llama_keys(config),
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "num_hidden_layers": 1,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "rope_theta": rope["rope_theta"],
-        "torch_dtype": dtype,
-    }
-    if layout is not WIDE["eagle"]:  # its config class is older than this key
-        llama["rope_parameters"] = {key: float(v) if key == "factor" else v for key, v in rope.items()}
+    eagle = layout is WIDE["eagle"]
+    llama = llama_values(config, dtype, rope_parameters=not eagle)  # its config class is older than this key
     rows = config.draft_vocab_size or (None if layout is WIDE["sglang"] else config.vocab_size)
     values: dict[str, Any] = {
         "architectures": [layout.architecture],

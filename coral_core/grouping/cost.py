@@ -32,10 +32,6 @@ class RoundCost:
     round_s: float
     head_s: float
     """Of it, in the head."""
-    layer_s: float
-    """Of it, in the drafter's layer and the tree."""
-    verify_s: float
-    """Of it, in the target."""
     head_calls: float
     """Head calls per round: the first reads one row, the others a level's."""
     level_rows: int

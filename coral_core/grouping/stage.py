@@ -224,15 +224,8 @@ def open_active(spec: HeadSpec, groups: int) -> list[int]:
 
 def _time(settings: list[Setting], trial: Trial, lent: Lent, cost: RoundCost | None) -> None:
     """Add to each setting's facts what its head takes on this device, and what the cost model makes of it."""
-    alone = cost or RoundCost(
-        hit_rates=[],
-        round_s=0,
-        head_s=0,
-        layer_s=0,
-        verify_s=0,
-        head_calls=1e9,
-        level_rows=trial.recipe.decode.draft_topk,
-    )
+    topk = trial.recipe.decode.draft_topk
+    alone = cost or RoundCost(hit_rates=[], round_s=0, head_s=0, head_calls=1e9, level_rows=topk)
     hidden_ND = trial.unseen.hidden_SND.flatten(0, 1)[: alone.level_rows].to(lent.head_VD.device, lent.head_VD.dtype)
     (full_s,), head = time_heads([FullHead(lent)], hidden_ND, alone), None
     for number, setting in enumerate(settings):

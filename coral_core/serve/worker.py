@@ -9,11 +9,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.seat import Seat
-from coral_core.decoding.table import Request, Table
+from coral_core.decoding.table import Table
+from coral_core.serve.answer import Answer
 
 log = logging.getLogger("coral.serve")
 
@@ -27,18 +28,6 @@ class Ended:
 
 class FullError(Exception):
     """As many jobs wait as may, or the worker is closing."""
-
-
-class Answer(Protocol):
-    """What is made of one request's rounds."""
-
-    def open(self) -> tuple[Request | None, Any]:
-        """What is to be decoded, and what the owner is told first; None where nothing is decoded."""
-        ...
-
-    def feed(self, event: Round, last: bool) -> tuple[Any, bool]:
-        """What the owner is told of a round, and whether the answer is done, which may be before its last round."""
-        ...
 
 
 @dataclasses.dataclass(eq=False)

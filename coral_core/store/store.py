@@ -24,7 +24,6 @@ from safetensors import safe_open
 from coral_core.artifacts import Manifest, file_sha256, write_text
 from coral_core.errors import ArtifactError
 from coral_core.lent import Lent
-from coral_core.progress import Progress, silent
 from coral_core.store.shard import Sample, Shard, ShardFacts
 from coral_core.tensors import write_tensors
 
@@ -156,18 +155,6 @@ class Store:
         """The target's embedding and head."""
         self._check_sum(LENT, self.manifest.facts["files"][LENT])
         return load_lent(self.folder / LENT)
-
-    def damaged(self, progress: Progress = silent) -> list[str]:
-        """Names of the files whose bytes are not those that were written; reads everything."""
-        sums = {shard.file: shard.sha256 for shard in self._facts} | self.manifest.facts["files"]
-        found = []
-        for number, (name, sha256) in enumerate(sums.items(), start=1):
-            try:
-                self._check_sum(name, sha256)
-            except ArtifactError:
-                found.append(name)
-            progress("checking files", number, len(sums), {})
-        return found
 
     def _shard(self, number: int) -> Shard:
         if number not in self._open:

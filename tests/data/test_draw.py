@@ -133,7 +133,7 @@ def test_kept_dialogues_are_read_back_by_number(tmp_path: Path) -> None:
     for number, dialogue in enumerate(dialogues):
         kept.append(dialogue, f"line {number}")
         assert kept[number] == dialogue, "reading in between does not disturb writing"
-    assert (list(kept), kept[-2:], kept.row(3)["where"]) == (dialogues, dialogues[-2:], "line 3")
+    assert (list(kept), kept.row(3)["where"]) == (dialogues, "line 3")
     kept.save(tmp_path / "p.jsonl")
     assert list(Kept.load(tmp_path / "p.jsonl")) == dialogues
 

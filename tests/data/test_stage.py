@@ -309,7 +309,7 @@ def test_only_what_is_damaged_is_made_again(
     store = prepare(make_job(tmp_path))
     assert len(made) == (1 if "shard" in name else 0)
     assert contents(store.folder) == whole
-    assert store.damaged() == []
+    assert store.manifest.damaged(store.folder) == []
 
 
 def test_a_disk_without_room_is_refused_before_the_first_prompt(

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.batch import decode_all
 from coral_core.decoding import masks, tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.table import Request, decode_all
+from coral_core.decoding.table import Request
 from coral_core.decoding.tree import judge, on_path
 from coral_core.errors import DataError
 from coral_core.target.target import Target

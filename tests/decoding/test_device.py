@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from benchmarks import decode_gpu
+from benchmarks.batch import decode_all
 from coral_core.api.generate import Speculate
 from coral_core.decoding import recorded as recording
 from coral_core.decoding.engine import Engine, plain
@@ -16,7 +17,7 @@ from coral_core.decoding.policy.constant import ConstantTree
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.table import Request, decode_all
+from coral_core.decoding.table import Request
 from coral_core.grouping.clustering import by_id
 from coral_core.head.heads import FullHead, GroupedHead, Head, Router
 from coral_core.kernels import blocks

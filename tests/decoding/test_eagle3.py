@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.batch import decode_all
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.step import prefill
-from coral_core.decoding.table import Request, decode_all
+from coral_core.decoding.table import Request
 from coral_core.errors import TargetError
 from coral_core.target.load import tap_layers
 from coral_core.target.target import Target

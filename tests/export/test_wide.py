@@ -13,8 +13,7 @@ from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.export import gguf_file
 from coral_core.export.bring_in import bring_in
-from coral_core.export.run import GGUF, export_engine, formats
-from coral_core.export.serve import serve_command
+from coral_core.export.run import GGUF, export_engine, formats, serve_command
 from coral_core.export.wide import WIDE
 from coral_core.recipe.schema import Recipe
 from tests.export.helpers import publish, random_drafter

@@ -5,9 +5,7 @@ import torch
 
 from coral_core.grouping.cost import RoundCost, hit_rates, predict, time_calls
 
-COST = RoundCost(
-    hit_rates=[0.8, 0.5], round_s=0.1, head_s=0.04, layer_s=0.02, verify_s=0.04, head_calls=4, level_rows=5
-)
+COST = RoundCost(hit_rates=[0.8, 0.5], round_s=0.1, head_s=0.04, head_calls=4, level_rows=5)
 
 
 def test_how_often_a_round_goes_on() -> None:

@@ -24,9 +24,7 @@ class FakeProbe:
     """A round whose head takes a given share of it."""
 
     def __init__(self, head_s: float) -> None:
-        self.cost = RoundCost(
-            hit_rates=[0.9, 0.9], round_s=1.0, head_s=head_s, layer_s=0.0, verify_s=0.0, head_calls=2, level_rows=2
-        )
+        self.cost = RoundCost(hit_rates=[0.9, 0.9], round_s=1.0, head_s=head_s, head_calls=2, level_rows=2)
 
     @property
     def lent(self) -> Lent:

@@ -113,7 +113,7 @@ def test_a_flipped_byte_is_found_and_named(tmp_path: Path, place: int) -> None:
     assert len(store[0].ids_T), "an undamaged shard stays readable"
     with pytest.raises(ArtifactError, match=r"shard-00001\.safetensors is damaged.*Run: coral prepare-data x\.yaml"):
         store[5]
-    assert store.damaged() == ["shard-00001.safetensors"]
+    assert store.manifest.damaged(store.folder) == ["shard-00001.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["holdout.json", "lent.safetensors"])
@@ -123,7 +123,7 @@ def test_damage_beside_the_shards_is_found_and_named(tmp_path: Path, name: str) 
     store = Store.open(tmp_path / "data")
     with pytest.raises(ArtifactError, match=f"{name} is damaged"):
         (store.lent(), store.holdout_prompts)
-    assert store.damaged() == [name]
+    assert store.manifest.damaged(store.folder) == [name]
 
 
 def test_a_missing_or_cut_shard_is_named_on_opening(tmp_path: Path) -> None:

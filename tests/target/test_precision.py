@@ -7,8 +7,8 @@ import torch
 
 from coral_core import embedded
 from coral_core.kernels import precision as kernel
-from coral_core.target import precision
-from coral_core.target.precision import pick_dtype
+from coral_core.target import load
+from coral_core.target.load import pick_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -17,8 +17,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def test_a_large_checkpoint_takes_what_is_faster(
     faster: bool, wanted: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: faster)
-    monkeypatch.setattr(precision, "LARGE_BYTES", 10)
+    monkeypatch.setattr(load, "bfloat16_is_faster", lambda: faster)
+    monkeypatch.setattr(load, "LARGE_BYTES", 10)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 11)
     (tmp_path / "model.gguf").write_bytes(b"x" * 4)
     for checkpoint in (tmp_path, tmp_path / "model.gguf", None):
@@ -28,7 +28,7 @@ def test_a_large_checkpoint_takes_what_is_faster(
 
 
 def test_a_small_one_and_a_gpu_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(load, "bfloat16_is_faster", lambda: pytest.fail("measured"))
     (tmp_path / "model.safetensors").write_bytes(b"x" * 11)
     assert pick_dtype("auto", CPU, tmp_path) == torch.float32
     assert pick_dtype("auto", CPU, embedded.FOLDER / "target") == torch.float32

@@ -4,10 +4,11 @@ import dataclasses
 
 import torch
 
+from benchmarks.batch import decode_all
 from coral_core.decoding.engine import plain
 from coral_core.decoding.policy.constant import ConstantTree, best_shape, round_cost
 from coral_core.decoding.sampling import Sampler
-from coral_core.decoding.table import Request, decode_all
+from coral_core.decoding.table import Request
 from coral_core.decoding.tree import judge
 from tests.decoding.policy.test_adaptive import BOUNDS, CHEAP, PLAIN_CPU, chain
 from tests.decoding.test_lossless import ids_of, some_prompt
