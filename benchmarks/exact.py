@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.batch import decode_all
 from benchmarks.record import RESULTS, record
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Eager, Engine
 from coral_core.decoding.sampling import Sampler
@@ -178,7 +178,7 @@ def costs(target: Target, prompt: list[int]) -> dict[str, float]:
         for _ in range(TIMED):
             for kind, (one, cache) in caches.items():
                 past, start = cache.length, time.process_time()
-                mask = masks.for_target(one, past, draft.depth_M, draft.sees_MM)
+                mask = tree.mask(one, past, draft.depth_M, draft.sees_MM)
                 position_BM = (past + draft.depth_M)[None]
                 feature_BMD = one.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)
                 one.lent.logits(feature_BMD[0])

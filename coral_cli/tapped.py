@@ -36,7 +36,7 @@ class Tapped:
     def target(self) -> Target:
         """The target. Raises ArtifactError when it is another than the data's."""
         from coral_core.processes import processes
-        from coral_core.target.kin import refuse_other_target
+        from coral_core.target.compatibility import refuse_other_target
 
         processes()  # under several processes, `cuda` is then each one's own GPU
         target = self.run.target()

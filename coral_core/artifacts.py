@@ -27,8 +27,8 @@ from coral_core.lock import published
 from coral_core.progress import Progress, silent
 
 MANIFEST = "manifest.json"
-KIN = "target"
-"""The fact that says what the target has in common with its siblings (target/kin.py)."""
+COMPATIBILITY = "target"
+"""The fact that says which targets an artifact serves: those of one tokenizer and width (target/compatibility.py)."""
 OWN_SUM = "sha256"
 """The key of a manifest that holds the checksum of all others."""
 MARK = "fingerprint"

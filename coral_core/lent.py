@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from coral_core.kernels.linear import FILL, Packed, packs, wanted
+from coral_core.kernels.layers import FILL, Packed, packs, wanted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from coral_core.kernels.exact import MOST_NODES
 from coral_core.lent import Lent
 from coral_core.lock import published
 from coral_core.recipe.schema import DecodeSpec, Recipe
-from coral_core.target.kin import refuse_other_target
+from coral_core.target.compatibility import refuse_other_target
 from coral_core.target.load import load_target
 from coral_core.target.target import Target
 

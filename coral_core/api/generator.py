@@ -22,7 +22,7 @@ from coral_core.head.heads import Head
 from coral_core.head.load import load_head
 from coral_core.recipe.schema import DecodeSpec, HeadSpec
 from coral_core.run import whole_head, wire
-from coral_core.target.kin import refuse_other_target
+from coral_core.target.compatibility import refuse_other_target
 from coral_core.target.target import Target
 from coral_core.target.template import prompt_ids
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coral_core.artifacts import KIN, Manifest, file_sha256, partial, refuse_unfinished, stage, write_text
+from coral_core.artifacts import COMPATIBILITY, Manifest, file_sha256, partial, refuse_unfinished, stage, write_text
 from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
 from coral_core.data.endpoint import Endpoint
@@ -26,7 +26,7 @@ from coral_core.processes import processes
 from coral_core.progress import Progress, silent
 from coral_core.store.shard import ShardFacts, row_bytes, shard_name, write_shard
 from coral_core.store.store import Store, seal
-from coral_core.target import kin
+from coral_core.target import compatibility
 from coral_core.target.load import drafter_shape
 from coral_core.target.template import Encoded, prompt_ids
 
@@ -228,7 +228,7 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
         "sources": plan.sources,
         "dtype": dtype_name(job.dtype),
         "drafter_config": drafter_shape(job.target.model.config),
-        KIN: kin.describe(job.target),
+        COMPATIBILITY: compatibility.describe(job.target),
         **({"taps": list(job.taps)} if job.taps else {}),
     }
     seal(

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.policy.plan import Plan
 from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Ahead, Picker
-from coral_core.drafter.blocks import Turn
+from coral_core.drafter.blocks import CosSin
 from coral_core.drafter.model import Drafter
 from coral_core.head.heads import Candidates, Head
 from coral_core.kernels.attention import grouped
@@ -59,8 +59,8 @@ class Drafting:
             past, new = self.slots.length, tokens_T.numel()
             position_T = torch.arange(past, past + new, device=token_T.device)
             sees_TK = position_T[:, None] >= torch.arange(past + new, device=token_T.device) if new > 1 else None
-            turn = self.drafter.rope(position_T[None], features_TD.dtype)
-            hidden_TD = self.layer(tokens_T, self.drafter.read(features_TD), turn, sees_TK)
+            cos_sin = self.drafter.rope(position_T[None], features_TD.dtype)
+            hidden_TD = self.layer(tokens_T, self.drafter.read(features_TD), cos_sin, sees_TK)
         return hidden_TD[-1:]
 
     def grow(
@@ -80,7 +80,7 @@ class Drafting:
         most = (plan.depth - 1) * plan.topk
         columns_N = torch.arange(most, device=root_1.device) + committed
         cos_11TE, sin_11TE = self.drafter.rope(columns_N[None, : plan.depth - 1], hidden_1D.dtype)
-        sees_K = masks.committed(committed, int(committed) + most if columns is None else columns, hidden_1D)
+        sees_K = tree.committed(committed, int(committed) + most if columns is None else columns, hidden_1D)
         logprob_1R, token_1R = self.propose(hidden_1D, ahead, 0, clock)
         beam = tree.first_level(logprob_1R[0], token_1R[0], plan.topk, sees_K)
         for level in range(1, plan.depth):
@@ -91,9 +91,9 @@ class Drafting:
             tree.give_columns(beam, column_N)
             drafted += width
             end = int(committed) + drafted if columns is None else columns
-            turn = cos_11TE[:, :, level - 1 : level], sin_11TE[:, :, level - 1 : level]
+            cos_sin = cos_11TE[:, :, level - 1 : level], sin_11TE[:, :, level - 1 : level]
             with self.slots.place(column_N, end):
-                hidden_ND = self.layer(beam.token_N, hidden_ND[beam.row_N], turn, beam.sees_NK[:, :end])
+                hidden_ND = self.layer(beam.token_N, hidden_ND[beam.row_N], cos_sin, beam.sees_NK[:, :end])
             logprob_NR, token_NR = self.propose(hidden_ND, ahead, level, clock)
             beam = tree.extend(beam, logprob_NR, token_NR, plan.topk)
         return tree.rerank(beam, root_1, plan.count)
@@ -109,9 +109,9 @@ class Drafting:
         return (logprob_NR + self.plan.shift).clamp_max(0) if self.plan.shift else logprob_NR, token_NR
 
     def layer(
-        self, token_T: torch.Tensor, feature_TD: torch.Tensor, turn: Turn, sees_TK: torch.Tensor | None
+        self, token_T: torch.Tensor, feature_TD: torch.Tensor, cos_sin: CosSin, sees_TK: torch.Tensor | None
     ) -> torch.Tensor:
-        """The drafted features [T,D] of new rows, which the cache takes in; `turn` is `rope` of their positions.
+        """The drafted features [T,D] of new rows, which the cache takes in; `cos_sin` is `rope` of their positions.
 
         Without `sees_TK` each sees all rows.
         """
@@ -121,7 +121,7 @@ class Drafting:
             return grouped(query_BHTE, key_BJKE, value_BJKE, sees_TK)
 
         embed_BTD = self.lent.embed(token_T)[None]
-        return self.drafter(embed_BTD, feature_TD[None], turn, attend)[0]
+        return self.drafter(embed_BTD, feature_TD[None], cos_sin, attend)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +192,7 @@ class BatchDrafting:
         columns = max(past) + max(own.plan.depth for own in inputs) * self.topk
         proposed = zip(inputs, past, *self._propose(hidden_BD, aheads, [1] * len(inputs), 0), strict=True)
         beams = [
-            tree.first_level(logprob_1R[0], token_1R[0], own.plan.topk, masks.committed(rows, columns, hidden_BD))
+            tree.first_level(logprob_1R[0], token_1R[0], own.plan.topk, tree.committed(rows, columns, hidden_BD))
             for own, rows, logprob_1R, token_1R in proposed
         ]
         firsts, starts, hidden_ND = past, list(range(len(inputs))), hidden_BD
@@ -263,6 +263,6 @@ class BatchDrafting:
             key_BJKE, value_BJKE = self.cache.update(key_BJTE, value_BJTE)
             return grouped(query_BHTE, key_BJKE, value_BJKE, sees_BTK[:, None])
 
-        turn = self.drafter.rope(position_BT, feature_BTD.dtype)
+        cos_sin = self.drafter.rope(position_BT, feature_BTD.dtype)
         with self.cache.place(column_BT, sees_BTK.shape[-1], self.seat_B):
-            return self.drafter(self.lent.embed(token_BT), feature_BTD, turn, attend)
+            return self.drafter(self.lent.embed(token_BT), feature_BTD, cos_sin, attend)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from coral_core.decoding import masks
+from coral_core.decoding import tree
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.policy.adaptive import AdaptiveTree
 from coral_core.decoding.policy.constant import ConstantTree
@@ -61,7 +61,7 @@ class Eager:
 
     def verify(self, target: Target, memory: Memory, draft: Draft) -> tuple[torch.Tensor, torch.Tensor]:
         cache = memory.cache
-        mask = masks.for_target(target, cache.length, draft.depth_M, draft.sees_MM)
+        mask = tree.mask(target, cache.length, draft.depth_M, draft.sees_MM)
         position_BM = (draft.depth_M + cache.length)[None]
         feature_MD = target.forward(draft.token_M[None], position_BT=position_BM, mask=mask, cache=cache)[0]
         return feature_MD, target.logits(feature_MD)

@@ -4,9 +4,9 @@
 
 What is timed is the engine's own code, behind some context, part after part in turn, so that a machine that slows down
 slows all of them. On a CPU the clock is the thread's own processor time, which stands still while another process has
-the core. Threads that wait for each other still burn it: where one part takes now this long and now that, twice over,
-nothing is believed and typical costs serve. What served is kept, so that the next evaluation has the same trees, and
-is measured again once a plain step takes a third of what it took then.
+the core. Threads that wait for each other still use it: where times of one part differ too much, in two attempts,
+typical costs are taken instead. The costs are kept, so that the next evaluation has the same trees. They are measured
+again once a plain step takes a third of what it took then.
 Axes: T position, D hidden, V vocabulary, M tree row.
 """
 
@@ -42,8 +42,8 @@ TYPICAL_VERIFY = {1: 1.0, 2: 1.07, 8: 1.2, 16: 1.45, 32: 1.95, 64: 3.2}
 """SmolLM2-135M's on a processor, in bfloat16; pico's in float32 are lower (64: 1.97)."""
 OVERHEAD = 0.03
 """What a level takes beside its products, in plain steps."""
-STEADY = 1.25
-"""Median over least time of a part, in the median over the parts, up to which a machine counts as steady."""
+MOST_NOISE = 1.25
+"""The machine is too noisy if median/minimum time exceeds this, for the median part."""
 ATTEMPTS = 2
 BUSY = 3.0
 """How much slower a plain step was when the costs were measured, for them to be measured again."""
@@ -123,8 +123,8 @@ def measure_costs(engine: Engine) -> Costs:
     Where the machine is too busy to tell, only the plain step is; the rest is read off the models' sizes.
     """
     for _ in range(ATTEMPTS):
-        costs, steady = _measured(engine)
-        if steady:
+        costs, quiet = _measured(engine)
+        if quiet:
             return _whole(engine, costs) if engine.target.device.type == "cpu" else costs
     return typical(engine, costs.step_s)
 
@@ -145,20 +145,20 @@ def typical(engine: Engine, step_s: float) -> Costs:
 
 
 def _measured(engine: Engine) -> tuple[Costs, bool]:
-    """Costs, and whether the machine held still meanwhile."""
+    """Costs, and whether the machine was quiet enough to believe them."""
     parts = dict(_Bench(engine, CONTEXT).parts())
     spent: dict[tuple[str, int], list[float]] = {part: [] for part in parts}
-    _turn(parts, spent, engine.target.device)  # what is made at the first call is no cost of a round
+    _time_each(parts, spent, engine.target.device)  # what is made at the first call is no cost of a round
     for seconds in spent.values():
         seconds.clear()
     begun = time.perf_counter()
     for turn in range(REPEATS[1]):
         if turn >= REPEATS[0] and time.perf_counter() - begun > BUDGET_S:
             break
-        _turn(parts, spent, engine.target.device)
+        _time_each(parts, spent, engine.target.device)
     least = {part: min(seconds) for part, seconds in spent.items()}
-    wavers = statistics.median(statistics.median(spent[part]) / least[part] for part in parts)
-    return _costs(least), wavers <= STEADY
+    noise = statistics.median(statistics.median(spent[part]) / least[part] for part in parts)
+    return _costs(least), noise <= MOST_NOISE
 
 
 def _whole(engine: Engine, costs: Costs) -> Costs:
@@ -186,11 +186,11 @@ def step_s(engine: Engine) -> float:
     name, step = next(_Bench(engine, 8).parts())
     spent: dict[tuple[str, int], list[float]] = {name: []}
     for _ in range(REPEATS[0]):
-        _turn({name: step}, spent, engine.target.device)
+        _time_each({name: step}, spent, engine.target.device)
     return min(spent[name])
 
 
-def _turn(
+def _time_each(
     parts: Mapping[tuple[str, int], Callable[[], None]],
     spent: Mapping[tuple[str, int], list[float]],
     device: torch.device,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots, rounded_rows
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.policy.plan import Plan
@@ -148,7 +148,7 @@ class Recorded:
                 feature_BMD = target.forward(
                     token_BM.clamp_min(0),
                     position_BT=past_B1 + depth_BM,
-                    mask=masks.for_batch(target, past_B1, depth_BM, sees_BMM, end),
+                    mask=tree.batch_mask(target, past_B1, depth_BM, sees_BMM, end),
                     cache=cache,
                 )
             return feature_BMD[0], target.logits(feature_BMD[0])
@@ -195,8 +195,8 @@ class RecordedDrafting(Drafting):
             column_T = past_1 + torch.arange(rows, device=past_1.device)
             sees_TK = column_T[:, None] >= torch.arange(end, device=past_1.device)
             with slots.place(column_T, end):
-                turn = self.drafter.rope(column_T[None], feature_TD.dtype)
-                hidden_TD = self.layer(token_T, self.drafter.read(feature_TD), turn, sees_TK)
+                cos_sin = self.drafter.rope(column_T[None], feature_TD.dtype)
+                hidden_TD = self.layer(token_T, self.drafter.read(feature_TD), cos_sin, sees_TK)
             root_1, hidden_1D = token_T[fed_1 - 1], hidden_TD[fed_1 - 1]
             draft = self.grow(root_1, hidden_1D, past_1 + fed_1, Ahead(sampler, noise_TV), Clock(), end)
             return tree.filled(draft, padded_rows(draft.token_M.numel()))

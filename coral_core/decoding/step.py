@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import PREFILL_ROWS, BatchDrafting, DraftInput
 from coral_core.decoding.policy.plan import Plan
@@ -95,7 +95,7 @@ def prefill(target: Target, ids_T: torch.Tensor, cache: SlotCache) -> torch.Tens
         chunk_BT = ids_T[past : past + PREFILL_ROWS][None]
         new = chunk_BT.shape[1]
         position_BT = torch.arange(past, past + new, device=ids_T.device)[None]
-        mask = masks.for_rows(target, past, new)
+        mask = target.causal_mask(past, new)
         features.append(target.forward(chunk_BT, position_BT=position_BT, mask=mask, cache=cache)[0])
     return torch.cat(features)
 
@@ -161,7 +161,7 @@ def _verify(
     rows, whole = forest.token_M.shape[1], seats[0].memory.cache.whole
     assert whole is not None, "seats that share a round share a cache"
     past_B1, end = torch.tensor(past, device=target.device)[:, None], max(past) + rows
-    mask = masks.for_batch(target, past_B1, forest.depth_M, forest.sees_MM, end)
+    mask = tree.batch_mask(target, past_B1, forest.depth_M, forest.sees_MM, end)
     with whole.place(past_B1 + torch.arange(rows, device=target.device), end):
         feature_BMD = target.forward(
             forest.token_M.clamp_min(0), position_BT=past_B1 + forest.depth_M, mask=mask, cache=whole

@@ -1,16 +1,20 @@
-"""The draft tree: growing it level by level (EAGLE-2, arXiv 2406.16858), ranking its nodes, accepting a path of it.
+"""The draft tree: growing it level by level (EAGLE-2, arXiv 2406.16858), ranking its nodes, what they may attend to,
+accepting a path of it.
 
-Index code only: no model, no cache. Row 0 is the root (the last token already chosen), drafted nodes follow, parents
+Index code only: no forward, no cache. Row 0 is the root (the last token already chosen), drafted nodes follow, parents
 before children. Acceptance is a pure function of ids, the same at every temperature (sampling.py): the target has
 picked one token at every row, and the picks are followed as long as they were drafted.
-Axes: M tree row, N row: a node of the beam, or one that was chosen, C candidate node, R place in a list of proposed
-tokens, K cached column of the drafter, A accepted node.
+Axes: B batch: an answer each, M tree row, N row: a node of the beam, or one that was chosen, C candidate node, R place
+in a list of proposed tokens, K cached column (of the drafter, where drafts grow), A accepted node, X any axes.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+
+from coral_core.kernels.exact import Mask
+from coral_core.target.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +197,58 @@ def filled(draft: Draft, rows: int) -> Draft:
         score_M=padded.score_M[0],
         levels=draft.levels,
     )
+
+
+# ---- what rows may attend to
+
+
+def sees(past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor, window: int) -> torch.Tensor:
+    """[M,K] true where a tree row sees a committed row or its own branch.
+
+    With a window, distance is counted in positions (past + depth), not in rows: siblings share a position.
+    """
+    position_M = depth_M + past
+    position_K = torch.cat((torch.arange(past, device=depth_M.device), position_M))
+    sees_MK = torch.cat((sees_MM.new_ones(depth_M.numel(), past), sees_MM), dim=1)
+    return sees_MK & (position_M[:, None] - position_K < window) if window else sees_MK
+
+
+def batch_sees(
+    past_B1: torch.Tensor, depth_BM: torch.Tensor, sees_BMM: torch.Tensor, columns: int, window: int
+) -> torch.Tensor:
+    """[B,M,K] the same for a tree per answer, each behind its own committed rows; the columns between hold nothing."""
+    column_K = torch.arange(columns, device=depth_BM.device)
+    column_BM = past_B1 + torch.arange(depth_BM.shape[1], device=depth_BM.device)
+    sees_BMK = (column_K < past_B1)[:, None].repeat(1, depth_BM.shape[1], 1)
+    sees_BMK.scatter_(2, column_BM[:, None].expand_as(sees_BMM), sees_BMM)
+    if not window:
+        return sees_BMK
+    position_BM = past_B1 + depth_BM
+    position_BK = column_K.repeat(past_B1.shape[0], 1).scatter_(1, column_BM, position_BM)
+    return sees_BMK & (position_BM[:, :, None] - position_BK[:, None] < window)
+
+
+def committed(rows: int | torch.Tensor, columns: int, like_X: torch.Tensor) -> torch.Tensor:
+    """[K] additive: a draft sees the committed rows, and of the columns behind them none yet."""
+    column_K = torch.arange(columns, device=like_X.device)
+    return like_X.new_zeros(columns).masked_fill_(column_K >= rows, -torch.inf)
+
+
+def mask(target: Target, past: int, depth_M: torch.Tensor, sees_MM: torch.Tensor) -> Mask:
+    """`sees` as the target takes it."""
+    if depth_M.numel() == 1:
+        return target.causal_mask(past, 1)
+    return target.mask(lambda window: sees(past, depth_M, sees_MM, window))
+
+
+def batch_mask(
+    target: Target, past_B1: torch.Tensor, depth_BM: torch.Tensor, sees_BMM: torch.Tensor, columns: int
+) -> Mask:
+    """`batch_sees` as the target takes it."""
+    return target.mask(lambda window: batch_sees(past_B1, depth_BM, sees_BMM, columns, window))
+
+
+# ---- acceptance
 
 
 @dataclasses.dataclass(frozen=True)

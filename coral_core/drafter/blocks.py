@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from coral_core.kernels.linear import PackedLinear
-from coral_core.kernels.norm import scaled_norm
+from coral_core.kernels.layers import PackedLinear, scaled_norm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(query_BHTE, key_BJTE, value_BJTE) -> out_BHTE, with J key/value heads, H a multiple of J."""
-Turn = tuple[torch.Tensor, torch.Tensor]
-"""What `Rope` gives of positions."""
+CosSin = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of positions, as `Rope` gives them."""
 
 
 class RMSNorm(nn.Module):
@@ -54,7 +53,7 @@ class Rope(nn.Module):
         self.inv_freq_E = exact_E.to(self.inv_freq_E.device)
         return self
 
-    def forward(self, position_BT: torch.Tensor, dtype: torch.dtype) -> Turn:
+    def forward(self, position_BT: torch.Tensor, dtype: torch.dtype) -> CosSin:
         """cos and sin, each [B,1,T,E], ready to broadcast over heads; the sine's first half is negative (`rotate`)."""
         angle_BTE = position_BT[..., None].float() * self.inv_freq_E
         angle_B1TE = torch.cat((-angle_BTE, angle_BTE), dim=-1)[:, None]
@@ -62,7 +61,7 @@ class Rope(nn.Module):
 
 
 def rotate(x_BHTE: torch.Tensor, cos_B1TE: torch.Tensor, sin_B1TE: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (i, i + E/2) of a head by its position's angle: Llama's half-split layout."""
+    """CosSin each pair (i, i + E/2) of a head by its position's angle: Llama's half-split layout."""
     return torch.addcmul(x_BHTE * cos_B1TE, x_BHTE.roll(x_BHTE.shape[-1] // 2, dims=-1), sin_B1TE)
 
 
@@ -80,11 +79,11 @@ class Attention(nn.Module):
         self.v_proj = PackedLinear(inputs, kv_heads * head_dim, bias=False)
         self.o_proj = PackedLinear(heads * head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
         def split(y_BTD: torch.Tensor) -> torch.Tensor:
             return y_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        query_BHTE, key_BJTE = rotate(split(self.q_proj(x_BTD)), *turn), rotate(split(self.k_proj(x_BTD)), *turn)
+        query_BHTE, key_BJTE = rotate(split(self.q_proj(x_BTD)), *cos_sin), rotate(split(self.k_proj(x_BTD)), *cos_sin)
         out_BHTE = attend(query_BHTE, key_BJTE, split(self.v_proj(x_BTD)))
         return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
 
@@ -111,8 +110,8 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(hidden, intermediate)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
-    def forward(self, x_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(x_BTD, turn, attend)
+    def forward(self, x_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
+        x_BTD = x_BTD + self.self_attn(x_BTD, cos_sin, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -130,9 +129,11 @@ class WideLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.norm_before_residual = norm_before_residual
 
-    def forward(self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend
+    ) -> torch.Tensor:
         normed_BTD = self.hidden_norm(state_BTD)
         joined_BTD = torch.cat((self.input_layernorm(embed_BTD), normed_BTD), dim=-1)
         residual_BTD = normed_BTD if self.norm_before_residual else state_BTD
-        x_BTD = residual_BTD + self.self_attn(joined_BTD, turn, attend)
+        x_BTD = residual_BTD + self.self_attn(joined_BTD, cos_sin, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from coral_core.drafter.blocks import Attend, DraftLayer, RMSNorm, Rope, Turn, WideLayer
+from coral_core.drafter.blocks import Attend, CosSin, DraftLayer, RMSNorm, Rope, WideLayer
 from coral_core.drafter.config import DrafterConfig
-from coral_core.kernels.linear import PackedLinear
+from coral_core.kernels.layers import PackedLinear
 
 if TYPE_CHECKING:
     from coral_core.artifacts import Manifest
@@ -101,11 +101,13 @@ class Drafter(nn.Module):
             taps_BTI = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(taps_BTI)
 
-    def forward(self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend
+    ) -> torch.Tensor:
         """The next states [B,T,D] from the embeddings of tokens t+1, states t, and `rope` of row positions t."""
         if not self.config.taps:
-            return self.layers[0](self.fc(torch.cat((embed_BTD, state_BTD), dim=-1)), turn, attend)
-        out_BTD = self.layers[0](embed_BTD, state_BTD, turn, attend)
+            return self.layers[0](self.fc(torch.cat((embed_BTD, state_BTD), dim=-1)), cos_sin, attend)
+        out_BTD = self.layers[0](embed_BTD, state_BTD, cos_sin, attend)
         return self.norm(out_BTD) if self.config.norm_output else out_BTD
 
     def hidden(self, state_BTD: torch.Tensor) -> torch.Tensor:

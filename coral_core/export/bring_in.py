@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from coral_core.artifacts import KIN, MANIFEST, Manifest, stage
+from coral_core.artifacts import COMPATIBILITY, MANIFEST, Manifest, stage
 from coral_core.drafter.checkpoint import is_coral, read_checkpoint, weights_fingerprint
 from coral_core.drafter.hub import fetch
 from coral_core.drafter.load import FILES, build_drafter, load_drafter, save_drafter
@@ -18,7 +18,7 @@ from coral_core.errors import ArtifactError, TargetError
 from coral_core.head.load import load_head
 from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec
-from coral_core.target import kin
+from coral_core.target import compatibility
 from coral_core.target.load import tap_layers
 from coral_core.target.target import Target
 
@@ -80,7 +80,7 @@ def lent_head(drafter: Drafter, lent: Lent) -> Drafter:
 def own_manifest(folder: Path, target: Target) -> Manifest:
     """Of a drafter that coral made. Raises ArtifactError when it was trained for another target."""
     manifest = Manifest.read(folder, "drafter", AGAIN)
-    kin.refuse_other_target(manifest, folder, OWN, target)
+    compatibility.refuse_other_target(manifest, folder, OWN, target)
     return manifest
 
 
@@ -101,7 +101,7 @@ def foreign_manifest(drafter: Drafter, source: str, target: Target) -> Manifest:
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
         "dtype": str(drafter.fc.weight.dtype).removeprefix("torch."),
         "drafter_config": drafter.config.to_json(),
-        KIN: kin.describe(target),
+        COMPATIBILITY: compatibility.describe(target),
     }
     name = weights_fingerprint(drafter)
     return Manifest(kind="drafter", fingerprint=name, inputs={"target": target.fingerprint}, recipe={}, facts=facts)

@@ -24,7 +24,7 @@ from coral_core.export.wide import WIDE, layout_of, with_rows
 from coral_core.head.heads import StaticHead
 from coral_core.head.load import FILE, load_head
 from coral_core.recipe.schema import HeadSpec, Recipe
-from coral_core.target.kin import refuse_other_target
+from coral_core.target.compatibility import refuse_other_target
 from coral_core.target.target import Target
 
 HF = "hf"

@@ -13,7 +13,7 @@ from torch import nn
 from coral_core.head.groups import Groups
 from coral_core.kernels import blocks
 from coral_core.kernels.blocks import Blocks, runs
-from coral_core.kernels.linear import PackedLinear
+from coral_core.kernels.layers import PackedLinear
 from coral_core.lent import Lent
 
 

@@ -1,6 +1,6 @@
 """Hidden rows times blocks of head rows: one small matrix product per block, the weights never copied in a call.
 
-On a CPU blocks are packed (linear.py), except small ones in float32. 32 of 256 blocks, ms on two cores of an AMD EPYC
+On a CPU blocks are packed (layers.py), except small ones in float32. 32 of 256 blocks, ms on two cores of an AMD EPYC
 (AVX-512), random blocks in turns:
 
 | rows                            |    1 |    2 |    4 |   10 |
@@ -29,7 +29,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from coral_core.kernels.linear import FILL, Packed, packs
+from coral_core.kernels.layers import FILL, Packed, packs
 from coral_core.lent import Lent
 
 _LARGE = 1 << 15

@@ -16,7 +16,7 @@ import torch
 
 from coral_core import embedded
 from coral_core.errors import TargetError, first_line
-from coral_core.kernels.linear import pack
+from coral_core.kernels.layers import pack, shorten_norms
 from coral_core.kernels.precision import bfloat16_is_faster
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
@@ -98,7 +98,7 @@ def wrap(model: Any, tokenizer: Any) -> Target:
 
 
 def _wrap(model: Any, tokenizer: Any) -> Target:
-    from coral_core.kernels import attention, norm  # these import transformers, which whoever has a model has loaded
+    from coral_core.kernels import attention  # it imports transformers, which whoever has a model has loaded
     from coral_core.target.probe import probed
 
     config = model.config.get_text_config()
@@ -106,7 +106,7 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
     lent = _lend(model, config)
     model.eval().requires_grad_(False)
     attention.plug_in(model)
-    norm.plug_in(model)
+    shorten_norms(model)
     target = Target(
         model=model,
         tokenizer=tokenizer,

@@ -206,13 +206,8 @@ def _mask(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Additive [1,1,T,K], or one per layer type; rows see earlier columns, in a window that counts positions."""
     apart_TK = position_T[:, None] - position_K
-    sees_TK = apart_TK >= 0 if sees_TK is None else sees_TK
-    masks = {}
-    for kind in target.layer_types:
-        seen_TK = sees_TK & (apart_TK < target.window) if kind == "sliding_attention" else sees_TK
-        additive_TK = torch.zeros(seen_TK.shape, dtype=target.dtype, device=target.device)
-        masks[kind] = additive_TK.masked_fill_(~seen_TK, torch.finfo(target.dtype).min)[None, None]
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+    seen_TK = apart_TK >= 0 if sees_TK is None else sees_TK
+    return target.mask(lambda window: seen_TK & (apart_TK < window) if window else seen_TK)
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

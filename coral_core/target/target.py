@@ -6,14 +6,14 @@ Axes: B batch, T position, K cached column, D hidden, X any axes.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from coral_core.errors import DataError, TargetError
+from coral_core.kernels import exact
 from coral_core.lent import Lent
-from coral_core.target import filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Target:
     bounded: bool = False
     """Whether `max_positions` is less than the model's own: further ones would change the rows before them."""
     exact: bool = False
-    """Whether the rows of a forward have the same bits whatever is read with them (target/filled.py)."""
+    """Whether the rows of a forward have the same bits whatever is read with them (kernels/exact.py)."""
     graphs: bool = False
     """Whether decoding records its forwards (decoding/recorded.py)."""
     taps: tuple[int, ...] = ()
@@ -106,8 +106,8 @@ class Target:
         recorded = self.graphs or ids_BT.device.type != "cpu"
         padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
         if self.exact and not recorded and position_BT is not None and cache is not None and not padded:
-            mask, cache = filled.masks(position_BT, mask, self.layer_types), filled.Filled(cache, rows)
-            more = filled.filled_rows(rows, ids_BT.shape[0], self._width, torch.get_num_threads()) - rows
+            mask, cache = exact.masks(position_BT, mask, self.layer_types), exact.Filled(cache, rows)
+            more = exact.filled_rows(rows, ids_BT.shape[0], self._width, torch.get_num_threads()) - rows
             ids_BT, position_BT = (torch.cat((x, x[:, -1:].expand(-1, more)), 1) for x in (ids_BT, position_BT))
         if position_BT is not None:
             position_BT = position_BT.clamp_max(self.max_positions - 1)
@@ -124,6 +124,26 @@ class Target:
         taken = [*(out.hidden_states[layer] for layer in self.taps), out.last_hidden_state]
         return torch.cat([state_BTD[:, :rows] for state_BTD in taken], dim=-1)
 
+    def mask(self, sees: Callable[[int], torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The additive mask of what `sees` gives for a window (0: none), [T,K] or [B,T,K], true where a row sees.
+
+        [B,1,T,K] with 0 where it sees and the dtype's lowest number elsewhere; one for each type of layer where there
+        are several.
+        """
+        masks = {}
+        for kind in self.layer_types:
+            sees_XTK = sees(self.window if kind == "sliding_attention" else 0)
+            mask_XTK = torch.zeros(sees_XTK.shape, dtype=self.dtype, device=sees_XTK.device)
+            mask_XTK.masked_fill_(~sees_XTK, torch.finfo(self.dtype).min)
+            masks[kind] = mask_XTK[None, None] if mask_XTK.dim() == 2 else mask_XTK[:, None]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def causal_mask(self, past: int, new: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """The mask of plain rows appended to a cache; None where the model's own is the same and faster."""
+        if self.window == 0 and (past == 0 or new == 1):
+            return None
+        return self.mask(lambda window: causal(past, new, window, self.device))
+
     def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
         """The target's own logits [..., V] of what `forward` gives."""
         return self.lent.logits(feature_XD[..., -self.lent.head_VD.shape[1] :])
@@ -139,3 +159,11 @@ class Target:
                 f"has {layers}: it was trained for another target. Set target.model to its own"
             )
         return dataclasses.replace(self, taps=taps, idle=[])
+
+
+def causal(past: int, new: int, window: int, device: torch.device) -> torch.Tensor:
+    """[T,K] true where a new row sees a cached or earlier row; a window of 0 is unbounded."""
+    row_T1 = torch.arange(past, past + new, device=device)[:, None]
+    column_K = torch.arange(past + new, device=device)
+    sees_TK = column_K <= row_T1
+    return sees_TK & (row_T1 - column_K < window) if window else sees_TK

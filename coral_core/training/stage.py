@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from coral_core.artifacts import KIN, Manifest, Standing, partial, stage, standing
+from coral_core.artifacts import COMPATIBILITY, Manifest, Standing, partial, stage, standing
 from coral_core.drafter.load import FILES, save_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
@@ -139,7 +139,7 @@ def _facts(
         "parameters": sum(parameter.numel() for parameter in drafter.parameters()),
         "dtype": "float32",
         "drafter_config": drafter.config.to_json(),
-        KIN: store.manifest.facts.get(KIN),
+        COMPATIBILITY: store.manifest.facts.get(COMPATIBILITY),
         "data": {name: store.manifest.facts[name] for name in ("samples", "tokens", "answer_tokens")},
         "last": next((line for line in reversed(lines) if line["stage"] == "train"), {}),
         "best": {"step": best[0], "tokens_per_round": best[1]} if best else None,

@@ -73,8 +73,8 @@ def unroll_rows(
             return out_BHTE.transpose(1, 2).flatten(0, 1)[filled_N].transpose(0, 1)[None]
 
         embed_1ND, stream_1ND = (x_BTD.flatten(0, 1)[filled_N][None] for x_BTD in (embed_BTD, stream_BTD))
-        turn = drafter.rope((filled_N % shape[1])[None], dtype)
-        out_1ND = drafter(embed_1ND, stream_1ND, turn, attend)
+        cos_sin = drafter.rope((filled_N % shape[1])[None], dtype)
+        out_1ND = drafter(embed_1ND, stream_1ND, cos_sin, attend)
         out_BTD = _scatter(out_1ND[0], row_N, shape)
         outputs.append(drafter.hidden(out_BTD))
         fed_BTD = out_BTD if through else out_BTD.detach()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.batch import decode_all
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
@@ -138,10 +138,10 @@ def test_the_mask_of_two_trees_behind_pasts_of_different_length() -> None:
             [[T, T, F, F, F], [T, T, T, F, F], [T, F, F, T, F]],
         ]
     )
-    assert torch.equal(masks.trees(past_B1, depth_BM, sees_BMM, 5, 0), drawn)
+    assert torch.equal(tree.batch_sees(past_B1, depth_BM, sees_BMM, 5, 0), drawn)
     for number, past in enumerate((2, 1)):
-        alone = masks.tree(past, depth_BM[number], sees_BMM[number], 2)
-        windowed = masks.trees(past_B1, depth_BM, sees_BMM, 5, 2)[number]
+        alone = tree.sees(past, depth_BM[number], sees_BMM[number], 2)
+        windowed = tree.batch_sees(past_B1, depth_BM, sees_BMM, 5, 2)[number]
         assert torch.equal(windowed[:, : past + 3], alone)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
@@ -72,7 +72,7 @@ def step(target: Target, cache: SlotCache, tokens: list[int]) -> torch.Tensor:
     past, new = cache.length, len(tokens)
     position_BT = torch.arange(past, past + new)[None]
     return target.forward(
-        torch.tensor([tokens]), position_BT=position_BT, mask=masks.for_rows(target, past, new), cache=cache
+        torch.tensor([tokens]), position_BT=position_BT, mask=target.causal_mask(past, new), cache=cache
     )
 
 
@@ -155,7 +155,7 @@ def behind_a_tree(target: Target, path: list[int], past: int, siblings: int, alo
     cache = fresh(target)
     step(target, cache, path[:past])
     draft = a_tree(path[past : past + 6], siblings, past)
-    mask = masks.for_target(target, past, draft.depth_M, draft.sees_MM)
+    mask = tree.mask(target, past, draft.depth_M, draft.sees_MM)
     token_BM, position_BM = draft.token_M[None], past + draft.depth_M[None]
     seen = outputs(target, lambda: target.forward(token_BM, position_BT=position_BM, mask=mask, cache=cache))
     rows = right_rows(draft, path[past : past + 6])
@@ -180,7 +180,7 @@ def test_an_answer_has_the_same_bits_in_a_batch(dtype: torch.dtype) -> None:
     forest = tree.pad(drafts)
     rows, past_B1 = forest.token_M.shape[1], torch.tensor([len(path) - 6 for path in paths])[:, None]
     end = int(past_B1.max()) + rows
-    mask = masks.for_batch(target, past_B1, forest.depth_M, forest.sees_MM, end)
+    mask = tree.batch_mask(target, past_B1, forest.depth_M, forest.sees_MM, end)
     token_BM, position_BM = forest.token_M.clamp_min(0), past_B1 + forest.depth_M
     with cache.place(past_B1 + torch.arange(rows), end):
         together = outputs(target, lambda: target.forward(token_BM, position_BT=position_BM, mask=mask, cache=cache))

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.tree import judge
+from coral_core.target.target import causal
 from tests.tiny import ConfidentShape
 
 T, F = True, False
@@ -46,7 +47,7 @@ def test_a_row_sees_itself_and_its_ancestors() -> None:
 
 def test_the_tree_mask_puts_committed_rows_before_the_branch() -> None:
     draft = a_draft()
-    sees_MK = masks.tree(2, draft.depth_M[:4], draft.sees_MM[:4, :4], window=0)
+    sees_MK = tree.sees(2, draft.depth_M[:4], draft.sees_MM[:4, :4], window=0)
     assert sees_MK.tolist() == [
         [T, T, T, F, F, F],
         [T, T, T, T, F, F],
@@ -58,7 +59,7 @@ def test_the_tree_mask_puts_committed_rows_before_the_branch() -> None:
 def test_a_window_counts_positions_and_not_rows() -> None:
     """Three committed rows, window 3: the root (position 3) sees positions 1-3; depth 2 (position 5) sees 3-5."""
     draft = a_draft()
-    sees_MK = masks.tree(3, draft.depth_M[:4], draft.sees_MM[:4, :4], window=3)
+    sees_MK = tree.sees(3, draft.depth_M[:4], draft.sees_MM[:4, :4], window=3)
     assert sees_MK.tolist() == [
         [F, T, T, T, F, F, F],
         [F, F, T, T, T, F, F],
@@ -68,8 +69,8 @@ def test_a_window_counts_positions_and_not_rows() -> None:
 
 
 def test_the_causal_mask_of_a_chunk() -> None:
-    assert masks.causal(2, 2, 0, torch.device("cpu")).tolist() == [[T, T, T, F], [T, T, T, T]]
-    assert masks.causal(2, 2, 2, torch.device("cpu")).tolist() == [[F, T, T, F], [F, F, T, T]]
+    assert causal(2, 2, 0, torch.device("cpu")).tolist() == [[T, T, T, F], [T, T, T, T]]
+    assert causal(2, 2, 2, torch.device("cpu")).tolist() == [[F, T, T, F], [F, F, T, T]]
 
 
 def test_the_path_follows_the_picks_while_they_were_drafted() -> None:
@@ -90,7 +91,7 @@ def first(nodes: int) -> Callable[[torch.Tensor], int]:
     return TreeShape(depth=1, nodes=nodes, topk=1).count
 
 
-ONE_ROW = masks.committed(1, 5, torch.empty(0))
+ONE_ROW = tree.committed(1, 5, torch.empty(0))
 
 
 def seen(beam: tree.Beam) -> list[list[bool]]:

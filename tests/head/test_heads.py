@@ -12,7 +12,7 @@ from coral_core.head.groups import Groups
 from coral_core.head.heads import Candidates, FullHead, GroupedHead, Router, StaticHead
 from coral_core.head.load import load_head, save_head
 from coral_core.kernels.blocks import Blocks
-from coral_core.kernels.linear import packs
+from coral_core.kernels.layers import packs
 from coral_core.lent import Lent
 from coral_core.recipe.schema import HeadSpec
 

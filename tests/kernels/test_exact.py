@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from coral_core.decoding import masks, tree
+from coral_core.decoding import tree
 from coral_core.kernels import exact
 
 WIDTHS = {"SmolLM2": (9, 3, 64), "Qwen2.5": (14, 2, 64), "Llama 3": (32, 8, 128), "Phi-3": (32, 32, 96)}
@@ -36,7 +36,7 @@ def test_a_path_has_the_same_bits_among_siblings_and_alone(widths: tuple[int, in
         rows.append(above)
     sees_MM = tree.ancestry(torch.tensor(parents), PATH)
     depth_M, count = sees_MM.sum(1) - 1, len(parents)
-    mask_MK = torch.zeros(count, past + count).masked_fill_(~masks.tree(past, depth_M, sees_MM, 0), -torch.inf)
+    mask_MK = torch.zeros(count, past + count).masked_fill_(~tree.sees(past, depth_M, sees_MM, 0), -torch.inf)
     query_BHME = torch.randn(1, heads, count, width)
     tree_key_BJKE, tree_value_BJKE = torch.randn(2, 1, groups, past + count, width)
     query_BHME[:, :, rows] = query_BHTE

@@ -8,7 +8,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from coral_core.kernels.norm import ShortNorm, plug_in
+from coral_core.kernels.layers import ShortNorm, shorten_norms
 from tests.tiny import tiny_target
 
 WIDTH = 96
@@ -25,7 +25,7 @@ def filled(norm: nn.Module, dtype: torch.dtype) -> nn.Module:
 def test_a_short_norm_gives_the_same_bits(dtype: torch.dtype, rows: int) -> None:
     norm, x_1ND = filled(LlamaRMSNorm(WIDTH, eps=1e-5), dtype), torch.randn(1, rows, WIDTH).to(dtype) * 30
     expected_1ND = norm(x_1ND)
-    plug_in(norm)
+    shorten_norms(norm)
     assert type(norm) is ShortNorm
     assert torch.equal(norm(x_1ND), expected_1ND)
     assert norm(x_1ND).dtype == dtype
@@ -41,7 +41,7 @@ def test_a_short_norm_gives_the_same_bits(dtype: torch.dtype, rows: int) -> None
 )
 def test_other_norms_stay(norm: nn.Module, dtype: torch.dtype) -> None:
     norm, kind = filled(norm, dtype), type(norm)
-    plug_in(norm)
+    shorten_norms(norm)
     assert type(norm) is kind
 
 
@@ -51,7 +51,7 @@ def test_another_formula_under_a_familiar_name_stays() -> None:
             return super().forward(hidden_states) + hidden_states
 
     norm = OffsetRMSNorm(WIDTH)
-    plug_in(norm)
+    shorten_norms(norm)
     assert type(norm) is OffsetRMSNorm
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from coral_core.artifacts import KIN, Manifest
+from coral_core.artifacts import COMPATIBILITY, Manifest
 from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import ArtifactError, CoralWarning
-from coral_core.target.kin import describe, refuse_other_target
+from coral_core.target.compatibility import describe, refuse_other_target
 from coral_core.target.load import wrap
 from coral_core.target.target import Target
 from tests.tiny import SHAPE, tiny_target
@@ -24,7 +24,7 @@ def tokenizer() -> Any:
     return transformers.AutoTokenizer.from_pretrained(PICO / "target")
 
 
-def kin(changed: Any) -> dict[str, Any]:
+def described(changed: Any) -> dict[str, Any]:
     return describe(dataclasses.replace(tiny_target(), tokenizer=changed))
 
 
@@ -37,29 +37,29 @@ def sibling(target: Target, **changes: Any) -> Target:
 
 def made_for(target: Target) -> Manifest:
     inputs = {"target": target.fingerprint}
-    return Manifest(kind="drafter", fingerprint="d", inputs=inputs, recipe={}, facts={KIN: describe(target)})
+    return Manifest(kind="drafter", fingerprint="d", inputs=inputs, recipe={}, facts={COMPATIBILITY: describe(target)})
 
 
 def test_special_tokens_fillers_and_a_system_message_make_no_other_family() -> None:
-    plain = kin(tokenizer())
+    plain = described(tokenizer())
     more = tokenizer()
     more.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     more.add_tokens(["[PAD512]"])
-    assert kin(more) == plain
+    assert described(more) == plain
     greeted = tokenizer()
     greeted.chat_template = OTHER_SYSTEM + greeted.chat_template
-    assert kin(greeted) == plain
+    assert described(greeted) == plain
 
 
 def test_another_word_or_another_mark_of_a_turn_is_told() -> None:
-    plain, worded, marked, none = kin(tokenizer()), tokenizer(), tokenizer(), tokenizer()
+    plain, worded, marked, none = described(tokenizer()), tokenizer(), tokenizer(), tokenizer()
     worded.add_tokens(["coral-reef"])
-    assert kin(worded)["tokenizer"] != plain["tokenizer"]
+    assert described(worded)["tokenizer"] != plain["tokenizer"]
     marked.chat_template = marked.chat_template.replace("<|end|>", "<|stop|>")
-    assert (kin(marked)["template"], kin(marked)["tokenizer"]) != (plain["template"], plain["tokenizer"])
-    assert kin(marked)["tokenizer"] == plain["tokenizer"]
+    assert (described(marked)["template"], described(marked)["tokenizer"]) != (plain["template"], plain["tokenizer"])
+    assert described(marked)["tokenizer"] == plain["tokenizer"]
     none.chat_template = None
-    assert kin(none)["template"] == ""
+    assert described(none)["template"] == ""
 
 
 def test_its_own_target_says_nothing(recwarn: pytest.WarningsRecorder) -> None:

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from coral_core.artifacts import KIN, Manifest
+from coral_core.artifacts import COMPATIBILITY, Manifest
 from coral_core.errors import ArtifactError, CoralWarning, DataError
 from coral_core.target.target import Target
 from coral_core.target.template import SENTINEL, render
@@ -34,7 +34,7 @@ def refuse_other_target(manifest: Manifest, folder: Path, remedy: str, target: T
     """
     if manifest.inputs.get("target") == target.fingerprint:
         return
-    if (made_for := manifest.facts.get(KIN)) is None:
+    if (made_for := manifest.facts.get(COMPATIBILITY)) is None:
         manifest.refuse_stranger(folder, remedy, target=target.fingerprint)
         return
     own = describe(target)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from coral_core.kernels import linear
-from coral_core.kernels.linear import ALONE, LARGE, Packed, PackedLinear, pack, packs
+from coral_core.kernels import layers
+from coral_core.kernels.layers import ALONE, LARGE, Packed, PackedLinear, pack, packs
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -91,11 +91,11 @@ def test_what_is_packed_is_neither_copied_nor_saved() -> None:
 def test_a_model_is_left_alone_where_memory_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(32, 48))
     memory = psutil.virtual_memory()._replace(available=2 * 32 * 48 * 4 - 1)
-    monkeypatch.setattr(linear.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(layers.psutil, "virtual_memory", lambda: memory)
     with pytest.warns(UserWarning, match="decoding is slower than it could be: 0.0 GiB of weights"):
         pack(model)
     assert type(model[0]) is nn.Linear
-    monkeypatch.setattr(linear.psutil, "virtual_memory", lambda: memory._replace(available=2 * 32 * 48 * 4))
+    monkeypatch.setattr(layers.psutil, "virtual_memory", lambda: memory._replace(available=2 * 32 * 48 * 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pack(model)
