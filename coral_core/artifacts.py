@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +196,8 @@ class Standing:
     """Otherwise how it differs, or which file is damaged; '' where nothing stands."""
 
 
-def standing(
-    final: Path, kind: str, fingerprint: str, recipe: Mapping[str, Any], inputs: Mapping[str, str]
-) -> Standing:
-    """Compare what stands in `final` with what a stage of these recipe sections and inputs would make.
+def standing(final: Path, kind: str, changes: Callable[[Manifest], str]) -> Standing:
+    """Compare what stands in `final` with what a stage would make; `changes` says how a manifest differs from that.
 
     Reads every file of it, and changes nothing.
     """
@@ -209,22 +207,11 @@ def standing(
         manifest = Manifest.read(final, kind, "")
     except ArtifactError:
         return Standing(None, f"its {MANIFEST} is {'damaged' if (final / MANIFEST).exists() else 'missing'}")
-    if manifest.fingerprint != fingerprint:
-        return Standing(None, _changes(manifest, recipe, inputs))
+    if why := changes(manifest):
+        return Standing(None, why)
     if damaged := manifest.damaged(final):
         return Standing(None, f"{', '.join(damaged)} {'are' if damaged[1:] else 'is'} damaged")
     return Standing(manifest)
-
-
-def _changes(manifest: Manifest, recipe: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """How a recipe and inputs differ from a manifest's: "train.topk was 10, is 5; the data changed"."""
-    if "imported_from" in manifest.facts:
-        return f"it was imported from {manifest.facts['imported_from']}"
-    # Through JSON, which knows no tuples: as the manifest's own values went.
-    found = first_difference({**recipe, **manifest.recipe}, json.loads(json.dumps(recipe)))
-    keys = [f"{found[0]} was {found[1]}, is {found[2]}"] if found else []
-    named = [name for name in {**manifest.inputs, **inputs} if manifest.inputs.get(name) != inputs.get(name)]
-    return "; ".join(keys + [f"the {name} changed" for name in named]) or "it was made by an earlier version"
 
 
 def first_difference(was: Any, now: Any, path: str = "") -> tuple[str, Any, Any] | None:

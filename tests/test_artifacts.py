@@ -23,6 +23,7 @@ from coral_core.artifacts import (
     write_text,
 )
 from coral_core.errors import ArtifactError, CoralError
+from coral_core.recipe.loader import changes
 
 
 def names(folder: Path) -> list[str]:
@@ -259,7 +260,7 @@ def drafter(tmp_path) -> Path:
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).write_bytes(b"{ } " + name.encode())
-    values = {"seed": 0, "train": {"topk": 10}}
+    values = {"seed": 0, "train": {"steps": 10}}
     made = Manifest(kind="drafter", fingerprint="f", inputs={"data": "d"}, recipe=values, facts={})
     made.sealed(folder).write(folder)
     return folder
@@ -285,7 +286,7 @@ def test_a_damaged_file_is_found_and_named(drafter, name, damage):
 
 def test_a_manifest_in_which_one_digit_changed_is_damaged(drafter):
     path = drafter / "manifest.json"
-    path.write_text(path.read_text().replace('"topk": 10', '"topk": 11'))
+    path.write_text(path.read_text().replace('"steps": 10', '"steps": 11'))
     with pytest.raises(ArtifactError, match=r"manifest.json is damaged: its checksum is another. Run: coral train"):
         Manifest.read(drafter, "drafter", "coral train")
 
@@ -305,18 +306,22 @@ def test_what_coral_ships_is_mended_by_installing_it():
 
 
 def test_what_stands_is_compared_by_its_recipe_its_inputs_and_its_bytes(drafter):
-    recipe, inputs = {"seed": 0, "train": {"topk": 10}}, {"data": "d"}
-    assert standing(drafter.with_name("none"), "drafter", "f", recipe, inputs) == artifacts.Standing(None)
-    assert standing(drafter, "drafter", "f", recipe, inputs).manifest
-    changed = {"seed": 0, "train": {"topk": 5}}
-    assert standing(drafter, "drafter", "g", changed, inputs).why == "train.topk was 10, is 5"
-    assert standing(drafter, "drafter", "g", recipe, {"data": "e"}).why == "the data changed"
+    recipe, inputs = Manifest.read(drafter, "drafter", "").recipe, {"data": "d"}
+
+    def found(folder=drafter, recipe=recipe, inputs=inputs):
+        return standing(folder, "drafter", lambda made: changes(made, recipe, inputs))
+
+    assert found(drafter.with_name("none")) == artifacts.Standing(None)
+    assert found().manifest
+    changed = {"seed": 0, "train": {"steps": 5}}
+    assert found(recipe=changed).why == "train.steps was 10, is 5"
+    assert found(inputs={"data": "e"}).why == "the data changed"
     DAMAGES["flipped"](drafter / "config.json")
-    assert standing(drafter, "drafter", "f", recipe, inputs).why == "config.json is damaged"
+    assert found().why == "config.json is damaged"
     DAMAGES["flipped"](drafter / "manifest.json")
-    assert standing(drafter, "drafter", "f", recipe, inputs).why == "its manifest.json is damaged"
+    assert found().why == "its manifest.json is damaged"
     DAMAGES["missing"](drafter / "manifest.json")
-    assert standing(drafter, "drafter", "f", recipe, inputs).why == "its manifest.json is missing"
+    assert found().why == "its manifest.json is missing"
 
 
 def test_what_an_unfinished_stage_needs_goes_only_after_the_rename(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ from coral_core.head.load import FILE, save_head
 from coral_core.lent import Lent
 from coral_core.processes import processes
 from coral_core.progress import Progress, silent
-from coral_core.recipe.loader import section_fingerprint, to_mapping
+from coral_core.recipe.loader import changes, section_fingerprint, to_mapping
 from coral_core.recipe.schema import HeadSpec, Recipe
 from coral_core.store.store import Store, Tap
 from coral_core.training.stage import open_data
@@ -122,9 +122,9 @@ def _refuse_unusable(drafter: Drafter, store: Store, folder: Path) -> None:
 
 def head_standing(recipe: Recipe, run: Path) -> Standing:
     """What stands in runs/NAME/head already. Raises as `group_head` does."""
-    fingerprint, inputs = _identity(recipe, run, open_data(recipe, run))
+    _, inputs = _identity(recipe, run, open_data(recipe, run))
     sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
-    return standing(run / "head", "head", fingerprint, sections, inputs)
+    return standing(run / "head", "head", lambda made: changes(made, sections, inputs))
 
 
 def _identity(recipe: Recipe, run: Path, store: Store) -> tuple[str, dict[str, str]]:

@@ -6,17 +6,18 @@ guesses turn `precision: no` into False and leave `3e-5` as text. Nodes also kno
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from coral_core import embedded
-from coral_core.artifacts import fingerprint
+from coral_core.artifacts import Manifest, fingerprint, first_difference
 from coral_core.errors import RecipeError
 from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, Recipe
 
@@ -72,6 +73,31 @@ def section_fingerprint(recipe: Recipe, *sections: str, **inputs: str) -> str:
     for section, gone in REMOVED.items():
         mapping[section] = mapping[section] | gone
     return fingerprint({"recipe": {name: mapping[name] for name in sections}, "inputs": inputs})
+
+
+def settled(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a recipe of any version, without the keys that say what is done without them too."""
+    found: dict[str, Any] = {}
+    for name, values in sections.items():
+        same = ADDED.get(name, {}) | REMOVED.get(name, {})
+        if isinstance(values, Mapping):
+            values = {key: value for key, value in values.items() if key not in same or value != same[key]}
+        found[name] = values
+    return found
+
+
+def changes(manifest: Manifest, sections: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """How recipe sections and inputs differ from a manifest's: "train.steps was 10, is 5; the data changed".
+
+    '' where they do not, whatever version made it.
+    """
+    if "imported_from" in manifest.facts:
+        return f"it was imported from {manifest.facts['imported_from']}"
+    # Through JSON, which knows no tuples: as the manifest's own values went.
+    found = first_difference(settled(manifest.recipe), json.loads(json.dumps(settled(sections))))
+    keys = [f"{found[0]} was {found[1]}, is {found[2]}"] if found else []
+    named = [name for name in {**manifest.inputs, **inputs} if manifest.inputs.get(name) != inputs.get(name)]
+    return "; ".join(keys + [f"the {name} changed" for name in named])
 
 
 # ---- from text to nodes

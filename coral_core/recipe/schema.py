@@ -261,7 +261,10 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
 }
 """The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""
 
-ADDED: dict[str, dict[str, int | float]] = {"train": _WHOLE, "decode": {"exact": True}}
+ADDED: dict[str, dict[str, int | float | str]] = {
+    "train": {**_WHOLE, "shape": "eagle2", "through_steps": False, "step_decay": 1.0},
+    "decode": {"exact": True},
+}
 """Keys by section that were added since runs were first made, at the value with which a recipe means what it meant
 without them. A fingerprint leaves them out there, so that what was made before is still known as finished."""
 

@@ -31,6 +31,7 @@ from coral_core.artifacts import (
     write_text,
 )
 from coral_core.errors import ArtifactError
+from coral_core.recipe.loader import settled
 
 STATE = "state.json"
 WEIGHTS = "weights.safetensors"
@@ -121,7 +122,7 @@ class Checkpoints:
         state = self._state()
         if state is None:
             return
-        if difference := first_difference(state["identity"], self.identity):
+        if difference := first_difference(settled(state["identity"]), settled(self.identity)):
             key, was, now = difference
             raise ArtifactError(
                 f"the unfinished training in {self.folder} has {key} {was}; this run has {now}. "

@@ -12,7 +12,7 @@ from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.processes import agreed, processes
 from coral_core.progress import Progress, silent
-from coral_core.recipe.loader import section_fingerprint, to_mapping
+from coral_core.recipe.loader import changes, section_fingerprint, to_mapping
 from coral_core.recipe.schema import Recipe
 from coral_core.store.store import Store, Tap
 from coral_core.training.checkpoint import Checkpoints
@@ -81,8 +81,7 @@ def drafter_standing(recipe: Recipe, run: Path) -> Standing:
     """What stands in runs/NAME/drafter already, told by the main process to all. Raises as `train_drafter` does."""
     inputs = _inputs(recipe, open_data(recipe, run))
     sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
-    name = section_fingerprint(recipe, *SECTIONS, **inputs)
-    return agreed(lambda: standing(run / "drafter", "drafter", name, sections, inputs))
+    return agreed(lambda: standing(run / "drafter", "drafter", lambda made: changes(made, sections, inputs)))
 
 
 def _inputs(recipe: Recipe, store: Store) -> dict[str, str]:

@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from coral_cli.main import app
-from coral_core.artifacts import MANIFEST, Manifest
+from coral_core.artifacts import MANIFEST, OWN_SUM, Manifest
 from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError
-from coral_core.recipe.schema import PRESETS, Recipe
+from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, Recipe
 from coral_core.training import stage
 from coral_core.training.stage import train_drafter
 from tests.training.helpers import tiny_spec, tiny_store
@@ -88,6 +88,32 @@ def test_an_unfinished_training_of_another_recipe_is_kept_and_named(run):
     ):
         train_drafter(changed, run)
     assert (run / ".drafter.partial" / "checkpoints" / "latest").exists()
+
+
+def test_what_an_earlier_version_began_or_finished_is_known(run):
+    """Its recipe lacked some keys, and said others that are always so now: no key that differs in its meaning."""
+
+    def interrupt(_stage, done, _total, _numbers):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    def of_before(train):
+        return {key: value for key, value in train.items() if key not in ADDED["train"]} | REMOVED["train"]
+
+    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, candidates=0))
+    with pytest.raises(KeyboardInterrupt):
+        train_drafter(recipe, run, interrupt)
+    checkpoints = run / ".drafter.partial" / "checkpoints"
+    path = checkpoints / (checkpoints / "latest").read_text().strip() / "state.json"
+    state = json.loads(path.read_text())
+    state["identity"]["train"] = of_before(state["identity"]["train"])
+    path.write_text(json.dumps({key: value for key, value in state.items() if key != OWN_SUM}))
+    seen = []
+    manifest, _ = train_drafter(recipe, run, lambda _stage, done, _total, _numbers: seen.append(done))
+    assert seen == [2, 3, 4]
+    old = manifest.recipe | {"train": of_before(manifest.recipe["train"])}
+    dataclasses.replace(manifest, recipe=old, fingerprint="another").write(run / "drafter")
+    assert train_drafter(recipe, run)[1] is False
 
 
 def test_data_of_another_recipe_are_refused_naming_the_key(run):
