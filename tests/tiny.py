@@ -12,7 +12,7 @@ import transformers
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
-from coral_core.drafter.blocks import Turn
+from coral_core.drafter.blocks import CosSin
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.head.heads import Candidates
@@ -100,7 +100,7 @@ class ScriptHead:
         return Candidates(logprob_NC, token_C)
 
 
-def positions(position_BT: torch.Tensor, dtype: torch.dtype) -> Turn:
+def positions(position_BT: torch.Tensor, dtype: torch.dtype) -> CosSin:
     """The `rope` of a drafter that turns nothing: the positions themselves, [B,1,T,1]."""
     return (position_BT[:, None, :, None],) * 2
 

@@ -23,7 +23,7 @@ from coral_core.decoding.recorded import Recorded, padded_rows
 from coral_core.decoding.rounds import Clock
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Memory
-from coral_core.drafter.blocks import Attend, Turn
+from coral_core.drafter.blocks import Attend, CosSin
 from coral_core.errors import TargetError
 from coral_core.head.heads import Candidates, FullHead, StaticHead
 from coral_core.recipe.schema import TargetSpec
@@ -134,7 +134,7 @@ def test_a_recorded_draft_is_of_one_head_one_sampler_and_so_many_columns(taped: 
 class Echo(StandIn, torch.nn.Module):
     """A drafter whose feature is the embedding of the token that it read."""
 
-    def forward(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
+    def forward(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
         attend(*[embed_BTD[:, None]] * 3)  # the cache holds a row per token, as any drafter's does
         return embed_BTD
 

@@ -6,7 +6,7 @@ import torch
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
-from coral_core.drafter.blocks import Attend, Turn
+from coral_core.drafter.blocks import Attend, CosSin
 from coral_core.drafter.model import Drafter
 from coral_core.grouping.clustering import by_kmeans
 from coral_core.head.groups import Groups
@@ -27,8 +27,8 @@ class Informed(StandIn):
         self.drafter = drafter
         self.feature_TD = target.forward(torch.tensor([ids]))[0]
 
-    def __call__(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, turn: Turn, attend: Attend) -> torch.Tensor:
-        position_BT = turn[0][:, 0, :, 0].expand(embed_BTD.shape[:2])
+    def __call__(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
+        position_BT = cos_sin[0][:, 0, :, 0].expand(embed_BTD.shape[:2])
         self.drafter(embed_BTD, feature_BTD, self.drafter.rope(position_BT, embed_BTD.dtype), attend)  # feeds its cache
         return self.feature_TD[(position_BT + 1).clamp_max(len(self.feature_TD) - 1)]
 
