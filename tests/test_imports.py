@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "report": {"errors"},
     "bench": NOUNS | {"run", "api", "decoding", "target", "drafter", "grouping", "head", "report"},
     "serve": NOUNS | {"api", "decoding", "target"},
-    "export": NOUNS | {"target", "drafter", "head"},
+    "export": NOUNS | {"target", "drafter", "head", "report"},
 }
 """Of a room's own files nothing is said: they import each other freely."""
 

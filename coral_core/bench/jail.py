@@ -9,30 +9,14 @@ import resource
 import sys
 from pathlib import Path
 
-FORBIDDEN = (
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
-    *(
-        "os.system",
-        "os.exec",
-        "os.fork",
-        "os.forkpty",
-        "os.posix_spawn",
-        "os.spawn",
-        "os.kill",
-        "os.killpg",
-        "os.utime",
-    ),
-    *("os.putenv", "os.unsetenv", "os.chdir", "os.fchdir", "os.chflags", "os.setxattr", "os.removexattr", "pty.spawn"),
-    *("subprocess.Popen", "ctypes.dlopen", "ctypes.dlsym", "shutil.rmtree", "shutil.move", "signal.pthread_kill"),
-    *(
-        "fcntl.fcntl",
-        "mmap.__new__",
-        "_posixsubprocess.fork_exec",
-        "resource.setrlimit",
-        "sys.setprofile",
-        "gc.get_objects",
-    ),
-)
+NAMES = """
+    os.remove os.rename os.rmdir os.mkdir os.link os.symlink os.truncate os.chmod os.chown os.system os.exec os.fork
+    os.forkpty os.posix_spawn os.spawn os.kill os.killpg os.utime os.putenv os.unsetenv os.chdir os.fchdir
+    os.chflags os.setxattr os.removexattr pty.spawn subprocess.Popen ctypes.dlopen ctypes.dlsym shutil.rmtree
+    shutil.move signal.pthread_kill fcntl.fcntl mmap.__new__ _posixsubprocess.fork_exec resource.setrlimit
+    sys.setprofile gc.get_objects
+"""
+FORBIDDEN = frozenset(NAMES.split())
 NETWORK = ("socket.", "urllib.", "ftplib.", "smtplib.", "http.", "webbrowser.")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 

@@ -50,7 +50,7 @@ def load_method(contender: Contender, target: Target) -> Method:
         "tree": {"kind": contender.recipe.decode.tree, **dataclasses.asdict(engine.shape)},
     }
     if engine.costs is not None:
-        facts["costs"] = engine.costs.to_json()
+        facts["costs"] = dataclasses.asdict(engine.costs)
     return Method(contender.name, engine, run.made, facts)
 
 

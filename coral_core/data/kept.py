@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -52,6 +53,9 @@ class Kept:
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def __iter__(self) -> Iterator[Dialogue]:
+        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Dialogue:
         return parse(self.row(number), f"dialogue {number}")

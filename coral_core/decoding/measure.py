@@ -77,7 +77,7 @@ def tuned(engine: Engine, run: Path, of: Mapping[str, Any]) -> Engine:
             return dataclasses.replace(engine, costs=costs)
     costs = measure_costs(engine)
     kept.pop(name, None)
-    kept[name] = {"of": known, "costs": costs.to_json()}
+    kept[name] = {"of": known, "costs": dataclasses.asdict(costs)}
     if run.is_dir():
         with suppress(OSError):
             write_text(run / FILE, json.dumps(dict(list(kept.items())[-KEPT:]), indent=1) + "\n")

@@ -8,6 +8,7 @@ import yaml
 
 from coral_core.export.run import engine_name
 from coral_core.recipe.schema import Recipe
+from coral_core.report.tables import interval, number
 
 TAGS = ["speculative-decoding", "coral", "eagle", "draft-model"]
 PAPERS = {
@@ -97,10 +98,10 @@ def _measured(results: dict[str, Any]) -> str:
             name,
             f"{numbers['temperature']:g}",
             str(numbers["questions"]),
-            _number(numbers["tokens_per_round_micro"]),
-            _number(numbers["tokens_per_s"], 1),
-            f"{_number(numbers['baseline_tokens_per_s'], 1)} ({numbers['baseline']})",
-            _speedup(numbers),
+            number(numbers["tokens_per_round_micro"]),
+            number(numbers["tokens_per_s"], digits=1),
+            f"{number(numbers['baseline_tokens_per_s'], digits=1)} ({numbers['baseline']})",
+            interval(numbers["speedup"], numbers["speedup_ci95"]),
             depths,
             f"{lossless['equal']} of {lossless['checked']}",
         ]
@@ -114,15 +115,6 @@ def _measured(results: dict[str, Any]) -> str:
         f"in the same process. {results['device']}, {results['dtype']}; {settings}; {versions}.\n\n"
         f"    {results['command']}"
     )
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _speedup(numbers: dict[str, Any]) -> str:
-    interval = numbers["speedup_ci95"]
-    return f"{_number(numbers['speedup'])}x" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def _use(facts: CardFacts) -> str:

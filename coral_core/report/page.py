@@ -17,6 +17,7 @@ from coral_core.report.tables import (
     comparison,
     details,
     inside,
+    mean,
     methods,
     notes,
     number,
@@ -90,8 +91,7 @@ def _header(name: str, results: dict[str, Any]) -> str:
 
 
 def _mean(found: Sequence[dict[str, Any]], key: str, digits: int = 2) -> str:
-    known = [numbers[key] for numbers in found if numbers[key] is not None]
-    return number(sum(known) / len(known) if known else None, digits=digits)
+    return number(mean([numbers[key] for numbers in found]), digits=digits)
 
 
 def _results(results: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ def comparison(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 if numbers["temperature"] == temperature
             }
             pairs = [(at[bench]["speedup"], at[bench]["tokens_per_round_micro"]) for bench in benches]
-            pairs += [(_mean([pair[0] for pair in pairs]), _mean([pair[1] for pair in pairs]))] if several else []
+            pairs += [(mean([pair[0] for pair in pairs]), mean([pair[1] for pair in pairs]))] if several else []
             cells = [cell for speedup, tau in pairs for cell in (number(speedup, "x"), number(tau))]
             body.append([method["method"], f"{temperature:g}", *cells])
     return header + (["mean speedup", "mean tau"] if several else []), body
@@ -210,7 +210,8 @@ def _per(seconds: float, count: int) -> str:
     return f"{1e3 * seconds / count:.1f}" if count else "-"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that there are."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

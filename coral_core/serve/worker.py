@@ -14,7 +14,7 @@ from typing import Any
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.seat import Seat
 from coral_core.decoding.table import Table
-from coral_core.serve.answer import Answer
+from coral_core.serve.answer import Answer, Piece
 
 log = logging.getLogger("coral.serve")
 
@@ -147,6 +147,7 @@ class Worker:
     def _heard(self, seat: Seat, event: Round) -> None:
         """Tell a job's owner of its round. A bug in one answer must not stop the others."""
         job, last = self.active[seat], seat.stop.done
+        value: Piece | Ended
         try:
             value, done = (Ended(seat.error), True) if seat.error else job.answer.feed(event, last)
         except Exception as error:

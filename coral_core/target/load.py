@@ -81,7 +81,7 @@ def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:
         gguf_file.add_template(tokenizer, file)
     ends = named_templates.choose(tokenizer, spec.chat_template) if spec.chat_template else []
     if dialogues:
-        template.refuse_without(tokenizer)
+        template.template_of(tokenizer)
     model = checkpoint.load_model(spec.model, source, config, dtype, options).to(device)
     if ends:  # where `model.generate` is to stop too
         model.generation_config.eos_token_id = sorted({*_stop_ids(model, tokenizer), *ends})

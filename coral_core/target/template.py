@@ -86,7 +86,7 @@ def encode(
     template, when the answers' tokens cannot be told or there are none.
     """
     now = now or datetime.datetime.now()  # one for all renderings, which are compared: a date may change between two
-    if GENERATION_TAG.search(_template(tokenizer)):
+    if GENERATION_TAG.search(template_of(tokenizer)):
         pieces = [_encode_tagged(tokenizer, messages, stop_ids, now)]
     else:
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -157,11 +157,6 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(number for number, token in added if token.content.strip())
 
 
-def refuse_without(tokenizer: Any) -> None:
-    """Raises DataError for a tokenizer without a chat template, with what can be done."""
-    _template(tokenizer)
-
-
 def takes_system(tokenizer: Any) -> bool:
     """Whether the template shows a system message (Gemma's raises, some drop it)."""
     try:
@@ -174,7 +169,7 @@ def takes_system(tokenizer: Any) -> bool:
 def shown_fields(tokenizer: Any, messages: Sequence[Message]) -> frozenset[str]:
     """The fields beside role and content that the template shows: without one, its text is another."""
     names = {name for message in messages for name in message} - {"role", "content"}
-    template = _template(tokenizer)
+    template = template_of(tokenizer)
     named = {name for name in names if re.search(rf"\b{re.escape(name)}\b", template)}
     if not named:
         return frozenset()
@@ -214,7 +209,7 @@ def _applied(tokenizer: Any, messages: Sequence[Message], now: datetime.datetime
     try:
         return tokenizer.apply_chat_template(
             list(messages),
-            chat_template=_at(now or datetime.datetime.now(), _template(tokenizer)),
+            chat_template=_at(now or datetime.datetime.now(), template_of(tokenizer)),
             **options,
         )
     except DataError:
@@ -235,7 +230,7 @@ def _at(now: datetime.datetime, template: str) -> str:
 def _formed(tokenizer: Any, messages: Sequence[Message]) -> Sequence[Message]:
     """The messages, with texts as lists of one part where the template takes them so. Raises DataError for a message
     of a role that it leaves out."""
-    forms = {role: _form(tokenizer, _template(tokenizer), role) for role in {message["role"] for message in messages}}
+    forms = {role: _form(tokenizer, template_of(tokenizer), role) for role in {message["role"] for message in messages}}
     if left_out := [role for role, form in forms.items() if form == "left out"]:
         raise DataError(
             f"the chat template of {_name(tokenizer)} leaves out the words of messages of the role {left_out[0]}: the "
@@ -355,8 +350,8 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _template(tokenizer: Any) -> str:
-    """Raises DataError when the tokenizer has no chat template, and none is known for its name."""
+def template_of(tokenizer: Any) -> str:
+    """The chat template. Raises DataError when the tokenizer has no chat template, and none is known for its name."""
     if tokenizer.chat_template:
         template: str = tokenizer.get_chat_template()
         return template

@@ -134,7 +134,9 @@ def test_a_recorded_draft_is_of_one_head_one_sampler_and_so_many_columns(taped: 
 class Echo(StandIn, torch.nn.Module):
     """A drafter whose feature is the embedding of the token that it read."""
 
-    def forward(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend
+    ) -> torch.Tensor:
         attend(*[embed_BTD[:, None]] * 3)  # the cache holds a row per token, as any drafter's does
         return embed_BTD
 

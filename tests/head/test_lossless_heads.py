@@ -27,7 +27,9 @@ class Informed(StandIn):
         self.drafter = drafter
         self.feature_TD = target.forward(torch.tensor([ids]))[0]
 
-    def __call__(self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
+    def __call__(
+        self, embed_BTD: torch.Tensor, feature_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend
+    ) -> torch.Tensor:
         position_BT = cos_sin[0][:, 0, :, 0].expand(embed_BTD.shape[:2])
         self.drafter(embed_BTD, feature_BTD, self.drafter.rope(position_BT, embed_BTD.dtype), attend)  # feeds its cache
         return self.feature_TD[(position_BT + 1).clamp_max(len(self.feature_TD) - 1)]

@@ -32,13 +32,9 @@ class Costs:
         """The cost of a level with 0, 1, … `width` nodes; no level costs nothing."""
         return [0.0, *(_read_off(self.level, rows) for rows in range(1, width + 1))]
 
-    def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Costs":
-        """Raises KeyError, TypeError or ValueError for what `to_json` did not write."""
+        """Raises KeyError, TypeError or ValueError for what is no dict of these fields."""
 
         def curve(key: str) -> dict[int, float]:
             return {int(rows): float(cost) for rows, cost in raw[key].items()}
