@@ -1,4 +1,4 @@
-"""Whether a row of the target has the same bits in a step and in company, on real models; and what that costs.
+"""Whether a row of the target has the same bits in a step and with other rows, on real models; and what that costs.
 
     python -m benchmarks.exact --model FOLDER [--model FOLDER] [--dtype bfloat16] [--answers 40] [--tokens 256]
 
@@ -38,7 +38,7 @@ TREES = {"chain": (4, 4), "tree": (4, 12), "60-node tree": (6, 60)}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 TURNS = 3
 """Answers of a chat."""
-BESIDE = 4
+BATCH = 4
 """Answers that are written side by side. Those of one temperature, the next ones of the other."""
 TIMED_ROWS, TIMED = (1, 13), 15
 """Rows of the forwards that are timed, and how often."""
@@ -110,7 +110,7 @@ def differing(
     return differ
 
 
-class Noting:
+class KeptLogits:
     """The lent tensors, and a copy of all logits that they gave."""
 
     def __init__(self, lent: Any) -> None:
@@ -127,22 +127,22 @@ class Noting:
         return logits_XV
 
 
-def beside(
+def in_a_batch(
     target: Target, prompts: list[list[int]], answers: list[Answer], samplers: list[Sampler], tokens: int
 ) -> list[int]:
     """Of each answer, how many logits [V] and tokens are not those of the steps when all are written side by side."""
-    noting = Noting(target.lent)
-    lent: Any = noting
-    company = Engine(dataclasses.replace(target, lent=lent, stop_ids=frozenset(), idle=[]))
+    kept = KeptLogits(target.lent)
+    lent: Any = kept
+    engine = Engine(dataclasses.replace(target, lent=lent, stop_ids=frozenset(), idle=[]))
     requests = [Request(prompt, sampler, tokens) for prompt, sampler in zip(prompts, samplers, strict=True)]
     said: list[list[int]] = [[] for _ in answers]
     order = []
-    for number, event in decode_all(company, requests, len(requests)):
+    for number, event in decode_all(engine, requests, len(requests)):
         order.append((number, len(said[number])))
         said[number] += event.new_ids
-    assert len(order) == len(noting.rows)
+    assert len(order) == len(kept.rows)
     differ = [int(ids != own) for (ids, _), own in zip(answers, said, strict=True)]
-    for (number, place), logits_V in zip(order, noting.rows, strict=True):
+    for (number, place), logits_V in zip(order, kept.rows, strict=True):
         differ[number] += not torch.equal(logits_V, answers[number][1][place])
     return differ
 
@@ -193,16 +193,16 @@ def rows_of(model: str, dtype: str, answers: int, tokens: int, done: set[str]) -
     name = Path(model).parent.name if Path(model).name == "hf" else Path(model).name
     target = Target.from_pretrained(model, dtype=DTYPES[dtype], device="cpu")
     words = torch.randint(100, 5000, (answers, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    for first in range(0, answers, BESIDE):
-        numbers = range(first, min(first + BESIDE, answers))
-        temperature = float(first // BESIDE % 2)
+    for first in range(0, answers, BATCH):
+        numbers = range(first, min(first + BATCH, answers))
+        temperature = float(first // BATCH % 2)
         key = f"{name} {dtype} {first} T={temperature:g} {tokens}"
         if key in done:
             continue
         prompts = [words[number][: 16 + number % 48] for number in numbers]
         samplers = [Sampler(temperature=temperature, seed=number) for number in numbers]
         plain = [written(target, *each) for each in zip(prompts, [tokens] * len(prompts), samplers, strict=True)]
-        together = beside(target, prompts, plain, samplers, tokens)
+        together = in_a_batch(target, prompts, plain, samplers, tokens)
         rows = []
         for number, prompt, answer, sampler, differs in zip(numbers, prompts, plain, samplers, together, strict=True):
             differ = {way: differing(target, prompt, answer, at, sampler, number) for way, at in TREES.items()}

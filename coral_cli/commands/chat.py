@@ -42,7 +42,7 @@ def chat(
                 line = keyboard.read_line()
                 if line is None or line.strip() == "/exit":
                     return
-                _heed(session, line.strip(), show_drafts)
+                _do(session, line.strip(), show_drafts)
             except CoralError as error:
                 tell(str(error))
             except KeyboardInterrupt:  # pressed once more, after the answer had ended
@@ -56,7 +56,7 @@ def _tell(text: str) -> None:
     err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
-def _heed(session: Session, words: str, show_drafts: bool) -> None:
+def _do(session: Session, words: str, show_drafts: bool) -> None:
     """Do what a line asks for: a command, an answer, or nothing."""
     from coral_cli.talk import commands
 

@@ -19,15 +19,15 @@ from coral_core.target.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
-class Company:
-    """How the last token of a context is read: with how many rows, and whether wrong siblings lie between them."""
+class Pass:
+    """A forward that reads the last token of a context: with how many rows, and whether wrong siblings lie between."""
 
     rows: int
     siblings: bool = False
 
 
-ALONE = Company(1)
-OTHERS = (Company(2), Company(4), Company(8), Company(16), Company(4, siblings=True))
+ALONE = Pass(1)
+OTHERS = (Pass(2), Pass(4), Pass(8), Pass(16), Pass(4, siblings=True))
 """Plain decoding reads a token alone, a verified tree as many as it has nodes."""
 
 
@@ -48,7 +48,7 @@ def diverges(
     if at is None:
         return {"position": min(len(plain_ids), len(ids)), "reason": "one answer is longer", "tie": False}
     context, pair_C = prompt + plain_ids[:at], torch.tensor([plain_ids[at], ids[at]], device=target.device)
-    scores = [_scores(target, sampler, context, company)[pair_C] for company in (ALONE, *OTHERS)]
+    scores = [_scores(target, sampler, context, form)[pair_C] for form in (ALONE, *OTHERS)]
     noise_TV = sampler.ahead(len(context), 1, target.lent.head_VD.shape[0], target.device).noise_TV
     noise_C = torch.zeros(2, device=target.device) if noise_TV is None else noise_TV[0, pair_C]
     gaps = [float((score_C + noise_C).diff()) for score_C in scores]
@@ -64,18 +64,18 @@ def first_operation(target: Target, context: list[int]) -> str | None:
     `NAME` is a module of the model whose output differs, `before NAME` what its input came from: attention, a sum.
     """
     alone = _operations(target, context, ALONE)
-    for company in OTHERS:
-        others = _operations(target, context, company)
+    for form in OTHERS:
+        others = _operations(target, context, form)
         for name, value_D in alone.items():
             if name in others and not torch.equal(value_D, others[name]):
                 return name
     return None
 
 
-def _operations(target: Target, context: list[int], company: Company) -> dict[str, torch.Tensor]:
+def _operations(target: Target, context: list[int], form: Pass) -> dict[str, torch.Tensor]:
     """Inputs and outputs [D] of the model's innermost modules for the context's last token, in their order."""
     found: dict[str, torch.Tensor] = {}
-    row = _last_row(context, company)
+    row = _last_row(context, form)
 
     def keep(name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[1] > row:
@@ -90,29 +90,27 @@ def _operations(target: Target, context: list[int], company: Company) -> dict[st
                     keep(name, output)
 
                 hooks.callback(module.register_forward_hook(hook).remove)
-        logits_MV = _read(target, context, company, found.clear)
+        logits_MV = _read(target, context, form, found.clear)
     return found | {"the LM head": logits_MV[row]}
 
 
-def _scores(target: Target, sampler: Sampler, context: list[int], company: Company) -> torch.Tensor:
+def _scores(target: Target, sampler: Sampler, context: list[int], form: Pass) -> torch.Tensor:
     """The warped logits [V] after the context."""
-    row, ids_1T = _last_row(context, company), torch.tensor(context, device=target.device)[None]
-    return sampler.warp(_read(target, context, company)[row : row + 1], ids_1T)[0]
+    row, ids_1T = _last_row(context, form), torch.tensor(context, device=target.device)[None]
+    return sampler.warp(_read(target, context, form)[row : row + 1], ids_1T)[0]
 
 
-def _last_row(context: list[int], company: Company) -> int:
+def _last_row(context: list[int], form: Pass) -> int:
     """Where the context's last token lies among the rows that are read together."""
-    rows = min(company.rows, len(context))
-    return 2 * (rows - 1) if company.siblings else rows - 1
+    rows = min(form.rows, len(context))
+    return 2 * (rows - 1) if form.siblings else rows - 1
 
 
 @torch.no_grad()
-def _read(
-    target: Target, context: list[int], company: Company, begun: Callable[[], None] = lambda: None
-) -> torch.Tensor:
+def _read(target: Target, context: list[int], form: Pass, begun: Callable[[], None] = lambda: None) -> torch.Tensor:
     """Logits [M,V] of the rows that are read together, behind the others; `begun` is called before they are."""
-    rows = min(company.rows, len(context))
-    draft = _path(context[-rows:], company.siblings, target.device)
+    rows = min(form.rows, len(context))
+    draft = _path(context[-rows:], form.siblings, target.device)
     memory = Memory(target)
     memory.cache.reserve(len(context) + draft.token_M.numel())
     if len(context) > rows:

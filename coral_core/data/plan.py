@@ -19,7 +19,7 @@ from coral_core.data.kept import Kept
 from coral_core.data.mix import Mix, Stream
 from coral_core.data.prompts import Dialogue, Skipped, UnusableError
 from coral_core.data.sources import SELF, open_source, shares
-from coral_core.data.written import Scribe, written_prompts
+from coral_core.data.written import PromptWriter, written_prompts
 from coral_core.errors import ArtifactError, DataError
 from coral_core.progress import Progress
 from coral_core.recipe.schema import DataSpec
@@ -213,8 +213,8 @@ def make_plan(target: Target, spec: DataSpec, *, seed: int, work: Path, progress
     for share in named:
         if share.name == SELF:
             count = math.ceil(spec.max_samples * share.weight / total)
-            scribe = Scribe(target, spec)
-            found = written_prompts(scribe, count, seed=seed, work=work, skipped=skipped, progress=progress)
+            writer = PromptWriter(target, spec)
+            found = written_prompts(writer, count, seed=seed, work=work, skipped=skipped, progress=progress)
         else:
             wanted = Wanted(SPARE * spec.max_samples, seed, answered=spec.regenerate == "none")
             source = open_source(share.name, seed)

@@ -26,8 +26,8 @@ SPOILT = "self-written prompts that did not end, were empty or held control toke
 REPEATED = "self-written prompts said before"
 
 
-class Scribe:
-    """The target in the user's place."""
+class PromptWriter:
+    """Lets the target write a user's prompts."""
 
     def __init__(self, target: Target, spec: DataSpec) -> None:
         self.target = target
@@ -65,7 +65,7 @@ class Scribe:
 
 
 def written_prompts(
-    scribe: Scribe, wanted: int, *, seed: int, work: Path, skipped: Skipped, progress: Progress
+    writer: PromptWriter, wanted: int, *, seed: int, work: Path, skipped: Skipped, progress: Progress
 ) -> Iterator[tuple[str, Dialogue]]:
     """Different prompts with their places, `wanted` or, when the target keeps repeating itself, fewer."""
     meter = Meter(progress, "prompts", wanted)
@@ -74,7 +74,7 @@ def written_prompts(
     while len(seen) < wanted and tried < TRIES * wanted:
         missing = wanted - len(seen)
         size = min(ROUND, max(32, missing + missing // 4))
-        for text in _round(scribe, size, derive_seed(seed, "prompts", number), work / f"self-{number:05d}.json", meter):
+        for text in _round(writer, size, derive_seed(seed, "prompts", number), work / f"self-{number:05d}.json", meter):
             tried += 1
             where = f"prompt {tried}"
             if not text or text in seen:
@@ -86,13 +86,13 @@ def written_prompts(
         meter.done = len(seen)
 
 
-def _round(scribe: Scribe, size: int, seed: int, path: Path, meter: Meter) -> list[str]:
+def _round(writer: PromptWriter, size: int, seed: int, path: Path, meter: Meter) -> list[str]:
     """One round's prompts: those an interrupted run had saved, or new ones."""
     with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # damaged: the same words are written again
         saved = json.loads(path.read_text(encoding="utf-8"))
         texts: list[str] = saved["prompts"]
         if saved[OWN_SUM] == fingerprint(texts):
             return texts
-    texts = scribe.write(size, seed, meter)
+    texts = writer.write(size, seed, meter)
     write_text(path, json.dumps({"prompts": texts, OWN_SUM: fingerprint(texts)}) + "\n")
     return texts

@@ -159,18 +159,18 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     """Let transformers read the file, and save what it made of it. Raises TargetError when it cannot."""
     import transformers
 
-    lone = folder / "gguf"
-    lone.mkdir(parents=True)
-    (lone / "model.gguf").symlink_to(file.resolve())  # alone: what lies beside the file must not be read with it
+    alone = folder / "gguf"
+    alone.mkdir(parents=True)
+    (alone / "model.gguf").symlink_to(file.resolve())  # alone: what lies beside the file must not be read with it
     options: dict[str, Any] = {"gguf_file": "model.gguf"}
     whole = dict(options)
     if hasattr(transformers, "GgufConfig"):  # newer than our floor: else weights may stay in their blocks
         whole["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            lone, dtype=dtype, output_loading_info=True, **whole
+            alone, dtype=dtype, output_loading_info=True, **whole
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(lone, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(alone, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
         raise TargetError(f"transformers cannot read {file}: {first_line(error)}. {INSTEAD}") from error
     if report["missing_keys"]:
@@ -182,6 +182,6 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     model.hf_quantizer = None  # the weights are plain: nothing of the file's form is left
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    shutil.rmtree(lone)
+    shutil.rmtree(alone)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

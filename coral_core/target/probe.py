@@ -19,7 +19,7 @@ from coral_core.errors import TargetError, first_line
 from coral_core.target.target import Target
 
 SPREAD = (0, 1, 5, 17, 31)
-"""Positions of the rows whose company is changed; rotary factors that differ are plain to see by the last of them."""
+"""Positions of the rows that must not change with the furthest one; by the last, rotary factors that differ show."""
 FAR = 1 << 20
 """The furthest position that is tried, where the context has no end."""
 LONG_WINDOW = 512
@@ -184,14 +184,14 @@ def _bounded(target: Target) -> Target:
     return dataclasses.replace(target, max_positions=high, bounded=True)
 
 
-def _changed(target: Target, company: int) -> bool:
-    """Whether the first rows change when the last one stands at position `company`."""
+def _changed(target: Target, furthest: int) -> bool:
+    """Whether the first rows change when the last one stands at position `furthest`."""
     alone_BTD = _spread(target, SPREAD[-1] + 1)
-    return not _alike(alone_BTD, _spread(target, company))
+    return not _alike(alone_BTD, _spread(target, furthest))
 
 
-def _spread(target: Target, company: int) -> torch.Tensor:
-    position_T = torch.tensor([*SPREAD, company], device=target.device)
+def _spread(target: Target, furthest: int) -> torch.Tensor:
+    position_T = torch.tensor([*SPREAD, furthest], device=target.device)
     mask = _mask(target, position_T, position_T)
     return target.forward(_ids(target, len(SPREAD) + 1), position_BT=position_T[None], mask=mask)[:, :-1]
 

@@ -98,10 +98,10 @@ class _Vocabulary(torch.autograd.Function):
         parts_4S = torch.zeros(4, len(hidden_SND), device=hidden_SND.device)
         for start in range(0, len(feature_ND), rows):
             chunk = slice(start, start + rows)
-            aim = _aim(feature_ND[chunk], head, weights, k)
+            labels = _labels(feature_ND[chunk], head, weights, k)
             for step, hidden_ND in enumerate(hidden_SND[:, chunk]):
                 out_ND = None if grad_SND is None else grad_SND[step, chunk]
-                parts_4S[:, step] += _chunk(hidden_ND, aim, head, out_ND)
+                parts_4S[:, step] += _chunk(hidden_ND, labels, head, out_ND)
         ctx.save_for_backward(grad_SND)
         ctx.mark_non_differentiable(parts_4S)
         return weights[0] * parts_4S[0] + weights[1] * parts_4S[1], parts_4S
@@ -113,8 +113,8 @@ class _Vocabulary(torch.autograd.Function):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Aim:
-    """What the target wants of a chunk of rows."""
+class _Labels:
+    """The soft labels of a chunk of rows: the target's probabilities, and what of them the losses weigh."""
 
     p_NV: torch.Tensor
     p_NR: torch.Tensor
@@ -122,11 +122,11 @@ class _Aim:
     g_NV: torch.Tensor
 
 
-def _aim(feature_ND: torch.Tensor, head: HeadRows, weights: tuple[float, float], k: int) -> _Aim:
+def _labels(feature_ND: torch.Tensor, head: HeadRows, weights: tuple[float, float], k: int) -> _Labels:
     p_NV = _counted(logits(head.lent, feature_ND), head).softmax(-1)
     p_NR, token_NR = p_NV[:, : head.certain].topk(k, dim=-1)
     g_NV = (p_NV * weights[0]).scatter_add_(-1, token_NR, p_NR * weights[1])
-    return _Aim(p_NV, p_NR, token_NR, g_NV)
+    return _Labels(p_NV, p_NR, token_NR, g_NV)
 
 
 def _counted(z_NV: torch.Tensor, head: HeadRows) -> torch.Tensor:
@@ -136,22 +136,22 @@ def _counted(z_NV: torch.Tensor, head: HeadRows) -> torch.Tensor:
     return z_NV
 
 
-def _chunk(hidden_ND: torch.Tensor, aim: _Aim, head: HeadRows, grad_ND: torch.Tensor | None) -> torch.Tensor:
+def _chunk(hidden_ND: torch.Tensor, labels: _Labels, head: HeadRows, grad_ND: torch.Tensor | None) -> torch.Tensor:
     """The parts' sums over a chunk; the gradient of the weighted sum goes into `grad_ND`."""
     z_NV = logits(head.lent, hidden_ND)
     token_N = z_NV[:, : head.certain].argmax(-1) if head.log_weight else None
-    z_NR, dot_N = z_NV.gather(-1, aim.token_NR), torch.linalg.vecdot(aim.p_NV, z_NV)
+    z_NR, dot_N = z_NV.gather(-1, labels.token_NR), torch.linalg.vecdot(labels.p_NV, z_NV)
     slope_NV = _transform_slope(z_NV, head.lent)
     best_N, place_N = _counted(z_NV, head).max(-1)
     q_NV = torch.softmax(z_NV, -1)
     del z_NV
     lse_N = best_N - q_NV.gather(-1, place_N[:, None])[:, 0].log()
-    topk_sum = (aim.p_NR * (lse_N[:, None] - z_NR)).sum()
-    agree = ((place_N if token_N is None else token_N) == aim.token_NR[:, 0]).sum()
-    parts_4 = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree, aim.p_NV[:, head.certain :].sum()))
+    topk_sum = (labels.p_NR * (lse_N[:, None] - z_NR)).sum()
+    agree = ((place_N if token_N is None else token_N) == labels.token_NR[:, 0]).sum()
+    parts_4 = torch.stack(((lse_N - dot_N).sum(), topk_sum, agree, labels.p_NV[:, head.certain :].sum()))
     if grad_ND is None:
         return parts_4
-    d_logits_NV = q_NV.mul_(aim.g_NV.sum(-1, keepdim=True)).sub_(aim.g_NV)
+    d_logits_NV = q_NV.mul_(labels.g_NV.sum(-1, keepdim=True)).sub_(labels.g_NV)
     if slope_NV is not None:
         d_logits_NV *= slope_NV
     grad_ND.copy_((_for_head(d_logits_NV, head.lent) @ head.lent.head_VD)[: len(grad_ND)])

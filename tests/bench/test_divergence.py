@@ -31,16 +31,16 @@ def test_a_wrong_token_is_no_tie(temperature: float) -> None:
     assert not found["tie"]
 
 
-def told(monkeypatch: pytest.MonkeyPatch, scores: Callable[[divergence.Company], torch.Tensor]) -> None:
+def told(monkeypatch: pytest.MonkeyPatch, scores: Callable[[divergence.Pass], torch.Tensor]) -> None:
     """A target whose logits depend so on the rows beside them."""
-    monkeypatch.setattr(divergence, "_scores", lambda target, sampler, context, company: scores(company))
+    monkeypatch.setattr(divergence, "_scores", lambda target, sampler, context, form: scores(form))
     monkeypatch.setattr(divergence, "first_operation", lambda target, context: "layers.0.mlp")
 
 
 def test_a_gap_that_rounding_spans_is_a_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens 1 and 2 with 5.00 and 5.01, which another number of rows turns round."""
     scores = {1: [0.0, 5.0, 5.01], 2: [0.0, 5.0, 5.02], 4: [0.0, 5.0, 4.99], 8: [0.0, 5.0, 5.0], 16: [0.0, 5.0, 5.01]}
-    told(monkeypatch, lambda company: torch.tensor(scores[company.rows]))
+    told(monkeypatch, lambda form: torch.tensor(scores[form.rows]))
     found = diverges(tiny_target(), Sampler(), PROMPT, [0, 1], [0, 2])
     assert found is not None
     assert found["tie"]
@@ -53,7 +53,7 @@ def test_bfloat16_cannot_tell_neighbours_apart(monkeypatch: pytest.MonkeyPatch, 
     """Logits near 5 are 2^-7 * 5 = 0.039 apart at worst."""
     target = dataclasses.replace(tiny_target(), lent=tiny_target().lent.to("cpu", torch.bfloat16))
     score_V = torch.tensor([0.0, 5.0, 5.0 - gap])
-    told(monkeypatch, lambda company: score_V)
+    told(monkeypatch, lambda form: score_V)
     found = diverges(target, Sampler(), PROMPT, [0, 1], [0, 2])
     assert found is not None
     assert found["tie"] == tie
@@ -68,11 +68,11 @@ def test_equal_and_cut_answers() -> None:
 CONTEXT = list(range(3, 43))
 
 
-@pytest.mark.parametrize("company", divergence.OTHERS)
-def test_every_company_reads_the_same_context(company: divergence.Company) -> None:
+@pytest.mark.parametrize("form", divergence.OTHERS)
+def test_every_company_reads_the_same_context(form: divergence.Pass) -> None:
     target = tiny_target()
     alone = divergence._scores(target, Sampler(), CONTEXT, divergence.ALONE)
-    assert torch.allclose(divergence._scores(target, Sampler(), CONTEXT, company), alone, atol=1e-5)
+    assert torch.allclose(divergence._scores(target, Sampler(), CONTEXT, form), alone, atol=1e-5)
 
 
 def test_exact_forwards_leave_no_tie() -> None:

@@ -17,7 +17,7 @@ from coral_core.data import stage as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import standing
 from coral_core.data.stage import prepare
-from coral_core.data.written import Scribe
+from coral_core.data.written import PromptWriter
 from coral_core.errors import ArtifactError
 from coral_core.target.template import prompt_ids
 from tests.data.helpers import (
@@ -170,8 +170,8 @@ def test_rounds_of_prompts_that_were_finished_are_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coral_core.data.written.ROUND", 5)
-    written, write = [], Scribe.write
-    monkeypatch.setattr(Scribe, "write", lambda *given: written.append(given) or write(*given))
+    written, write = [], PromptWriter.write
+    monkeypatch.setattr(PromptWriter, "write", lambda *given: written.append(given) or write(*given))
     whole = contents(prepare(make_job(tmp_path / "whole")).folder)
     rounds = len(written)
     with pytest.raises(InterruptedHereError):
