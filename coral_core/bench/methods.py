@@ -1,4 +1,7 @@
-"""A drafter and a head, loaded: each method an engine on the same target with the same tree."""
+"""A drafter and a head, loaded: each method an engine on the same target with the same tree.
+
+Axes: C candidate token.
+"""
 
 import dataclasses
 import statistics

@@ -1,6 +1,6 @@
 """One mean round with the full head, measured by decoding: what the grouped head's cost model starts from.
 
-Axes: N row, D hidden.
+Axes: N row, D hidden, C candidate token.
 """
 
 import copy
