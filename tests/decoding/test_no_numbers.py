@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.batch import decode_all
 from coral_core.decoding import step
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Memory
-from coral_core.decoding.table import Request, Table, decode_all
+from coral_core.decoding.table import Request, Table
 from coral_core.errors import DataError
 from coral_core.target.target import Target
 from tests.tiny import ScriptHead, tiny_drafter, tiny_target
