@@ -158,7 +158,7 @@ def test_another_kind_of_drafter_is_told_apart(tmp_path, name):
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
         ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "its rope_theta must be a number above 0"),
-        ({"rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}, "which transformers refuses ('x')"),
+        ({"rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}, "which transformers refuses (KeyError: 'x')"),
     ],
 )
 def test_a_config_that_is_no_drafters_is_refused(tmp_path, change, words):
