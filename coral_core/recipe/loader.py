@@ -19,7 +19,7 @@ import yaml
 from coral_core import embedded
 from coral_core.artifacts import Manifest, fingerprint, first_difference
 from coral_core.errors import RecipeError
-from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, Recipe
+from coral_core.recipe.schema import ADDED, FORGOTTEN, PRESETS, REMOVED, Recipe
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
@@ -189,6 +189,8 @@ def _keys(kind: Any, prefix: str = "") -> list[str]:
 def _is_gone(key: str, node: yaml.Node | None, where: str) -> bool:
     """Whether a key of before says what coral now always does. Raises RecipeError where it asks for something else."""
     section, _, name = key.partition(".")
+    if key in FORGOTTEN:
+        return True
     if name not in REMOVED.get(section, {}):
         return False
     kept = REMOVED[section][name]

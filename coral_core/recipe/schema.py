@@ -269,7 +269,6 @@ ADDED: dict[str, dict[str, int | float | str]] = {
 without them. A fingerprint leaves them out there, so that what was made before is still known as finished."""
 
 REMOVED: dict[str, dict[str, int | float | str | bool]] = {
-    "data": {"endpoint_requests": 64},
     "train": {
         "clip_norm": 0.5,
         "topk": 10,
@@ -279,7 +278,10 @@ REMOVED: dict[str, dict[str, int | float | str | bool]] = {
         "csra_mask_same_token": False,
     },
     "head": {"router_learning_rate": 1e-3},
-    "decode": {"draft_confidence": 0.0},
 }
 """Keys by section that there were once, at the value that coral now always takes: a recipe of before may still say it,
 and a fingerprint still holds it, so that what was made before is known as finished."""
+
+FORGOTTEN = {"data.endpoint_requests", "decode.draft_confidence"}
+"""Keys that there were once, which decided how fast something was done and not what: any value is read over. pico's
+own recipe said draft_confidence, and so does recipe.yaml in every run that was made with it."""
