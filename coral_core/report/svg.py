@@ -5,7 +5,7 @@ side by side where it is wider. Every mark carries its numbers as a tooltip, eve
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 360.0, 230.0
@@ -14,7 +14,6 @@ BAR, GAP = 20.0, 30.0
 """Height of a horizontal bar, and of the label above it with its margin."""
 
 Point = tuple[float, float]
-Scale = Callable[[float], float]
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
