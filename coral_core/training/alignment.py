@@ -32,13 +32,14 @@ def csra(
     if steps == 1:
         return hidden_SBND.sum() * 0.0
     row_BR, usable_BNR = draw_negatives(present_BN, generator)
-    negatives = [take_rows(other_BND, row_BR) for other_BND in unit_SBND]
+    others = list(unit_SBND)  # taken apart once: gradients are then added in one order
+    negatives = [take_rows(other_BND, row_BR) for other_BND in others]
     total = torch.zeros((), device=hidden_SBND.device)
     for step, query_BND in enumerate(unit_SBND):
         for other in range(steps):
             if other == step:
                 continue
-            positive_BN = (query_BND * unit_SBND[other]).sum(-1) / temperature
+            positive_BN = (query_BND * others[other]).sum(-1) / temperature
             score_BNR = query_BND @ negatives[other].transpose(-1, -2) / temperature
             score_BNR = score_BNR.masked_fill(~usable_BNR, -torch.inf)
             loss_BN = torch.cat((positive_BN[..., None], score_BNR), dim=-1).logsumexp(-1) - positive_BN
