@@ -17,6 +17,8 @@ import torch
 from coral_core.errors import ArtifactError
 
 LIST = "eagle_aux_hidden_state_layer_ids"
+BY_CORAL = "made_by_coral"
+"""Says in config.json that norm_output means what is fed back, as vLLM and SGLang read it."""
 SIGNS = ("d2t", "t2d", "midlayer.", "layers.0.hidden_norm.")
 REMEDY = "Import a whole EAGLE-3 checkpoint"
 
@@ -59,10 +61,10 @@ def changes(
         raise ArtifactError(f"{path}: {sizes}; coral needs them equal. {REMEDY}")
     if values.get("norm_before_fc"):
         raise ArtifactError(f"{path}: norm_before_fc is true; coral has a norm per layer (fc_norm), or none. {REMEDY}")
-    if values.get("norm_output") and "speculators_model_type" not in values:
+    if values.get("norm_output") and "speculators_model_type" not in values and not values.get(BY_CORAL):
         raise ArtifactError(
-            f"{path}: norm_output is true, which means two things outside of speculators' folders (what is fed back, "
-            "or what the LM head reads). Remove the key if the raw output is fed back"
+            f"{path}: norm_output is true, which means two things outside of speculators' and coral's folders "
+            "(what is fed back, or what the LM head reads). Remove the key if the raw output is fed back"
         )
     head_CD = weights.get("lm_head.weight")
     rows = 0 if head_CD is None else len(head_CD)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from coral_core.drafter.config import DrafterConfig
-from coral_core.drafter.eagle3 import LIST
+from coral_core.drafter.eagle3 import BY_CORAL, LIST
 from coral_core.drafter.load import build_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
@@ -29,7 +29,6 @@ WIDE = {
         architecture="LlamaForCausalLMEagle3",
         targets=_TARGETS,
         refused={},
-        unread=("norm_output", "fc_norm"),
         serve=_VLLM.serve.replace('"eagle"', '"eagle3"'),
     ),
     "sglang": dataclasses.replace(
@@ -38,7 +37,7 @@ WIDE = {
         fc_bias="never",
         targets=_TARGETS,
         refused={},
-        unread=("norm_before_residual", "norm_output", "fc_norm"),
+        unread=("norm_before_residual",),
         serve=_SGLANG.serve.replace("algorithm EAGLE ", "algorithm EAGLE3 "),
     ),
     "eagle": dataclasses.replace(
@@ -117,6 +116,7 @@ def wide_values(
         values["logit_scale"] = logit_scale
     if layout is WIDE["speculators"]:
         return values | _speculators(config, llama, target)
+    values[BY_CORAL] = True
     if layout is WIDE["sglang"]:
         layers = [layer - 1 for layer in config.taps]
         return {**llama, **values, "eagle_config": {LIST: layers, "use_aux_hidden_state": True}}

@@ -124,7 +124,7 @@ def test_a_tied_head_is_written_beside_the_embedding(tmp_path, to):
     ("to", "changes", "words"),
     [
         ("sglang", {"norm_before_residual": True}, "SGLang has no norm_before_residual"),
-        ("vllm", {"norm_output": True}, "vLLM has no norm_output"),
+        ("eagle", {"norm_output": True}, "EAGLE's code has no norm_output"),
         ("eagle", {"fc_norm": True}, "EAGLE's code has no fc_norm"),
         ("eagle", {"taps": (1, 4, 5)}, r"EAGLE's code reads layers \(2, 4, 5\) of such a target, .* \(1, 4, 5\)"),
         ("sglang", {"taps": (1, 4)}, "SGLang reads three layers; this drafter 2"),
@@ -141,10 +141,13 @@ def test_what_an_engine_would_not_follow_is_refused(tmp_path, to, changes, words
     assert not (tmp_path / "export").exists()
 
 
-def test_speculators_keeps_the_later_norms(tmp_path):
-    target, later = deep(), {"norm_output": True, "fc_norm": True, "norm_before_residual": True}
+@pytest.mark.parametrize("to", ["vllm", "sglang", "speculators"])
+def test_the_later_norms_come_back(tmp_path, to):
+    """The key norm_output means two things in the folders of others: coral's say that they are its own."""
+    target, later = deep(), {"norm_output": True, "fc_norm": True, "norm_before_residual": to != "sglang"}
     drafter = random_drafter(target, taps=TAPS, **later)
-    folder = export_engine("speculators", publish(tmp_path / "a", target, drafter), target, tmp_path / "a")
+    folder = export_engine(to, publish(tmp_path / "a", target, drafter), target, tmp_path / "a")
+    assert {f"fc_norm.{tap}.weight" for tap in range(3)} <= load_file(folder / "model.safetensors").keys()
     bring_in(str(folder), tmp_path / "b", target)
     assert dataclasses.replace(load_drafter(tmp_path / "b" / "drafter").config, head_dim=8) == drafter.config
 

@@ -1,6 +1,11 @@
 """Run by an interpreter that has vLLM: its own config classes and weight loader read an exported folder, on a CPU.
 
-Prints one JSON line: the version, the class and the architecture that vLLM chose, and every parameter's shape and sum.
+Argument: a JSON list of [TARGET, FOLDER, METHOD, GIVEN, MADE]. Two steps are drafted from what GIVEN holds (token ids,
+features or taps), and what the LM head reads after each goes to MADE. vLLM's attention looks at its cache, with kernels
+that a wheel for GPUs has for GPUs only: torch's stands in for it, and each other layer runs the form that vLLM wrote in
+torch.
+Prints one JSON line: the version, and of each folder the class and the architecture that vLLM chose, and every
+parameter's shape and sum.
 """
 
 import json
@@ -8,19 +13,38 @@ import os
 import sys
 import tempfile
 
+import torch
+from causal import Causal
+from safetensors.torch import load_file, save_file
+
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 
 
-def main(target: str, folder: str) -> None:
-    import torch
-    import vllm
+def drafted(model, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the LM head reads after each of two steps, and of EAGLE-3's shape its logits over the target's words."""
+    attention = model.model.layers[0].self_attn
+    attention.attn = Causal(attention.num_heads, attention.num_kv_heads, attention.head_dim)
+    for module in model.modules():
+        if hasattr(module, "forward_native"):
+            module._forward_method = module.forward_native
+    wide = hasattr(model, "combine_hidden_states")
+    state_TD = model.combine_hidden_states(given["read"]) if wide else given["read"]
+    positions_T, made = torch.arange(len(state_TD)), {}
+    for step in range(2):
+        hidden_TD, state_TD = model(given["ids"], positions_T, state_TD)
+        made[f"hidden {step}"] = hidden_TD
+        if wide:
+            made[f"logits {step}"] = model.compute_logits(hidden_TD)
+    return {name: value.contiguous() for name, value in made.items()}
+
+
+def load(target: str, folder: str, method: str, given: str, made: str) -> dict[str, object]:
+    """One folder: what vLLM made of it."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
 
-    torch.accelerator.empty_cache = lambda: None  # called once all is loaded; the wheel for GPUs finds none to empty
-    speculative = {"method": "eagle", "model": folder, "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1}
+    speculative = {"method": method, "model": folder, "num_speculative_tokens": 3, "draft_tensor_parallel_size": 1}
     args = EngineArgs(
         model=target,
         dtype="float32",
@@ -30,13 +54,12 @@ def main(target: str, folder: str) -> None:
         speculative_config=speculative,
     )
     config = args.create_engine_config()
-    with set_current_vllm_config(config), tempfile.NamedTemporaryFile() as file:
-        init_distributed_environment(1, 0, f"file://{file.name}", 0, "gloo")
-        initialize_model_parallel()
-        draft = config.speculative_config.draft_model_config
+    draft = config.speculative_config.draft_model_config
+    with set_current_vllm_config(config):
+        begin()
         model = get_model(vllm_config=config, model_config=draft)
-    found = {
-        "version": vllm.__version__,
+        save_file(drafted(model, load_file(given)), made)
+    return {
         "class": type(model).__name__,
         "config": type(draft.hf_config).__name__,
         "architectures": draft.hf_config.architectures,
@@ -44,7 +67,26 @@ def main(target: str, folder: str) -> None:
             name: [list(value.shape), value.double().sum().item()] for name, value in model.named_parameters()
         },
     }
-    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def begin() -> None:
+    """A group of one process, once."""
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    if not torch.distributed.is_initialized():
+        torch.accelerator.empty_cache = lambda: (
+            None
+        )  # called once all is loaded; the wheel for GPUs finds none to empty
+        init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/group", 0, "gloo")
+        initialize_model_parallel()
+
+
+@torch.no_grad()
+def main(jobs: str) -> None:
+    import vllm
+
+    found = [load(*job) for job in json.loads(jobs)]
+    sys.stdout.write(json.dumps({"version": vllm.__version__, "found": found}) + "\n")
 
 
 if __name__ == "__main__":
