@@ -1,11 +1,14 @@
-"""llama.cpp as a lane of a race: the wheel xllamacpp, a tool for measuring beside the project.
+"""llama.cpp as a lane of a race, alone or with a drafter: the wheel xllamacpp, a tool for measuring beside the project.
 
     pip install --target TOOLS xllamacpp gguf      # and: python -m benchmarks.real … --llamacpp TOOLS
 
 Its wheel for Linux is compiled for any x86-64 processor, without AVX-512.
 """
 
+import dataclasses
 import importlib
+import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,26 @@ NGRAM = "COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE"
 """Drafts what followed the last tokens when they were there before: its form of prompt lookup."""
 
 
+EAGLE3 = "COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a prompt's answer took."""
+
+    text: str
+    accepted: list[int]
+    """Drafts that each round accepted, the last one left out: it drafts no further than the answer may go."""
+    tokens_per_s: float
+
+
 class LlamaCpp:
     """One server in this process, on as many threads as torch uses."""
 
-    def __init__(self, tools: Path, model: Path, context: int, ngram: bool = False) -> None:
+    def __init__(
+        self, tools: Path, model: Path, context: int, ngram: bool = False, drafter: tuple[Path, int] | None = None
+    ) -> None:
+        """`drafter` is a GGUF file of EAGLE-3's shape, and how many tokens it proposes a round, however unlikely."""
         if str(tools) not in sys.path:
             sys.path.append(str(tools))
         library = importlib.import_module("xllamacpp")
@@ -30,7 +49,32 @@ class LlamaCpp:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         if ngram:
             params.speculative.types = [getattr(library.common_speculative_type, NGRAM)]
+        if drafter is not None:
+            draft = params.speculative.draft
+            params.speculative.types = [getattr(library.common_speculative_type, EAGLE3)]
+            draft.mparams.path, draft.n_max, draft.n_min, draft.p_min = str(drafter[0]), drafter[1], 0, 0.0
+            draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = torch.get_num_threads()
         self.server = library.Server(params)
+
+    def answer(self, prompt: list[int], tokens: int) -> Answer:
+        """A greedy answer of exactly so many tokens, and its rounds."""
+        greedy = {"temperature": 0.0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+        told = {"cache_prompt": False, "stream": True, "timings_per_token": True}
+        pieces: list[dict[str, Any]] = []
+
+        def take(piece: Any) -> bool:
+            found = json.loads(piece) if isinstance(piece, str | bytes) else piece
+            pieces.extend(found if isinstance(found, list) else [found])
+            return False
+
+        self.server.handle_completions({"prompt": prompt, "n_predict": tokens, **greedy, **told}, take)
+        accepted = {0: 0}  # drafted so far -> accepted so far: one entry a round
+        for timings in (piece.get("timings") or {} for piece in pieces):
+            if "draft_n" in timings:
+                accepted[timings["draft_n"]] = timings["draft_n_accepted"]
+        rounds = [later - earlier for earlier, later in itertools.pairwise(accepted.values())]
+        text = "".join(piece["choices"][0]["text"] for piece in pieces)
+        return Answer(text, rounds[:-1], float(pieces[-1]["timings"]["predicted_per_second"]))
 
     def decode(self, text: str, tokens: int, temperature: float) -> Lane:
         """One answer to a rendered prompt, by its own clock. Its ids are not told: only their number is."""
@@ -41,8 +85,9 @@ class LlamaCpp:
         return Lane([], spent["prompt_ms"] / 1e3, spent["predicted_ms"] / 1e3, [], emitted, {})
 
 
-def as_bfloat16(model: Path, to: Path) -> Path:
-    """The same GGUF file with its products' weights in bfloat16: the bits of a target in bfloat16. Made once."""
+def rewritten(model: Path, to: Path, weights: str) -> Path:
+    """The same GGUF file with its products' weights in another type, such as BF16: the bits of a target in that dtype.
+    Made once."""
     if to.exists():
         return to
     import gguf
@@ -55,7 +100,7 @@ def as_bfloat16(model: Path, to: Path) -> Path:
             kind = field.types[0]
             inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), kind, sub_type=inner)
-    kept = gguf.GGMLQuantizationType.BF16
+    kept = gguf.GGMLQuantizationType[weights]
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         if values.ndim > 1:

@@ -223,6 +223,12 @@ class Rows:
             row = json.loads(line)
             self.done[row.pop("key")] = row
 
+    def keep(self, key: str, row: Row) -> None:
+        """A row that is finished."""
+        self.done[key] = row
+        with self.path.open("a") as file:
+            file.write(json.dumps({"key": key, **row}) + "\n")
+
     def measured(self, bench: Bench, variants: Sequence[Variant], pool: ProcessPoolExecutor) -> Iterator[Row]:
         """The variants' rows in order; what was not measured before is measured now, several at a time."""
         missing = {bench.key(variant): variant for variant in variants if bench.key(variant) not in self.done}
@@ -230,9 +236,7 @@ class Rows:
         for variant in variants:
             key = bench.key(variant)
             if key not in self.done:
-                self.done[key] = next(fresh)
-                with self.path.open("a") as file:
-                    file.write(json.dumps({"key": key, **self.done[key]}) + "\n")
+                self.keep(key, next(fresh))
             # One training may stand in two parts of the table: the preset's own n, or weight, is the main row.
             yield {**self.done[key], "part": variant.part, "name": variant.name}
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.decode_race import generated
-from benchmarks.llamacpp import LlamaCpp, as_bfloat16
+from benchmarks.llamacpp import LlamaCpp, rewritten
 from benchmarks.paired import Counts, ratio, ratio_ci95, tau
 from benchmarks.record import RESULTS, record
 from coral_core.artifacts import Manifest, fingerprint
@@ -124,7 +124,7 @@ def llama_lanes(options: argparse.Namespace, tokenizer: Any) -> Iterator[tuple[s
     if not (options.llamacpp and options.gguf):
         print("llama.cpp is left out: it wants --llamacpp and --gguf", file=sys.stderr)
         return
-    whole = as_bfloat16(options.gguf, options.rows.with_name(f"{options.model}-bfloat16.gguf"))
+    whole = rewritten(options.gguf, options.rows.with_name(f"{options.model}-bfloat16.gguf"), "BF16")
     for name, file, ngram in (("q4", options.gguf, False), ("q4 ngram", options.gguf, True), ("bf16", whole, False)):
         server = LlamaCpp(options.llamacpp, file, 4096, ngram)
 
