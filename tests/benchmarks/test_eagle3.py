@@ -36,3 +36,15 @@ def test_figures_compare_the_best_wide_row_with_today(monkeypatch: pytest.Monkey
     told = eagle3.figures(FakeBench(), [*found, row("a coral today", 22, part="equal time")])  # type: ignore[arg-type]
     assert told["eagle3_over_eagle2_shape_equal_time"] == pytest.approx((20 + len(names) - 1) / 22)
     assert eagle3.figures(FakeBench(), found[:2]) == {"step_s": {"a coral today": 1.0}}  # type: ignore[arg-type]
+
+
+def test_the_grouped_head_is_compared_with_the_whole_one_of_the_same_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eagle3, "step_seconds", lambda bench: {})
+    best = eagle3.WIDE[-1]
+    found = [row(best, 40), row(best, 38, part="grouped")]
+    assert eagle3.figures(FakeBench(), found)["grouped_tau_kept"] == pytest.approx(38 / 40)  # type: ignore[arg-type]
+    assert eagle3.best_row([row(name, 20) for name in eagle3.WIDE[:2]] + found[:1], eagle3.WIDE[:2]) in eagle3.WIDE[:2]
+
+
+def test_rounds_are_counted_by_the_depth_that_they_accept() -> None:
+    assert eagle3.by_depth([[0, 1, 4], [2]]) == [3, 2, 1, 1]
