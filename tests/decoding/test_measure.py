@@ -41,7 +41,7 @@ def test_measuring_leaves_nothing_behind(family: str, monkeypatch: pytest.Monkey
     found = measure_costs(engine)
     assert set(found.verify) == set(measure.ROWS) and set(found.level) == set(measure.WIDTHS)
     assert found.verify[1] == 1.0 and list(found.verify.values()) == sorted(found.verify.values())
-    assert Costs.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert Costs.from_json(json.loads(json.dumps(dataclasses.asdict(found)))) == found
     assert ids_of(list(dataclasses.replace(engine, costs=found).decode([5, 6, 7], Sampler(), 12))) == before
 
 

@@ -151,7 +151,7 @@ def test_rows_that_see_their_siblings_are_refused(monkeypatch: pytest.MonkeyPatc
 
     @functools.wraps(forward)
     def blind(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **{**kwargs, "attention_mask": None})
+        return forward(*args, **{**kwargs, "attention_mask": torch.zeros(1, 1, 1, 1)})
 
     monkeypatch.setattr(model.model, "forward", blind)
     refused(model, "a row of a drafted tree is not what it is alone")
