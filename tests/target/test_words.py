@@ -37,6 +37,7 @@ TAKEN = {
     "parts of users alone": each(ROLES),
     "the first part by its number": each("{{ message['content'][0]['text'] }}"),
     "stripped": each("{{ message['content'] | trim }}"),
+    "spaces squeezed": each("{{ message['content'].split() | join(' ') }}"),
     "capitals": each("{{ message['content'] | upper }}"),
     "escaped": each("{{ message['content'] | e }}"),
     "as JSON": each("{{ message['content'] | tojson }}"),
@@ -77,6 +78,9 @@ def test_the_words_are_in_the_rendering(name: str, words: str) -> None:
 DROPPING = {
     "everything": each(""),
     "users": each("{% if message['role'] != 'user' %}{{ message['content'] }}{% endif %}"),
+    "all but a list, which is printed": each(
+        "{% if message['content'] is not string %}{{ message['content'] }}{% endif %}"
+    ),
     "parts of another kind": each(PARTS.replace("'text' %}", "'words' %}")),
 }
 
@@ -94,6 +98,21 @@ def test_words_that_are_dropped_for_what_they_are() -> None:
     prompt_ids(tokenizer, [USER])
     with pytest.raises(DataError, match=r"leaves out the words of message 2 \(role assistant\)"):
         prompt_ids(tokenizer, [USER, {"role": "assistant", "content": "A secret place."}, USER])
+
+
+def test_a_template_with_generation_tags_is_looked_at_too() -> None:
+    words = "{{ message['content'] if 'secret' not in message['content'] else '' }}"
+    text = TAKEN["tagged parts"].replace(PARTS, words)
+    with pytest.raises(DataError, match=r"leaves out the words of message 1 \(role user\)"):
+        encode(tokenizer_of(text), [{"role": "user", "content": "A secret place."}, ANSWER], [])
+
+
+def test_an_answer_may_be_shown_from_where_its_reasoning_ends() -> None:
+    """However a template knows that place."""
+    tokenizer = tokenizer_of(each("{{ message['content'].split('</why>')[-1] }}"))
+    answer = "Towards the pole star, which stands above the end of the earth's axis, as far as eyes can tell."
+    messages = [USER, {"role": "assistant", "content": f"<why>Which star?</why>{answer}"}]
+    assert answer in render(tokenizer, messages) and "Which star" not in render(tokenizer, messages)
 
 
 def test_a_system_message_that_is_dropped_or_refused_is_not_taken() -> None:
