@@ -293,11 +293,14 @@ def tell_full(error: Exception, folder: Path) -> None:
 
 
 def _disk_full(error: Exception) -> bool:
-    """safetensors raises its own error with the system's text in it; NumPy an OSError without a number."""
+    """safetensors and shutil's copies of folders raise their own errors with the system's text in it; NumPy an OSError
+    without a number."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return True
-    text = str(error)
-    return "os error 28" in text or "os error 122" in text or ("requested and" in text and "written" in text)
+    text = str(error).lower()
+    if any(f"{told} {code}" in text for told in ("os error", "[errno") for code in (errno.ENOSPC, errno.EDQUOT)):
+        return True
+    return "requested and" in text and "written" in text
 
 
 def replace_folder(work: Path, final: Path) -> None:

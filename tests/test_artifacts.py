@@ -102,11 +102,12 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, code):
     [
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         OSError("100000 requested and 32752 written"),
+        shutil.Error([("head/a", "work/a", "[Errno 28] No space left on device: 'work/a'")]),
     ],
-    ids=["safetensors", "numpy"],
+    ids=["safetensors", "numpy", "shutil"],
 )
 def test_a_full_disk_as_libraries_tell_it(tmp_path, error):
-    """Both were seen on a real full disk: neither carries ENOSPC."""
+    """All were seen on a real full disk: none carries ENOSPC."""
     with pytest.raises(ArtifactError, match="is full"), stage(tmp_path / "data", "f1"):
         raise error
 
