@@ -40,8 +40,10 @@ def serve(
 
     from coral_cli.console import tell
     from coral_core.serve.app import make_app
+    from coral_core.serve.worker import OneThread
 
-    app = make_app(_service(run), active, waiting)
+    thread = OneThread()
+    app = make_app(thread.submit(lambda: _service(run)).result(), thread, active, waiting)
     if host in LOCAL[:2]:
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 

@@ -24,7 +24,7 @@ from coral_core.decoding.table import Table
 from coral_core.errors import DataError
 from coral_core.serve.answer import Answer, Opened, Piece, Service
 from coral_core.serve.protocol import Ask, Fields, Form, Refusal, Usage, parse, read_chat, read_completion
-from coral_core.serve.worker import Ended, FullError, Job, Worker
+from coral_core.serve.worker import Ended, FullError, Job, OneThread, Worker
 
 BODY_BYTES = 1 << 20
 """A larger body is refused before it is read."""
@@ -34,12 +34,15 @@ SEED_BITS = 32
 """Of the seed that is drawn for a request without one; JavaScript's numbers hold it."""
 
 
-def make_app(service: Service, active: int, waiting: int) -> Starlette:
-    """The app: `active` requests are answered at once, `waiting` more may wait, others are told to retry."""
+def make_app(service: Service, thread: OneThread, active: int, waiting: int) -> Starlette:
+    """The app: `active` requests are answered at once, `waiting` more may wait, others are told to retry.
+
+    `thread` decodes; the one that has loaded the service is the fastest.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        app.state.worker = Worker(lambda: Table(service.engine, active), active, waiting)
+        app.state.worker = Worker(thread, lambda: Table(service.engine, active), active, waiting)
         yield
         await anyio.to_thread.run_sync(app.state.worker.close)
 

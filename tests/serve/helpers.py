@@ -14,6 +14,7 @@ import uvicorn
 from coral_core.decoding.sampling import Sampler
 from coral_core.serve.answer import Service
 from coral_core.serve.app import make_app
+from coral_core.serve.worker import OneThread
 from tests.data.helpers import make_target
 from tests.tiny import tiny_engine
 
@@ -31,7 +32,11 @@ def running(service: Service, active: int = 4, waiting: int = 64) -> Iterator[st
     """The base address of a server that is up, and down afterwards."""
     server = uvicorn.Server(
         uvicorn.Config(
-            make_app(service, active, waiting), port=0, log_level="critical", timeout_graceful_shutdown=2, ws="none"
+            make_app(service, OneThread(), active, waiting),
+            port=0,
+            log_level="critical",
+            timeout_graceful_shutdown=2,
+            ws="none",
         )
     )
     thread = threading.Thread(target=server.run)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coral_core.decoding.rounds import Round
-from coral_core.serve.worker import Ended, FullError, Worker
+from coral_core.serve.worker import Ended, FullError, OneThread, Worker
 
 
 @dataclasses.dataclass(eq=False)
@@ -94,10 +94,10 @@ def story() -> Story:
 
 @pytest.fixture
 def worker(story: Story) -> Iterator[Worker]:
-    worker = Worker(lambda: story, active=2, waiting=2)  # type: ignore[arg-type, return-value]
+    worker = Worker(OneThread(), lambda: story, active=2, waiting=2)  # type: ignore[arg-type, return-value]
     yield worker
     story.gate.release(999)
-    if worker.thread.is_alive():
+    if not worker.done.done():
         worker.close()
 
 
@@ -186,4 +186,4 @@ def test_closing_tells_everybody_and_takes_nobody(worker: Worker, story: Story) 
     assert sorted(ended) == [(name, FullError) for name in "abc"]
     with pytest.raises(FullError):
         worker.submit(Answer("d", 1), story.tell("d"))
-    assert not worker.thread.is_alive()
+    assert worker.done.done()
