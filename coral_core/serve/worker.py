@@ -45,8 +45,8 @@ class OneThread:
     """A thread that does what it is given, one thing after the other. It ends with the process.
 
     What loads a model should decode with it: each thread that computes gets OpenMP's helpers of its own, and with more
-    of these than cores they sleep between operations. On two cores an answer of SmolLM2-135M took 1.5 times as long in
-    a second thread, and as long as in the first where that one had not computed.
+    of these than cores they sleep between operations. On two cores answers of SmolLM2-135M took 1.5 times as long in
+    a second thread, and 1.1 times where the first had not computed.
     """
 
     def __init__(self) -> None:

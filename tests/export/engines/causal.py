@@ -16,3 +16,12 @@ class Causal(torch.nn.Module):
         parts = [x.reshape(1, len(x), n, -1).transpose(1, 2) for x, n in zip((query, key, value), counts, strict=True)]
         out = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
         return out[0].transpose(0, 1).reshape(len(query), -1)
+
+
+def stand_in(model) -> None:
+    """Let a drafter of an engine run on a CPU: torch's attention, and of other layers the engine's form in torch."""
+    attention = model.model.layers[0].self_attn
+    attention.attn = Causal(attention.num_heads, attention.num_kv_heads, attention.head_dim)
+    for module in model.modules():
+        if hasattr(module, "forward_native"):
+            module._forward_method = module.forward_native

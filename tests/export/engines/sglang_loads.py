@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from causal import Causal
+from causal import stand_in
 from safetensors.torch import load_file, save_file
 
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -52,11 +52,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def drafted(model, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the LM head reads after each of two steps."""
-    attention = model.model.layers[0].self_attn
-    attention.attn = Causal(attention.num_heads, attention.num_kv_heads, attention.head_dim)
-    for module in model.modules():
-        if hasattr(module, "forward_native"):
-            module._forward_method = module.forward_native
+    stand_in(model)
     state_TI, made = given["read"], {}
     for step in range(2):
         forward = mock.MagicMock(mm_input_embeds=None)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 import torch
-from causal import Causal
+from causal import stand_in
 from safetensors.torch import load_file, save_file
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
@@ -22,11 +22,7 @@ os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 
 def drafted(model, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the LM head reads after each of two steps, and of EAGLE-3's shape its logits over the target's words."""
-    attention = model.model.layers[0].self_attn
-    attention.attn = Causal(attention.num_heads, attention.num_kv_heads, attention.head_dim)
-    for module in model.modules():
-        if hasattr(module, "forward_native"):
-            module._forward_method = module.forward_native
+    stand_in(model)
     wide = hasattr(model, "combine_hidden_states")
     state_TD = model.combine_hidden_states(given["read"]) if wide else given["read"]
     positions_T, made = torch.arange(len(state_TD)), {}
