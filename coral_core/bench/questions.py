@@ -150,14 +150,16 @@ def _question(row: dict[str, Any], name: str, bench: str) -> Question:
     if not isinstance(row, dict):
         raise TypeError("not a JSON object")
     templated = PUBLISHED[bench].words(row) if bench in PUBLISHED else None
-    turns = templated or row.get("turns") or row.get("prompt") or row["question"]
-    turns = (turns,) if isinstance(turns, str) else tuple(turns) if isinstance(turns, list) else ()
-    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    turns = templated or row.get("turns") or row.get("prompt") or row.get("question")
+    turns = [turns] if isinstance(turns, str) else turns
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("it has no turn that is text")
+    if not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError("a turn is empty or not text")
     tests, entry_point = row.get("test"), row.get("entry_point")
     return Question(
         str(row.get("question_id", row.get("task_id", name))),
-        turns,
+        tuple(turns),
         reference=_reference(row.get("answer") or row.get("reference")),
         tests=str(tests) if tests and entry_point else "",
         entry_point=str(entry_point) if tests and entry_point else "",

@@ -117,6 +117,8 @@ def _read(folder: Path) -> dict[str, Any]:
         rest: dict[str, Any] = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{PLAN}: {error}") from error
+    if not isinstance(rest, dict) or "bounds" not in rest:
+        raise ValueError(f"{PLAN} holds something else")
     own_sum = rest.pop(OWN_SUM, None)
     if own_sum is not None and own_sum != fingerprint(rest):
         raise ValueError(f"{PLAN} has another checksum than was written")

@@ -124,7 +124,8 @@ def attention(
     batch, heads, filled, _ = query_BHTE.shape
     rows = layout.rows
     if rows == 1 and layout.mask_BTT is None:  # what fills up is a copy of the row: no zeros to write, no lines to add
-        return _some(query_BHTE, key_BJKE, value_BJKE, layout, scale).transpose(1, 2).to(query_BHTE.dtype)
+        out_BHTE = _some(query_BHTE, key_BJKE, value_BJKE, layout, scale)
+        return out_BHTE.transpose(1, 2).to(query_BHTE.dtype).contiguous()  # some models view it
     out_BTHE = query_BHTE.new_zeros(batch, filled, heads, value_BJKE.shape[-1])
     for first in range(0, rows, ROWS):
         end = min(first + ROWS, rows)

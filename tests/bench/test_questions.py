@@ -29,11 +29,21 @@ def test_the_three_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ['{"turns": []}', '{"turns": [""]}', '{"turns": [3]}', '{"prompt": 3}', '{"x": 1}', "[1]", "{"]
+    ("line", "reason"),
+    [
+        ('{"turns": []}', "it has no turn that is text"),
+        ('{"question": []}', "it has no turn that is text"),
+        ('{"turns": [""]}', "a turn is empty or not text"),
+        ('{"turns": [3]}', "a turn is empty or not text"),
+        ('{"prompt": 3}', "it has no turn that is text"),
+        ('{"x": 1}', "it has no turn that is text"),
+        ("[1]", "not a JSON object"),
+        ("{", "Expecting property name"),
+    ],
 )
-def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_malformed_line_is_named_with_its_reason(tmp_path: Path, line: str, reason: str) -> None:
     path = write(tmp_path / "q.jsonl", {"prompt": "fine"}, line)
-    with pytest.raises(DataError, match=r"q\.jsonl line 2 is not a question"):
+    with pytest.raises(DataError, match=rf"q\.jsonl line 2 is not a question: .* \({reason}"):
         from_file(path)
 
 

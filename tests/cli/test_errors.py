@@ -129,10 +129,11 @@ def test_a_terminal_that_lacks_letters_shows_question_marks(encoding):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")  # noqa: PTH110
-@pytest.mark.parametrize("body", ["out.print('a')", "print_json({'a': 'b' * 100000})"])
+@pytest.mark.parametrize("body", ["out.print('a')", "print_json({'a': 'b' * 100000})", "sys.stdout.write('a')"])
 def test_an_output_that_takes_nothing_is_one_line(body):
     with open("/dev/full", "w") as full:  # noqa: PTH123
         command = [sys.executable, "-c", FAKE.format(body=body)]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is short is written at the end
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: the output cannot be written: no space is left there, or nobody reads it\n"

@@ -15,7 +15,7 @@ from coral_core.data.prompts import Dialogue, parse
 from coral_core.data.stage import prepare
 from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
-from coral_core.errors import DataError
+from coral_core.errors import ArtifactError, DataError
 from coral_core.serve.answer import Answer, Opened
 from coral_core.serve.protocol import Ask, Refusal, read_chat
 from tests.data.helpers import CHATML, NOON, make_job, make_target, make_tokenizer, write_lines
@@ -154,6 +154,20 @@ def test_a_row_whose_features_are_no_numbers_is_named_by_its_place(
         prepare(job)
 
 
+@pytest.mark.parametrize("regenerate", ["sample", "none"])
+def test_every_rendering_shows_the_day_on_which_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, regenerate: str
+) -> None:
+    monkeypatch.setattr(planning, "_today", lambda: NOON)
+    target = make_target("{{ strftime_now('%Y-%m-%d') + '\n' }}" + CHATML)
+    path = write_lines(tmp_path / "p.jsonl", rows(8))
+    store = prepare(make_job(tmp_path, target, prompts=path, regenerate=regenerate, max_length=200))
+    held = json.loads((tmp_path / "data" / "holdout.json").read_text())
+    texts = [target.tokenizer.decode(ids) for ids in [*held, *(one.ids_T.tolist() for one in store)]]
+    assert len(held) == 3 and len(texts) == 11
+    assert all(text.startswith("2026-01-01\n<|im_start|>system") for text in texts)
+
+
 def test_an_interrupted_run_goes_on_with_the_day_on_which_it_began(tmp_path: Path) -> None:
     kept = Kept.nowhere(tmp_path)
     kept.append(Dialogue(("q",)), "p.jsonl line 1")
@@ -162,3 +176,10 @@ def test_an_interrupted_run_goes_on_with_the_day_on_which_it_began(tmp_path: Pat
     found = Plan.load(tmp_path)
     assert found is not None
     assert (found.now, found.unread, found.place(0)) == (NOON, plan.unread, "dialogue 0 (p.jsonl line 1)")
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "{", "3"])
+def test_a_plan_that_holds_something_else_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"are damaged: plan\.json.*Run: coral prepare-data --restart"):
+        Plan.load(tmp_path)

@@ -49,6 +49,7 @@ def test_a_path_has_the_same_bits_among_siblings_and_alone(widths: tuple[int, in
         query = query_BHTE[:, :, level : level + 1]
         alone = exact.attention(query, key_BJKE[:, :, :seen], value_BJKE[:, :, :seen], one)
         assert torch.equal(alone[0, 0], together[0, row])
+        assert alone.is_contiguous(), "JetMoe takes a view of it"
     whole = torch.nn.functional.scaled_dot_product_attention(
         query_BHME, tree_key_BJKE, tree_value_BJKE, attn_mask=mask_MK, enable_gqa=True
     )

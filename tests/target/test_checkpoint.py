@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from coral_core import embedded, hub
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
+from coral_core.target.checkpoint import reachable
 from coral_core.target.load import load_target
 from coral_core.target.target import Target
 from tests.tiny import SHAPE
@@ -188,3 +189,4 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TargetError, match=r"cannot load target 'owner/name': .*its cache does not hold the model"):
         load_target(TargetSpec(model="owner/name"))
     assert len(asked) <= 2
+    assert reachable("owner/name", "owner/name", {}) == {"local_files_only": True}, "its client asks no server"
