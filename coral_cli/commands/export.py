@@ -24,9 +24,11 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="vllm, sglang, speculators, gguf (llama.cpp), eagle (its own code) or hf (coral's own)."
+            "--to",
+            help="vllm, sglang, speculators, gguf (llama.cpp), eagle (its own code) or hf (coral's own). Needed.",
+            show_default=False,
         ),
-    ],
+    ] = "",
     arguments: Arguments = None,
     map_size: Annotated[
         int | None,
@@ -38,6 +40,9 @@ def export(
     from coral_cli.console import tell
     from coral_core import embedded
     from coral_core.errors import CoralError
+
+    if not to:
+        raise CoralError("--to is missing. Run: coral export --to vllm, or see the others: coral export --help")
     from coral_core.export.run import FORMATS, HF, export_engine, export_hf, open_source, serve_command
 
     if to not in FORMATS:

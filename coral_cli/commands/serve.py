@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
 import socket
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,9 +79,11 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except OSError as error:
-        raise CoralError(
-            f"cannot listen on {host} port {port}: {error.strerror}. Choose others with --host and --port"
-        ) from error
+        mend = "Choose others with --host and --port"
+        if error.errno == errno.EADDRINUSE:
+            elsewhere = "" if host == LOCAL[0] else f" --host {host}"
+            mend = f"Run: coral serve --port {port + 1 if port < 65535 else 8000}{elsewhere}"
+        raise CoralError(f"cannot listen on {host} port {port}: {error.strerror}. {mend}") from error
     return listening
 
 

@@ -6,6 +6,7 @@ Not for making sense of a row: prompts.py does that.
 import codecs
 import contextlib
 import dataclasses
+import difflib
 import gzip
 import io
 import json
@@ -115,8 +116,22 @@ def find_file(name: str) -> Path | None:
         raise DataError(f"data.prompts is the folder {path}; give one file in it")
     plain = path.name.removesuffix(".gz")
     if path.is_absolute() or name.startswith((".", "~")) or plain.endswith(SUFFIXES) or name.count("/") != 1:
-        raise DataError(f"no prompt file {path}. Set data.prompts to self, a file, or a Hub dataset id (owner/name)")
+        raise DataError(
+            f"no prompt file {path}{_near_file(path)} "
+            "Set data.prompts to self, a file, or a Hub dataset id (owner/name)"
+        )
     return None
+
+
+def _near_file(path: Path) -> str:
+    """'; did you mean data.prompts=…?' when a prompt file of nearly that name lies beside it; else a full stop."""
+    stems = {file: file.name.split(".")[0] for file in sorted(path.parent.glob("*")) if _ends_as_prompts(file.name)}
+    near = difflib.get_close_matches(path.name.split(".")[0], stems.values(), n=1)
+    return next((f"; did you mean data.prompts={file}?" for file, stem in stems.items() if stem in near), ".")
+
+
+def _ends_as_prompts(name: str) -> bool:
+    return name.removesuffix(".gz").endswith(SUFFIXES)
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -108,7 +108,7 @@ def _read(path: Path) -> yaml.MappingNode:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"no recipe file {path}{_near_file(path)}. Leave it out to work on pico") from error
+        raise RecipeError(f"no recipe file {path}{_near_file(path)} Leave it out to work on pico") from error
     except IsADirectoryError as error:
         raise RecipeError(f"{path} is a folder; give the recipe file in it, such as {path / 'recipe.yaml'}") from error
     except UnicodeDecodeError as error:
@@ -124,10 +124,13 @@ def _read(path: Path) -> yaml.MappingNode:
 
 
 def _near_file(path: Path) -> str:
-    """'; did you mean …?' when a recipe of nearly that name lies beside it, or in recipes/."""
-    beside = {str(other): other.name for folder in (path.parent, Path("recipes")) for other in folder.glob("*.yaml")}
-    near = difflib.get_close_matches(path.with_suffix(".yaml").name, beside.values(), n=1)
-    return next((f"; did you mean {other}" for other, name in beside.items() if name in near), "")
+    """'; did you mean …?' when a recipe of nearly that name lies beside it, or in recipes/; else a full stop.
+
+    Names are compared without `.yaml`, which all of them have in common.
+    """
+    beside = {str(other): other.stem for folder in (path.parent, Path("recipes")) for other in folder.glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, beside.values(), n=1, cutoff=0.5)
+    return next((f"; did you mean {other}?" for other, name in beside.items() if name in near), ".")
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:

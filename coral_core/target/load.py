@@ -41,7 +41,7 @@ def pick_device(device: str) -> torch.device:
         if kind not in ("cpu", "cuda", "mps", "xpu") or (number and not number.isdigit()):
             raise TargetError(f"target.device is {device!r}; it must be auto, cpu, cuda or cuda:NUMBER") from error
         lacks = f"target.device is {device!r}, which this machine lacks ({first_line(error)})"
-        raise TargetError(f"{lacks}; try auto") from error
+        raise TargetError(f"{lacks}. Set target.device=auto") from error
 
 
 def pick_dtype(dtype: str, device: torch.device, checkpoint: Path | None) -> torch.dtype:

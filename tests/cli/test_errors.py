@@ -137,3 +137,9 @@ def test_an_output_that_takes_nothing_is_one_line(body):
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: the output cannot be written: no space is left there, or nobody reads it\n"
+
+
+def test_export_without_a_format_names_a_command(tmp_path):
+    done = coral("export", "name=mine", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --to is missing. Run: coral export name=mine --to vllm, or see the others:")

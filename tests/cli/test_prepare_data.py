@@ -67,6 +67,9 @@ def test_a_slip_is_one_line_before_the_target_is_loaded(folder: Path) -> None:
     done = coral("data.prompts=nope.jsonl", "target.model=nowhere", "name=mine")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith("error: no prompt file nope.jsonl. Set data.prompts to")
+    (folder / "prompts.jsonl").write_text("")
+    done = coral("data.prompts=promts.json", "name=mine")
+    assert done.stderr.startswith("error: no prompt file promts.json; did you mean data.prompts=prompts.jsonl? Set")
     (folder / "p.jsonl").write_text('{"prompt": "a"\n{"prompt": \n')
     done = coral()
     assert done.exit_code == 1

@@ -19,11 +19,12 @@ def test_a_port_that_is_taken_is_said_before_the_model_loads(tmp_path: Path) -> 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = str(taken.getsockname()[1])
-        done = coral("serve", "--port", port, cwd=tmp_path)
+        port = taken.getsockname()[1]
+        done = coral("serve", "name=mine", "--port", str(port), cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: cannot listen on 127.0.0.1 port {port}: Address already in use. Choose others with --host and --port\n"
+        f"error: cannot listen on 127.0.0.1 port {port}: Address already in use. "
+        f"Run: coral serve name=mine --port {port + 1}\n"
     )
 
 

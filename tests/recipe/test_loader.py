@@ -135,8 +135,14 @@ def test_a_bad_file_is_one_line_with_the_place(write, text, message):
 def test_a_missing_file_names_a_near_one(tmp_path, write):
     write("name: x\n")
     message = refusal(tmp_path / "mx.yaml")
-    assert f"no recipe file {tmp_path / 'mx.yaml'}; did you mean {tmp_path / 'my.yaml'}" in message
-    assert "did you mean" not in refusal(tmp_path / "nothing-like-it.yaml")
+    assert f"no recipe file {tmp_path / 'mx.yaml'}; did you mean {tmp_path / 'my.yaml'}? Leave it out" in message
+    assert "nothing-like-it.yaml. Leave it out" in refusal(tmp_path / "nothing-like-it.yaml")
+
+
+def test_names_that_share_only_the_ending_are_not_near(tmp_path, write, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("name: x\n").rename(tmp_path / "pico.yaml")
+    assert "no recipe file nosuch.yaml. Leave it out" in refusal(Path("nosuch.yaml"))
 
 
 def test_a_folder_and_a_binary_are_refused(tmp_path):
