@@ -17,8 +17,8 @@ from coral_core.artifacts import write_text
 from coral_core.report.tables import table
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- begin: {}, python -m benchmarks.page -->", "<!-- end -->"
-"""Between these two lines of the README stands the table of a file."""
+BEGIN, END = "<!-- begin: real, python -m benchmarks.page -->", "<!-- end -->"
+"""Between these two lines of the README stands the table of real models."""
 METHODS = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL"}
 MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 ABOUT = {
@@ -140,18 +140,13 @@ def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
 
 
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {"real": real_table, "pico": pico_table}
-"""Files that the README shows, each in a table of its own."""
+"""Files that the page shows in a table of their own, beside their figures."""
 
 
 def readme(text: str) -> str:
-    """The README with its tables as the files have them now; the place of a file that is not there stays empty."""
-    for name, draw in TABLES.items():
-        begin = BEGIN.format(name)
-        before, found, rest = text.partition(begin)
-        if found:
-            shown = f"{draw(load(name)['rows'])}\n" if (RESULTS / f"{name}.json").exists() else ""
-            text = f"{before}{begin}\n{shown}{END}{rest.partition(END)[2]}"
-    return text
+    """The README with its table as the file has it now."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{real_table(load('real')['rows'])}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
