@@ -1,6 +1,7 @@
 """Who may import whom: the room table, read from the syntax tree of every file, lazy imports included."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,11 @@ WITHOUT_TORCH = {"errors", "embedded", "progress", "recipe", "artifacts", "repor
 
 CLI_AT_IMPORT = {"errors", "embedded", "progress", "recipe", "artifacts"}
 """What the command line may import before a command runs; the rest inside command bodies, so that --help is quick."""
+
+DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+"""Where a package's name is not that of the module."""
+BROUGHT = {"anyio": "starlette", "huggingface_hub": "transformers", "markdown_it": "rich", "pyarrow": "datasets", "triton": "torch"}
+"""Packages that one of ours brings, and whose versions are its own matter."""
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "sklearn"}
 
@@ -211,3 +217,11 @@ def test_the_check_sees_each_kind_of_trespass(path, text, message):
 )
 def test_the_check_lets_the_rest_pass(path, text):
     assert violations(Path(path), text) == []
+
+
+def test_every_package_that_is_imported_is_asked_for():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    asked = set(re.findall(r'"([\w-]+)(?:\[[\w,]+\])?>=', text)) | BROUGHT.keys()
+    found = {name.split(".")[0] for path in FILES for name, _ in imported(ast.parse(path.read_text(encoding="utf-8")))}
+    other = {DISTRIBUTION.get(name, name) for name in found - sys.stdlib_module_names - {"coral_core", "coral_cli"}}
+    assert other <= asked, sorted(other - asked)

@@ -120,8 +120,10 @@ def _other_key(made: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str =
 
 @contextlib.contextmanager
 def _log_file(path: Path, lines: list[dict[str, Any]]) -> Iterator[Any]:
-    """A function that appends its dict to the file at once, and to `lines`."""
+    """A function that appends its dict to the file at once, and to `lines`. A line that was cut off stays alone."""
+    cut = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
+        file.write("\n" if cut else "")
 
         def log(line: dict[str, Any]) -> None:
             lines.append(line)

@@ -103,8 +103,8 @@ def test_words_that_are_dropped_for_what_they_are() -> None:
 def test_a_template_with_generation_tags_is_looked_at_too() -> None:
     words = "{{ message['content'] if 'secret' not in message['content'] else '' }}"
     text = TAKEN["tagged parts"].replace(PARTS, words)
-    with pytest.raises(DataError, match=r"leaves out the words of message 1 \(role user\)"):
-        encode(tokenizer_of(text), [{"role": "user", "content": "A secret place."}, ANSWER], [])
+    with pytest.raises(DataError, match=r"leaves out the words of message 2 \(role assistant\)"):
+        encode(tokenizer_of(text), [USER, {"role": "assistant", "content": "A secret place."}], [])
 
 
 def test_an_answer_may_be_shown_from_where_its_reasoning_ends() -> None:

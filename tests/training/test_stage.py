@@ -52,6 +52,13 @@ def test_it_publishes_a_drafter_that_says_where_it_came_from(run):
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [4]
 
 
+def test_a_line_of_the_log_that_was_cut_off_stays_alone(run):
+    (run / "log.jsonl").write_text('{"step": 1}\n{"st')
+    train_drafter(RECIPE, run)
+    first, cut, last = (run / "log.jsonl").read_text().splitlines()
+    assert (first, cut) == ('{"step": 1}', '{"st') and json.loads(last)["step"] == 4
+
+
 def test_a_finished_drafter_is_not_trained_again_until_the_recipe_changes(run, monkeypatch):
     first, _ = train_drafter(RECIPE, run)
     other = dataclasses.replace(RECIPE, seed=1)
