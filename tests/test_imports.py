@@ -65,7 +65,13 @@ CLI_AT_IMPORT = {"errors", "embedded", "progress", "recipe", "artifacts"}
 
 DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 """Where a package's name is not that of the module."""
-BROUGHT = {"anyio": "starlette", "huggingface_hub": "transformers", "markdown_it": "rich", "pyarrow": "datasets", "triton": "torch"}
+BROUGHT = {
+    "anyio": "starlette",
+    "huggingface_hub": "transformers",
+    "markdown_it": "rich",
+    "pyarrow": "datasets",
+    "triton": "torch",
+}
 """Packages that one of ours brings, and whose versions are its own matter."""
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "sklearn"}

@@ -11,7 +11,9 @@ exactly 0, and a product that adds its terms one by one is not changed by a term
 
 What this rests on was found on an AMD EPYC (AVX-512, MKL 2024.2; tests/kernels/test_exact.py). A batched product in
 float32 of LEAST_ROWS rows and more, with at most WIDEST terms in a sum, adds them one by one. A score depends neither
-on the other rows nor on the other columns, from LEAST_COLUMNS columns on. A softmax does not depend on hidden columns
+on the other rows nor on the other columns, from LEAST_COLUMNS columns on. Where a batch has fewer products than there
+are threads, several share a product, and all this holds for rows in multiples of LEAST_ROWS and columns in multiples of
+LEAST_COLUMNS (2 to 32 threads). A softmax does not depend on hidden columns
 behind the last one. With 16-bit products, and in PyTorch's own kernel (flash attention), none of this holds: keys and
 values are given in float32, which holds 16-bit numbers exactly.
 Axes: B batch, H attention head, J key/value head, T position (of a new row; the second T is that of what it sees), K
@@ -159,13 +161,10 @@ def _some(
     scale = width**-0.5 if scale is None else scale
     query_XNE = query_BHTE.float().reshape(batch * groups, lines, width)
     key_XKE, value_XKE = key_BJKE.flatten(0, 1), value_BJKE.flatten(0, 1)
-    if lines < LEAST_ROWS:
-        query_XNE = torch.nn.functional.pad(query_XNE, (0, 0, 0, LEAST_ROWS - lines))
-    if columns < LEAST_COLUMNS:
-        key_XKE = torch.nn.functional.pad(key_XKE, (0, 0, 0, LEAST_COLUMNS - columns))
-    score_XNK = torch.baddbmm(query_XNE.new_empty(1), query_XNE, key_XKE.transpose(1, 2), beta=0, alpha=scale)
+    shared = torch.get_num_threads() > groups  # in a batch too, so that a row is computed as it is alone
+    score_XNK = _scores(_filled(query_XNE, shared), key_XKE, scale, shared)
     if layout.mask_BTT is None and columns >= LEAST_COLUMNS:
-        return _values(score_XNK.softmax(-1), value_XKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
+        return _values(score_XNK.softmax(-1), value_XKE, layout, shared)[:, :lines].reshape(batch, heads, rows, -1)
     score_BHTK = score_XNK[:, :lines, :columns].reshape(batch, -1, rows, columns)
     tree = layout.tree
     if tree is not None:
@@ -178,10 +177,33 @@ def _some(
         near_BHTK = weight_BHTK[..., tree.start :].gather(3, _over_heads(tree.position_BK[:, None], score_BHTK))
         near_BHTK *= tree.sees_BTK[:, None]
         weight_BHTK = torch.cat((weight_BHTK[..., : tree.start], near_BHTK), dim=3)
-    weight_XNK = weight_BHTK.reshape(batch * groups, lines, columns)
-    if lines < LEAST_ROWS:
-        weight_XNK = torch.nn.functional.pad(weight_XNK, (0, 0, 0, LEAST_ROWS - lines))
-    return _values(weight_XNK, value_XKE, layout)[:, :lines].reshape(batch, heads, rows, -1)
+    weight_XNK = _filled(weight_BHTK.reshape(batch * groups, lines, columns), shared)
+    return _values(weight_XNK, value_XKE, layout, shared)[:, :lines].reshape(batch, heads, rows, -1)
+
+
+def _filled(x_XNX: torch.Tensor, shared: bool) -> torch.Tensor:
+    """With rows of 0 up to LEAST_ROWS; where several threads share a product, up to a multiple of it."""
+    lines = x_XNX.shape[1]
+    more = -lines % LEAST_ROWS if shared else LEAST_ROWS - lines
+    return torch.nn.functional.pad(x_XNX, (0, 0, 0, more)) if more > 0 else x_XNX
+
+
+def _scores(query_XNE: torch.Tensor, key_XKE: torch.Tensor, scale: float, shared: bool) -> torch.Tensor:
+    """[X,N,K], and further columns where there are fewer than LEAST_COLUMNS. Where several threads share a product, the
+    last columns, which are not a multiple of them, are multiplied alone."""
+    columns = key_XKE.shape[1]
+    whole = columns - columns % LEAST_COLUMNS if shared else columns
+    if whole == columns >= LEAST_COLUMNS:
+        return _score(query_XNE, key_XKE, scale)
+    last_XKE = key_XKE[:, whole:] if whole < columns else key_XKE
+    last_XNK = _score(query_XNE, torch.nn.functional.pad(last_XKE, (0, 0, 0, LEAST_COLUMNS - last_XKE.shape[1])), scale)
+    if last_XKE.shape[1] == columns:
+        return last_XNK
+    return torch.cat((_score(query_XNE, key_XKE[:, :whole], scale), last_XNK[..., : columns - whole]), dim=2)
+
+
+def _score(query_XNE: torch.Tensor, key_XKE: torch.Tensor, scale: float) -> torch.Tensor:
+    return torch.baddbmm(query_XNE.new_empty(1), query_XNE, key_XKE.transpose(1, 2), beta=0, alpha=scale)
 
 
 def _softmax(score_XK: torch.Tensor) -> torch.Tensor:
@@ -198,46 +220,50 @@ def _over_heads(index_BTX: torch.Tensor, like_BHTK: torch.Tensor) -> torch.Tenso
     return index_BTX[:, None].expand(-1, like_BHTK.shape[1], like_BHTK.shape[2], -1)
 
 
-def _values(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _values(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, layout: Layout, shared: bool) -> torch.Tensor:
     """[X,N,E]: the values, weighted and added block by block."""
     answers = layout.cuts_B
     longest = max(answers, key=len)
     if any(own != longest[: len(own)] for own in answers):
         each = zip(weight_XNK.chunk(len(answers)), value_XKE.chunk(len(answers)), answers, strict=True)
-        return torch.cat([_blocks(weight_XNK, value_XKE, own) for weight_XNK, value_XKE, own in each])
-    return _blocks(weight_XNK, value_XKE, longest)
+        return torch.cat([_blocks(weight_XNK, value_XKE, own, shared) for weight_XNK, value_XKE, own in each])
+    return _blocks(weight_XNK, value_XKE, longest, shared)
 
 
-def _blocks(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, cuts: tuple[int, ...]) -> torch.Tensor:
+def _blocks(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, cuts: tuple[int, ...], shared: bool) -> torch.Tensor:
     columns = weight_XNK.shape[2]
     starts = [0, *(cut for cut in cuts if cut < columns)]
     ends = [*starts[1:], columns]
-    out_XNE = torch.bmm(*_terms(weight_XNK, value_XKE, 0, ends[0]))
+    out_XNE = torch.bmm(*_terms(weight_XNK, value_XKE, 0, ends[0], shared))
     for start, end in zip(starts[1:], ends[1:], strict=True):
-        out_XNE.baddbmm_(*_terms(weight_XNK, value_XKE, start, end))
+        out_XNE.baddbmm_(*_terms(weight_XNK, value_XKE, start, end, shared))
     return out_XNE
 
 
 def _terms(
-    weight_XNK: torch.Tensor, value_XKE: torch.Tensor, start: int, end: int
+    weight_XNK: torch.Tensor, value_XKE: torch.Tensor, start: int, end: int, shared: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A block's weights and values; with columns of 0 behind them where there are so few that they would be multiplied
-    by a loop of PyTorch's own."""
+    by a loop of PyTorch's own, or that threads which share a product add them in another way."""
     weight_XNK, value_XKE = weight_XNK[:, :, start:end], value_XKE[:, start:end]
     more = LEAST_COLUMNS - (end - start)
-    if more <= 0 or weight_XNK[0].numel() * value_XKE.shape[2] >= SMALL_PRODUCT:
+    small = weight_XNK[0].numel() * value_XKE.shape[2] < SMALL_PRODUCT
+    if more <= 0 or not (small or shared):
         return weight_XNK, value_XKE
     return torch.nn.functional.pad(weight_XNK, (0, more)), torch.nn.functional.pad(value_XKE, (0, 0, 0, more))
 
 
-def filled_rows(rows: int, batch: int, width: int, threads: int) -> int:
+def filled_rows(rows: int, batch: int, width: int, threads: int, packed: bool) -> int:
     """The number of rows of each of a batch's answers, such that no thread computes a part of a vector.
 
     `width` is that of the activations. Counts that are multiples of few vectors need no filling:
 
         1 row of 1,536 → 4,   9 of 4,864 → 9,   9 of 48 → 12
+
+    Weights that are not packed are multiplied as keys are: threads that share the product want LEAST_ROWS rows each.
     """
-    while not _whole(rows * batch, width, threads):
+    multiple = 1 if packed or threads == 1 else LEAST_ROWS
+    while not (_whole(rows * batch, width, threads) and rows * batch % multiple == 0):
         rows += 1
     return rows
 

@@ -13,6 +13,7 @@ import torch
 
 from coral_core.errors import DataError, TargetError
 from coral_core.kernels import exact
+from coral_core.kernels.layers import PackedLinear
 from coral_core.lent import Lent
 
 
@@ -72,6 +73,13 @@ class Target:
         return int(named or 4 * config.hidden_size)
 
     @functools.cached_property
+    def _packed(self) -> bool:
+        """Whether all weights are packed that layers multiply with. GPT-2's are not: its layers are no nn.Linear."""
+        read = [part for part in self.model.base_model.modules() if not isinstance(part, torch.nn.Embedding)]
+        matrices = [part for part in read if getattr(part, "weight", None) is not None and part.weight.dim() == 2]
+        return all(isinstance(part, PackedLinear) for part in matrices)
+
+    @functools.cached_property
     def _cache_name(self) -> str:
         """The argument for a cache: transformers renames it, model by model, and warns of the old name."""
         model = self.model.base_model
@@ -107,7 +115,8 @@ class Target:
         padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
         if self.exact and not recorded and position_BT is not None and cache is not None and not padded:
             mask, cache = exact.masks(position_BT, mask, self.layer_types), exact.Filled(cache, rows)
-            more = exact.filled_rows(rows, ids_BT.shape[0], self._width, torch.get_num_threads()) - rows
+            threads = torch.get_num_threads()
+            more = exact.filled_rows(rows, ids_BT.shape[0], self._width, threads, self._packed) - rows
             ids_BT, position_BT = (torch.cat((x, x[:, -1:].expand(-1, more)), 1) for x in (ids_BT, position_BT))
         if position_BT is not None:
             position_BT = position_BT.clamp_max(self.max_positions - 1)

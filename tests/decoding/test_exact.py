@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
@@ -20,6 +21,7 @@ from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.step import prefill
 from coral_core.kernels import exact
+from coral_core.kernels.layers import PackedLinear
 from coral_core.target.load import wrap
 from coral_core.target.target import Target
 from tests.decoding.test_lossless import ids_of, some_prompt
@@ -29,6 +31,16 @@ FAMILIES = ["llama", "qwen2", "qwen3", "mistral-sliding", "gemma", "gemma3-mixed
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = 8
 """Positions of a block in these tests, so that short paths have several."""
+LLAMA = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 1}
+WIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2": ("LlamaConfig", LLAMA),
+    "Gemma 3": ("LlamaConfig", {**GEMMA, "head_dim": 256}),
+    "GPT-2": ("GPT2Config", {"n_embd": 768, "n_head": 12}),
+    "not packed": ("LlamaConfig", LLAMA),
+}
+"""Widths of real models, for which several threads share a product."""
+FEW = {"vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 160, "initializer_range": 0.1}
 Outputs = list[tuple[str, torch.Tensor]]
 """What each part of a model gave, with the part's name, in the order of the computation."""
 
@@ -126,7 +138,26 @@ def right_rows(draft: tree.Draft, path: list[int]) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_a_row_has_the_same_bits_in_steps_chains_trees_and_prompts(family: str, dtype: torch.dtype) -> None:
-    target = target_in(family, dtype)
+    read_in_every_way(target_in(family, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [2, 8], indirect=True)
+@pytest.mark.parametrize("wide", WIDE)
+@torch.no_grad()
+def test_a_row_has_the_same_bits_where_threads_share_the_products(wide: str, threads: None, dtype: torch.dtype) -> None:
+    name, shape = WIDE[wide]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **FEW), dtype=dtype)
+    target = dataclasses.replace(wrap(model, None), stop_ids=frozenset())
+    if wide == "not packed":
+        for part in target.model.modules():
+            if isinstance(part, PackedLinear):
+                part.__class__ = torch.nn.Linear
+    read_in_every_way(target)
+
+
+def read_in_every_way(target: Target) -> None:
     path = some_prompt(1, 30)
     alone = steps(target, path)
 

@@ -8,7 +8,14 @@ import torch
 from coral_core.decoding import tree
 from coral_core.kernels import exact
 
-WIDTHS = {"SmolLM2": (9, 3, 64), "Qwen2.5": (14, 2, 64), "Llama 3": (32, 8, 128), "Phi-3": (32, 32, 96)}
+WIDTHS = {
+    "SmolLM2": (9, 3, 64),
+    "Qwen2.5": (14, 2, 64),
+    "Llama 3": (32, 8, 128),
+    "Phi-3": (32, 32, 96),
+    "Gemma 3": (4, 1, 256),
+    "one key head, five query heads": (5, 1, 40),
+}
 PATH = 6
 
 
@@ -20,8 +27,11 @@ def test_blocks_begin_where_positions_do(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("past", [9, 120, 125, 250, 600])
+@pytest.mark.parametrize("threads", [1, 2, 4, 16], indirect=True)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
-def test_a_path_has_the_same_bits_among_siblings_and_alone(widths: tuple[int, int, int], past: int) -> None:
+def test_a_path_has_the_same_bits_among_siblings_and_alone(
+    widths: tuple[int, int, int], threads: None, past: int
+) -> None:
     """Behind 120, 125 and 250 columns the tree's positions lie in two blocks."""
     heads, groups, width = widths
     torch.manual_seed(past)
