@@ -8,6 +8,7 @@ import atexit
 import errno
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -143,6 +144,7 @@ def main() -> None:
     try:
         app()
     except SystemExit as done:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt, and Python's end would show where
         if done.code == INTERRUPTED:  # while a command ran, or, from typer, while its words were read
             typer.echo("interrupted; run the same command again to go on", err=True)
         sys.exit(_flushed(done.code))

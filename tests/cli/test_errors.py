@@ -106,6 +106,17 @@ def test_ctrl_c_is_130_with_one_line(moment):
     assert (run.returncode, stderr) == (130, "interrupted; run the same command again to go on\n")
 
 
+def test_ctrl_c_when_all_is_done_changes_nothing():
+    code = FAKE.format(body="atexit.register(lambda: (print('ready', flush=True), time.sleep(1)))")
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import atexit\n{code}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None and run.stdout.readline() == "ready\n"
+        run.send_signal(signal.SIGINT)
+        _, stderr = run.communicate(timeout=30)
+    assert (run.returncode, stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     "body", ["print_json(list(range(100_000)))", "[cli.typer.echo('x' * 99) for _ in range(9999)]"]
 )
