@@ -234,7 +234,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def stage(final: Path, stage_fingerprint: str, *, leftovers: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield the folder to work in; on success it is renamed to `final`, on any exception it stays for the next run.
+    """Yield the folder to work in; on success it is renamed to `final`, on any exception what is in it stays for the
+    next run.
 
     A partial folder left by an interrupted run is handed back when its fingerprint is the same, and cleared when not.
     An older `final` is replaced only at the end; `leftovers`, folders that only an unfinished stage needs, are removed
@@ -255,6 +256,8 @@ def stage(final: Path, stage_fingerprint: str, *, leftovers: Sequence[str] = ())
             shutil.rmtree(final / name, ignore_errors=True)
         (final / MARK).unlink()  # last: killed before this line, the next run still knows whose the folder is
     except Exception as error:
+        if work.is_dir() and {path.name for path in work.iterdir()} <= {MARK}:
+            shutil.rmtree(work, ignore_errors=True)
         tell_full(error, final.parent)
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise CoralError(f"cannot write {final}: {error.strerror}. Choose another folder with --runs") from error

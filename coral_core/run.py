@@ -56,7 +56,8 @@ class Run:
         """What the drafter's folder says of itself; the drafter is this target's, or a sibling's."""
         folder = self.made / "drafter"
         manifest = Manifest.read(folder, "drafter", DRAFTER_COMMAND)
-        refuse_other_target(manifest, folder, "Run: coral prepare-data, then coral train", target)
+        own = f"name={self.recipe.name}-2"  # the run's data and drafter are another target's, and stay
+        refuse_other_target(manifest, folder, f"Run: coral prepare-data {own}, then coral train {own}", target)
         return manifest
 
     def drafter(self, target: Target) -> Drafter:

@@ -22,7 +22,7 @@ from coral_core.artifacts import (
     standing,
     write_text,
 )
-from coral_core.errors import ArtifactError, CoralError
+from coral_core.errors import ArtifactError, CoralError, DataError
 from coral_core.recipe.loader import changes
 
 
@@ -129,9 +129,16 @@ def test_a_place_that_cannot_be_written(tmp_path):
         pass
 
 
+def test_a_stage_that_made_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(DataError), stage(tmp_path / "data", "f"):
+        raise DataError("no prompts")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_any_other_error_is_a_bug_and_keeps_the_partial_folder(tmp_path):
     for error in (ValueError("a bug"), OSError(errno.EIO, "Input/output error")):
-        with pytest.raises(type(error), match=str(error).replace("[", r"\[")), stage(tmp_path / "data", "f1"):
+        with pytest.raises(type(error), match=str(error).replace("[", r"\[")), stage(tmp_path / "data", "f1") as work:
+            (work / "made").touch()
             raise error
     assert names(tmp_path) == [".data.partial"]
 

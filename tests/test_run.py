@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from coral_core.decoding.engine import Engine
-from coral_core.errors import RecipeError
+from coral_core.errors import ArtifactError, RecipeError
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
+from tests.tiny import tiny_target
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -25,3 +26,10 @@ def test_a_tree_that_is_too_large_to_be_exact_is_refused(tmp_path: Path) -> None
         engine("decode.draft_nodes=64")
     assert engine("decode.draft_nodes=63").target.exact
     assert not engine("decode.draft_nodes=64", "decode.exact=false").target.exact
+
+
+def test_a_drafter_of_another_target_is_refused_with_a_run_that_keeps_it(tmp_path: Path) -> None:
+    """Its own run would be replaced, data and all."""
+    run = Run(load_recipe(None, ["name=mine"]), tmp_path)
+    with pytest.raises(ArtifactError, match=r"Run: coral prepare-data name=mine-2, then coral train name=mine-2$"):
+        run.manifest(tiny_target())
