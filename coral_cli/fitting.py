@@ -1,4 +1,5 @@
-"""Markdown tables that fit the terminal: a table that is too wide is shown as one block of lines for each of its rows.
+"""Markdown tables that fit the terminal: one that is too wide is shown as several with a part of its columns each, or
+as a block of lines for each of its rows, whichever is shorter.
 
 A file or a pipe gets the table as it is.
 """
@@ -7,7 +8,7 @@ import textwrap
 
 
 def fitted(text: str, width: int) -> str:
-    """The text, each Markdown table wider than `width` characters as blocks, and long lines wrapped at words."""
+    """The text, each Markdown table wider than `width` characters in parts, and long lines wrapped at words."""
     out: list[str] = []
     lines = text.split("\n")
     while lines:
@@ -17,8 +18,33 @@ def fitted(text: str, width: int) -> str:
             continue
         size = next((number for number, line in enumerate(lines) if not line.startswith("|")), len(lines))
         rows, lines = lines[:size], lines[size:]
-        out += rows if max(map(len, rows)) <= width else _blocks(rows, width)
+        out += rows if max(map(len, rows)) <= width else min(_blocks(rows, width), _tables(rows, width), key=_length)
     return "\n".join(out)
+
+
+def _length(lines: list[str]) -> float:
+    """Of what can be shown; nothing cannot."""
+    return len(lines) or float("inf")
+
+
+def _tables(rows: list[str], width: int) -> list[str]:
+    """The table as several, each with its first column and as many others as fit; none where a column does not fit."""
+    columns = list(zip(*(row.strip("|").split("|") for row in rows), strict=True))
+    sizes = [max(map(len, column)) + 1 for column in columns]
+    parts: list[list[int]] = []
+    for number in range(1, len(columns)):
+        if 1 + sizes[0] + sizes[number] > width:
+            return []
+        if not parts or 1 + sizes[0] + sum(sizes[other] for other in [*parts[-1], number]) > width:
+            parts.append([])
+        parts[-1].append(number)
+    out: list[str] = []
+    for part in parts:
+        shown = [
+            "|".join(["", columns[0][row], *(columns[number][row] for number in part), ""]) for row in range(len(rows))
+        ]
+        out += [*([""] if out else []), *shown]
+    return out
 
 
 def _blocks(rows: list[str], width: int) -> list[str]:

@@ -26,6 +26,16 @@ def test_a_wide_table_becomes_a_block_for_each_row():
     ]
 
 
+def test_a_wide_table_of_many_rows_becomes_tables_with_some_columns_each():
+    rows = [f"| group {number} | {number}.1 | {number}.2 | {number}.3 |" for number in range(9)]
+    shown = fitted("\n".join(["| groups  | kept | tau | ms  |", "| ------- | ---: | --: | --: |", *rows]), 24).split(
+        "\n"
+    )
+    assert len(shown) == 2 * 11 + 1 and max(map(len, shown)) <= 24
+    assert shown[:3] == ["| groups  | kept | tau |", "| ------- | ---: | --: |", "| group 0 | 0.1 | 0.2 |"]
+    assert shown[11:15] == ["", "| groups  | ms  |", "| ------- | --: |", "| group 0 | 0.3 |"]
+
+
 def test_a_table_of_two_columns_is_one_block():
     rows = ["| drafter | a/long/path |", "| --- | ---: |", "| dtype | float32 |", "| made with | torch 2 and others |"]
     assert fitted("\n".join(rows), 26).split("\n") == [
