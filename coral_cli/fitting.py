@@ -18,13 +18,9 @@ def fitted(text: str, width: int) -> str:
             continue
         size = next((number for number, line in enumerate(lines) if not line.startswith("|")), len(lines))
         rows, lines = lines[:size], lines[size:]
-        out += rows if max(map(len, rows)) <= width else min(_blocks(rows, width), _tables(rows, width), key=_length)
+        ways = [rows] if max(map(len, rows)) <= width else [_blocks(rows, width), _tables(rows, width)]
+        out += min((shown for shown in ways if shown), key=len)
     return "\n".join(out)
-
-
-def _length(lines: list[str]) -> float:
-    """Of what can be shown; nothing cannot."""
-    return len(lines) or float("inf")
 
 
 def _tables(rows: list[str], width: int) -> list[str]:
