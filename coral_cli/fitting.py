@@ -19,7 +19,8 @@ def fitted(text: str, width: int) -> str:
         size = next((number for number, line in enumerate(lines) if not line.startswith("|")), len(lines))
         rows, lines = lines[:size], lines[size:]
         ways = [rows] if max(map(len, rows)) <= width else [_blocks(rows, width), _tables(rows, width)]
-        out += min((shown for shown in ways if shown), key=len)
+        shortest: list[str] = min((shown for shown in ways if shown), key=len)
+        out += shortest
     return "\n".join(out)
 
 
