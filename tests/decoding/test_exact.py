@@ -36,6 +36,7 @@ GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_attention_heads": 4
 WIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2": ("LlamaConfig", LLAMA),
     "Gemma 3": ("LlamaConfig", {**GEMMA, "head_dim": 256}),
+    "one key head": ("LlamaConfig", {**GEMMA, "hidden_size": 200, "num_attention_heads": 5, "head_dim": 40}),
     "GPT-2": ("GPT2Config", {"n_embd": 768, "n_head": 12}),
     "not packed": ("LlamaConfig", LLAMA),
 }
@@ -146,15 +147,19 @@ def test_a_row_has_the_same_bits_in_steps_chains_trees_and_prompts(family: str, 
 @pytest.mark.parametrize("wide", WIDE)
 @torch.no_grad()
 def test_a_row_has_the_same_bits_where_threads_share_the_products(wide: str, threads: None, dtype: torch.dtype) -> None:
-    name, shape = WIDE[wide]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **FEW), dtype=dtype)
-    target = dataclasses.replace(wrap(model, None), stop_ids=frozenset())
+    target = wide_target(wide, dtype)
     if wide == "not packed":
         for part in target.model.modules():
             if isinstance(part, PackedLinear):
                 part.__class__ = torch.nn.Linear
     read_in_every_way(target)
+
+
+def wide_target(wide: str, dtype: torch.dtype) -> Target:
+    name, shape = WIDE[wide]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **FEW), dtype=dtype)
+    return dataclasses.replace(wrap(model, None), stop_ids=frozenset())
 
 
 def read_in_every_way(target: Target) -> None:
@@ -201,8 +206,17 @@ def behind_a_tree(target: Target, path: list[int], past: int, siblings: int, alo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_an_answer_has_the_same_bits_in_a_batch(dtype: torch.dtype) -> None:
+    together_and_alone(target_in("llama", dtype))
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+@torch.no_grad()
+def test_an_answer_has_the_same_bits_in_a_batch_that_has_a_product_for_each_thread(threads: None) -> None:
+    together_and_alone(wide_target("one key head", torch.float32))
+
+
+def together_and_alone(target: Target) -> None:
     """Trees behind paths of different lengths: one before the border of a block, one across it, one behind it."""
-    target = target_in("llama", dtype)
     paths = [some_prompt(seed, length) for seed, length in ((2, 9), (3, 13), (4, 24))]
     drafts = [a_tree(path[-6:], 4, seed) for seed, path in enumerate(paths)]
     cache = SlotCache(target.model.config.num_hidden_layers, 60)
