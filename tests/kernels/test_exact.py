@@ -27,7 +27,7 @@ def test_blocks_begin_where_positions_do(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("past", [9, 120, 125, 250, 600])
-@pytest.mark.parametrize("threads", [1, 2, 4, 16], indirect=True)
+@pytest.mark.parametrize("threads", [1, 2, 16], indirect=True)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
 def test_a_path_has_the_same_bits_among_siblings_and_alone(
     widths: tuple[int, int, int], threads: None, past: int
