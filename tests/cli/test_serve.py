@@ -39,6 +39,7 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     from coral_core.errors import CoralError
 
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve, "_listen", lambda *_: pytest.fail("it listens all the same"))
     with pytest.raises(CoralError, match=r"needs starlette and uvicorn. Run: pip install 'coral-decoding\[serve\]'"):
         serve.serve()
 
