@@ -49,7 +49,7 @@ def test_the_reference_by_hand() -> None:
 def test_the_kernel_in_tritons_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    code = "import torch; from tests.head.test_kernel import agrees; agrees('cpu', torch.float32, 1e-5)"
+    code = "import torch; from tests.kernels.test_blocks import agrees; agrees('cpu', torch.float32, 1e-5)"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
