@@ -192,12 +192,12 @@ def _scores(query_XNE: torch.Tensor, key_XKE: torch.Tensor, scale: float, shared
     """[X,N,K], and further columns where there are fewer than LEAST_COLUMNS. Where several threads share a product, the
     last columns, which are not a multiple of them, are multiplied alone."""
     columns = key_XKE.shape[1]
-    whole = columns - columns % LEAST_COLUMNS if shared else columns
-    if whole == columns >= LEAST_COLUMNS:
+    whole = columns - columns % LEAST_COLUMNS if shared or columns < LEAST_COLUMNS else columns
+    if whole == columns:
         return _score(query_XNE, key_XKE, scale)
-    last_XKE = key_XKE[:, whole:] if whole < columns else key_XKE
-    last_XNK = _score(query_XNE, torch.nn.functional.pad(last_XKE, (0, 0, 0, LEAST_COLUMNS - last_XKE.shape[1])), scale)
-    if last_XKE.shape[1] == columns:
+    filled_XKE = torch.nn.functional.pad(key_XKE[:, whole:], (0, 0, 0, LEAST_COLUMNS - (columns - whole)))
+    last_XNK = _score(query_XNE, filled_XKE, scale)
+    if whole == 0:
         return last_XNK
     return torch.cat((_score(query_XNE, key_XKE[:, :whole], scale), last_XNK[..., : columns - whole]), dim=2)
 
