@@ -58,6 +58,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "c gradients through the steps": {**THROUGH, "csra_weight": 0.1},
     "d three layers, EAGLE-3's body": {**THROUGH, "shape": "eagle3"},
     "e d with alignment": {**THROUGH, "shape": "eagle3", "csra_weight": 0.1},
+    "i coral's losses on e": {"shape": "eagle3", "through_steps": True},
+    "j coral today, gradients through the steps": {"through_steps": True},
     "g e with EAGLE-3.1's norms": {**THROUGH, "shape": "eagle3.1", "csra_weight": 0.1},
 }
 """Row -> keys of the recipe's train section that differ from the preset coral."""

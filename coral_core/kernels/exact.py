@@ -51,8 +51,8 @@ class Tree:
     """Where the new rows of trees lie, from the first column `start` on that is not at its own position."""
 
     start: int
-    column_BTT: torch.Tensor
-    """For each row the column of its path's position, counted from `start`; any where it has none."""
+    column_BTK: torch.Tensor
+    """For each row the column that is at a position, both counted from `start`; any where it sees none."""
     position_BK: torch.Tensor
     """The position of each column, both counted from `start`."""
     sees_BTK: torch.Tensor
@@ -65,8 +65,8 @@ class Layout:
 
     rows: int
     """New rows; further ones only fill up."""
-    mask_BTT: torch.Tensor | None
-    """Additive, in float32, over positions. None where all is seen, or where rows of one answer are causal."""
+    mask_BTK: torch.Tensor | None
+    """Additive, in float32, over positions, as many as there are columns. None where all is seen, or where rows of one answer are causal."""
     cuts_B: tuple[tuple[int, ...], ...]
     """For each answer the columns at which its blocks begin, 0 left out."""
     tree: Tree | None
@@ -87,17 +87,15 @@ def layout(position_BT: torch.Tensor, mask_B1TK: torch.Tensor | None) -> Layout:
         return Layout(rows, mask_BTK, (tuple(range(BLOCK, last, BLOCK)),), None)
     cuts_B = tuple(cuts(positions) for positions in position_BT.tolist())
     start, answers = min(past), len(past)
-    ends = max(past) + int(step_BT.max()) + 1 - start
     column_BT = position_BT[:, :1] + torch.arange(rows)
     position_BK = torch.arange(last).repeat(answers, 1).scatter_(1, column_BT, position_BT)[:, start:] - start
-    position_BK.clamp_max_(ends - 1)  # columns that no row of a shorter answer sees
-    sees_BTK = mask_BTK[:, :, start:] == 0
+    sees_BTK = (mask_BTK[:, :, start:] == 0).expand(answers, -1, -1)
     number_BTK = (torch.arange(1, last - start + 1) * sees_BTK).long()
-    found_BTT = number_BTK.new_zeros(answers, rows, ends)
-    found_BTT.scatter_reduce_(2, position_BK[:, None].expand_as(number_BTK), number_BTK, "amax")
-    near_BTT = torch.zeros(found_BTT.shape).masked_fill_(found_BTT == 0, -torch.inf)
-    mask_BTT = torch.cat((mask_BTK[:, :, :start].expand(answers, -1, -1), near_BTT), dim=2)
-    return Layout(rows, mask_BTT, cuts_B, Tree(start, (found_BTT - 1).clamp_min_(0), position_BK, sees_BTK.float()))
+    found_BTK = torch.zeros_like(number_BTK)
+    found_BTK.scatter_reduce_(2, position_BK[:, None].expand_as(number_BTK), number_BTK, "amax")
+    near_BTK = torch.zeros(found_BTK.shape).masked_fill_(found_BTK == 0, -torch.inf)
+    mask_BTK = torch.cat((mask_BTK[:, :, :start].expand(answers, -1, -1), near_BTK), dim=2)
+    return Layout(rows, mask_BTK, cuts_B, Tree(start, (found_BTK - 1).clamp_min_(0), position_BK, sees_BTK.float()))
 
 
 def cuts(positions: list[int]) -> tuple[int, ...]:
@@ -125,19 +123,19 @@ def attention(
     """Attention [B,T,H,E] in the queries' dtype, over keys and values in float32; 0 in rows that only fill up."""
     batch, heads, filled, _ = query_BHTE.shape
     rows = layout.rows
-    if rows == 1 and layout.mask_BTT is None:  # what fills up is a copy of the row: no zeros to write, no lines to add
+    if rows == 1 and layout.mask_BTK is None:  # what fills up is a copy of the row: no zeros to write, no lines to add
         out_BHTE = _some(query_BHTE, key_BJKE, value_BJKE, layout, scale)
         return out_BHTE.transpose(1, 2).to(query_BHTE.dtype).contiguous()  # some models view it
     out_BTHE = query_BHTE.new_zeros(batch, filled, heads, value_BJKE.shape[-1])
     for first in range(0, rows, ROWS):
         end = min(first + ROWS, rows)
-        mask_BTT, seen = layout.mask_BTT, key_BJKE.shape[2]
-        if mask_BTT is not None:
-            mask_BTT = mask_BTT[:, first:end]
+        mask_BTK, seen = layout.mask_BTK, key_BJKE.shape[2]
+        if mask_BTK is not None:
+            mask_BTK = mask_BTK[:, first:end]
         elif rows > 1:
             seen += end - rows
-            mask_BTT = torch.full((1, end - first, seen), -torch.inf).triu_(seen - (end - first) + 1)
-        part = dataclasses.replace(layout, mask_BTT=mask_BTT, tree=_part(layout.tree, first, end))
+            mask_BTK = torch.full((1, end - first, seen), -torch.inf).triu_(seen - (end - first) + 1)
+        part = dataclasses.replace(layout, mask_BTK=mask_BTK, tree=_part(layout.tree, first, end))
         out_BHTE = _some(query_BHTE[:, :, first:end], key_BJKE[:, :, :seen], value_BJKE[:, :, :seen], part, scale)
         out_BTHE[:, first:end] = out_BHTE.transpose(1, 2)
     return out_BTHE
@@ -148,7 +146,7 @@ def _part(tree: Tree | None, first: int, end: int) -> Tree | None:
     if tree is None:
         return None
     some = slice(first, end)
-    return dataclasses.replace(tree, column_BTT=tree.column_BTT[:, some], sees_BTK=tree.sees_BTK[:, some])
+    return dataclasses.replace(tree, column_BTK=tree.column_BTK[:, some], sees_BTK=tree.sees_BTK[:, some])
 
 
 def _some(
@@ -163,20 +161,20 @@ def _some(
     key_XKE, value_XKE = key_BJKE.flatten(0, 1), value_BJKE.flatten(0, 1)
     shared = torch.get_num_threads() > groups  # in a batch too, so that a row is computed as it is alone
     score_XNK = _scores(_filled(query_XNE, shared), key_XKE, scale, shared)
-    if layout.mask_BTT is None and columns >= LEAST_COLUMNS:
+    if layout.mask_BTK is None and columns >= LEAST_COLUMNS:
         return _values(score_XNK.softmax(-1), value_XKE, layout, shared)[:, :lines].reshape(batch, heads, rows, -1)
     score_BHTK = score_XNK[:, :lines, :columns].reshape(batch, -1, rows, columns)
     tree = layout.tree
     if tree is not None:
-        near_BHTT = score_BHTK[..., tree.start :].gather(3, _over_heads(tree.column_BTT, score_BHTK))
-        score_BHTK = torch.cat((score_BHTK[..., : tree.start], near_BHTT), dim=3)
-    if layout.mask_BTT is not None:
-        score_BHTK = score_BHTK + layout.mask_BTT[:, None]
+        near_BHTK = score_BHTK[..., tree.start :]
+        near_BHTK.copy_(near_BHTK.gather(3, _over_heads(tree.column_BTK, score_BHTK)))
+    if layout.mask_BTK is not None:
+        score_BHTK += layout.mask_BTK[:, None]
     weight_BHTK = _softmax(score_BHTK)
     if tree is not None:
-        near_BHTK = weight_BHTK[..., tree.start :].gather(3, _over_heads(tree.position_BK[:, None], score_BHTK))
-        near_BHTK *= tree.sees_BTK[:, None]
-        weight_BHTK = torch.cat((weight_BHTK[..., : tree.start], near_BHTK), dim=3)
+        near_BHTK = weight_BHTK[..., tree.start :]
+        moved_BHTK = near_BHTK.gather(3, _over_heads(tree.position_BK[:, None], score_BHTK))
+        torch.mul(moved_BHTK, tree.sees_BTK[:, None], out=near_BHTK)
     weight_XNK = _filled(weight_BHTK.reshape(batch * groups, lines, columns), shared)
     return _values(weight_XNK, value_XKE, layout, shared)[:, :lines].reshape(batch, heads, rows, -1)
 
