@@ -28,7 +28,7 @@ from coral_core.decoding import recorded as recording
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
-from coral_core.grouping.clustering import by_id
+from coral_core.head.groups import Groups
 from coral_core.head.heads import FullHead, GroupedHead, Head, Router
 from coral_core.target.load import drafter_shape, wrap
 
@@ -71,7 +71,7 @@ def parts(shape: str, device: torch.device, dtype: torch.dtype, recorded: bool) 
         drafter = Drafter(DrafterConfig(**drafter_shape(config))).to(dtype)
         router = Router(config.hidden_size, GROUPS)
     target = dataclasses.replace(wrap(model, None), graphs=recorded)
-    groups = by_id(config.vocab_size, GROUPS)
+    groups = Groups.from_order(torch.arange(config.vocab_size), GROUPS)
     grouped = GroupedHead(target.lent, groups, router, ACTIVE)
     heads: dict[str, Head] = {"full": FullHead(target.lent), "grouped": grouped}
     if grouped.fused:  # beside Triton's kernel, what serves where there is none

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from coral_core.grouping.clustering import by_id
 from coral_core.grouping.cost import time_calls
+from coral_core.head.groups import Groups
 from coral_core.head.heads import FullHead, GroupedHead, Router
 from coral_core.lent import Lent
 
@@ -58,7 +58,7 @@ def _shape(device: torch.device, dtype: torch.dtype, vocabulary: int, hidden: in
 def _grouped(lent: Lent) -> Iterator[tuple[tuple[bool, int], GroupedHead]]:
     """By the router's form and the share of rows; one copy of the rows serves all."""
     vocabulary, hidden = lent.head_VD.shape
-    first = GroupedHead(lent, by_id(vocabulary, GROUPS), Router(hidden, GROUPS), 1)
+    first = GroupedHead(lent, Groups.from_order(torch.arange(vocabulary), GROUPS), Router(hidden, GROUPS), 1)
     for inner in (False, True):
         router = Router(hidden, GROUPS, inner=inner).to(lent.head_VD.device, lent.head_VD.dtype)
         for share in SHARES:

@@ -8,7 +8,7 @@ Axes: N row (of the drafter's outputs, or a racer), P prompt, D hidden, V vocabu
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,18 +17,19 @@ from coral_core.bench.acceptance import emitted_by_prompt
 from coral_core.bench.probe import Probe
 from coral_core.bench.race import Lane, run_lane
 from coral_core.decoding.engine import Engine
-from coral_core.grouping.clustering import frequency_order
+from coral_core.grouping.clustering import by_kmeans, frequency_order
 from coral_core.grouping.cost import predict, time_heads
 from coral_core.grouping.router import first_router, recall, train_router
 from coral_core.grouping.stage import Trial
+from coral_core.head.groups import Groups
 from coral_core.head.heads import FullHead, GroupedHead, Head, StaticHead
 from coral_core.run import sampler, tree_shape
 
 GROUPS = 256
 """At equal rows read, finer groups keep more: of 64, 128 and 256 the last, for 17 % of a call on a CPU (LOG.md)."""
 SHARES = (4, 8, 16)
-Clustering = Literal["cooccurrence", "kmeans", "frequency", "id"]
-CLUSTERINGS: tuple[Clustering, ...] = ("cooccurrence", "kmeans", "frequency", "id")
+CLUSTERINGS = ("cooccurrence", "kmeans", "frequency", "id")
+"""coral's own; by the head's rows; by how frequent a token is; by its number (the control)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,17 @@ def entries(trial: Trial, lent: Any) -> Iterator[Entry]:
             yield from _routed(trial, lent, clustering, inner)
 
 
-def _routed(trial: Trial, lent: Any, clustering: Clustering, inner: bool) -> Iterator[Entry]:
-    spec = dataclasses.replace(trial.recipe.head, clustering=clustering)
-    trial = dataclasses.replace(trial, recipe=dataclasses.replace(trial.recipe, head=spec))
-    groups = trial.cluster(GROUPS)
+def _clustered(trial: Trial, clustering: str) -> Groups:
+    if clustering == "cooccurrence":
+        return trial.cluster(GROUPS)
+    if clustering == "kmeans":
+        return by_kmeans(trial.lent.head_VD, GROUPS, count_V=trial.count_V, progress=trial.progress)
+    order_V = frequency_order(trial.count_V)
+    return Groups.from_order(order_V if clustering == "frequency" else order_V.sort().values, GROUPS)
+
+
+def _routed(trial: Trial, lent: Any, clustering: str, inner: bool) -> Iterator[Entry]:
+    groups, spec = _clustered(trial, clustering), trial.recipe.head
     router = first_router(groups, trial.lent, inner=inner)
     train_router(router, trial.rows, groups, spec, seed=0, progress=trial.progress)
     head = GroupedHead(lent, groups, copy.deepcopy(router), 1)

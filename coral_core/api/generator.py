@@ -103,6 +103,6 @@ def _head(target: Target, drafter: Drafter) -> Head:
         if not (folder / MANIFEST).exists() or Manifest.read(folder, "head", HEAD).inputs.get("drafter") != name:
             return whole_head(drafter, target.lent)
     made_by = Manifest.read(folder, "head", HEAD).recipe["head"]
-    spec = HeadSpec(**{key: made_by[key] for key in ("kind", "clustering", "groups", "active")})
+    spec = HeadSpec(**{key: made_by[key] for key in ("kind", "groups", "active")})
     fits = {"target_fingerprint": drafter.manifest.inputs.get("target", ""), "drafter_fingerprint": name}
     return load_head(folder, spec, target.lent, **fits)

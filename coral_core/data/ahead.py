@@ -101,7 +101,7 @@ class Ahead:
             room = min(spec.max_new_tokens, spec.max_length - len(prompt))
             if room < 1:
                 break
-            temperature = spec.temperature if spec.regenerate == "sample" else 0.0
+            temperature = 1.0 if spec.regenerate == "sample" else 0.0
             reply = self.endpoint.reply(messages, room, temperature, derive_seed(seed, number))
             with self._tokenizing:
                 answer = text_ids(self.fit.tokenizer, reply.text) + (self._closing if reply.ended else [])

@@ -10,7 +10,7 @@ from coral_core import embedded
 from coral_core.artifacts import MANIFEST, Manifest, file_sha256, fingerprint
 from coral_core.data.sources import SELF, find_file, shares
 from coral_core.errors import ArtifactError, DataError
-from coral_core.recipe.schema import Recipe
+from coral_core.recipe.schema import REMOVED, Recipe
 from coral_core.store.shard import FP8, shard_name
 from coral_core.store.store import Store
 from coral_core.target.load import tap_layers
@@ -182,7 +182,7 @@ def _changes(manifest: Manifest, job: Job, inputs: dict[str, str]) -> list[str]:
 
 def _determining(sections: dict[str, Any]) -> dict[str, Any]:
     """The keys that determine the content. The target is known by its fingerprint, wherever it was loaded from."""
-    data = {key: value for key, value in sections["data"].items() if key not in INDIFFERENT}
+    data = {key: value for key, value in (REMOVED["data"] | sections["data"]).items() if key not in INDIFFERENT}
     return {"seed": sections["seed"], "data": data}
 
 

@@ -37,6 +37,8 @@ from coral_core.target.template import (
 
 PROMPTS = "prompts.jsonl"
 PLAN = "plan.json"
+SHARD_TOKENS = 65536
+"""Tokens of one shard on disk, at most: bounds memory, and what an interruption can lose."""
 SPARE = 2
 """Dialogues drawn from a file for each one wanted: some turn out too long."""
 TURN_TOKENS = 32
@@ -226,7 +228,7 @@ def make_plan(target: Target, spec: DataSpec, *, seed: int, work: Path, progress
     progress("prompts", len(dialogues), len(dialogues), {})
     _check_count(len(dialogues), spec, skipped)
     sources = {stream.share.name: stream.taken for stream in streams}
-    shards = cut(bounds, spec.shard_tokens)
+    shards = cut(bounds)
     return Plan(dialogues, bounds, shards, skipped.reasons, sources, skipped.unread, now)
 
 
@@ -235,12 +237,12 @@ def _today() -> datetime.datetime:
     return datetime.datetime.combine(datetime.date.today(), datetime.time(12))
 
 
-def cut(bounds: Sequence[int], shard_tokens: int) -> list[range]:
-    """Consecutive dialogues per shard, so many that their bounds stay within `shard_tokens`; one at least."""
+def cut(bounds: Sequence[int]) -> list[range]:
+    """Consecutive dialogues per shard, so many that their bounds stay within SHARD_TOKENS; one at least."""
     shards: list[range] = []
     first = tokens = 0
     for index, bound in enumerate(bounds):
-        if index > first and tokens + bound > shard_tokens:
+        if index > first and tokens + bound > SHARD_TOKENS:
             shards.append(range(first, index))
             first, tokens = index, 0
         tokens += bound
@@ -285,7 +287,7 @@ def _check_count(count: int, spec: DataSpec, skipped: Skipped) -> None:
     if spec.prompts == SELF and count < spec.max_samples:
         raise DataError(
             f"the target wrote only {count} of {spec.max_samples} prompts{left_out}. "
-            "Lower data.max_samples, raise data.temperature, or set data.prompts to a file"
+            "Lower data.max_samples, or set data.prompts to a file"
         )
     if not count:
         raise DataError(f"no dialogue of {spec.prompts} can be used{left_out}. Set data.prompts to another source")

@@ -37,7 +37,7 @@ def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: i
         open_rows = [row for row in open_rows if len(prompts[row]) < spec.max_length]
         limits = [min(spec.max_new_tokens, spec.max_length - len(prompts[row])) for row in open_rows]
         sampling = Sampling(
-            temperature=spec.temperature if spec.regenerate == "sample" else 0.0,
+            temperature=1.0 if spec.regenerate == "sample" else 0.0,
             seed=derive_seed(seed, number),
             batch_size=spec.batch_size,
         )

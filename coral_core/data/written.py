@@ -38,7 +38,7 @@ class PromptWriter:
 
     def write(self, count: int, seed: int, meter: Meter) -> list[str]:
         """That many prompts; '' for one that cannot be used."""
-        sampling = Sampling(temperature=self.spec.temperature, seed=seed, batch_size=self.spec.batch_size)
+        sampling = Sampling(temperature=1.0, seed=seed, batch_size=self.spec.batch_size)
         limits = [self.spec.max_new_tokens] * count
         written = write(self.target, [self.turn.header] * count, limits, self._ends, sampling, meter.advance)
         return [self._words(ids) for ids in written]

@@ -88,7 +88,7 @@ def check_head(folder: Path, drafter: Manifest, target: Target) -> Manifest:
     """The head's manifest. Raises ArtifactError when it is damaged, or was made for another drafter."""
     manifest = Manifest.read(folder, "head", AGAIN)
     facts = manifest.facts
-    spec = HeadSpec(groups=facts["groups"], active=facts["active"], clustering=facts["clustering"])
+    spec = HeadSpec(groups=facts["groups"], active=facts["active"])
     fits = {"target_fingerprint": drafter.inputs["target"], "drafter_fingerprint": drafter.fingerprint}
     load_head(folder, spec, target.lent, **fits)
     return manifest

@@ -25,16 +25,6 @@ _DOUBT = 3.0
 10 kept 98.9, 99.3, 99.5 and 98.6 % of what the drafter gets right, at 8 of 64 groups."""
 
 
-def by_id(vocabulary: int, groups: int) -> Groups:
-    """Token ids in order: the control."""
-    return Groups.from_order(torch.arange(vocabulary), groups)
-
-
-def by_frequency(count_V: torch.Tensor, groups: int) -> Groups:
-    """The most frequent tokens first; ties by id."""
-    return Groups.from_order(frequency_order(count_V), groups)
-
-
 def frequency_order(count_V: torch.Tensor) -> torch.Tensor:
     """Token ids [V], the most frequent first; ties by id."""
     return count_V.argsort(descending=True, stable=True)

@@ -16,9 +16,6 @@ from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.grouping.clustering import (
     by_cooccurrence,
-    by_frequency,
-    by_id,
-    by_kmeans,
     frequency_order,
     token_contexts,
 )
@@ -165,14 +162,8 @@ class Trial:
         return cls(recipe, drafter, lent, count_V, rows, unseen, found_SN, progress)
 
     def cluster(self, groups: int) -> Groups:
-        """The recipe's clustering of the vocabulary."""
-        by, count_V = self.recipe.head.clustering, self.count_V
-        if by == "id":
-            return by_id(len(count_V), groups)
-        if by == "frequency":
-            return by_frequency(count_V, groups)
-        if by == "kmeans":
-            return by_kmeans(self.lent.head_VD, groups, count_V=count_V, seed=self.recipe.seed, progress=self.progress)
+        """The vocabulary in so many groups."""
+        count_V = self.count_V
         some = (tensor[:, :CONTEXT_TOKENS] for tensor in (self.rows.prob_NR, self.rows.token_NR))
         contexts = token_contexts(len(count_V), self.rows.feature_ND, *some)
         return by_cooccurrence(
@@ -250,7 +241,6 @@ def _facts(recipe: Recipe, trial: Trial, settings: list[Setting], best: Setting)
         setting.facts.pop("round", None)
     return {
         **best.facts,
-        "clustering": recipe.head.clustering,
         "vocabulary": len(trial.count_V),
         "recall_rows": trial.unseen.hidden_SND.shape[:2].numel(),
         "timed_rows": recipe.decode.draft_topk,

@@ -32,8 +32,8 @@ def save_head(folder: Path, groups: Groups, router: Router, frequent_V: torch.Te
 def load_head(folder: Path, spec: HeadSpec, lent: Lent, *, target_fingerprint: str, drafter_fingerprint: str) -> Head:
     """The head of a recipe's kind; the full one needs nothing on disk.
 
-    Raises ArtifactError when the folder is missing, damaged, made for another target or drafter, or clustered
-    otherwise than the recipe says. `active` is free: the router ranks all groups.
+    Raises ArtifactError when the folder is missing, damaged, made for another target or drafter, or has
+    other groups than the recipe says. `active` is free: the router ranks all groups.
     """
     if spec.kind == "full":
         return FullHead(lent)
@@ -46,12 +46,11 @@ def load_head(folder: Path, spec: HeadSpec, lent: Lent, *, target_fingerprint: s
     active = spec.active or int(manifest.facts["active"])
     if spec.kind == "static":
         return StaticHead(lent, tensors["frequent_V"][: max(1, vocabulary * active // total)])
-    for key, asked in {"groups": total, "clustering": spec.clustering}.items():
-        if manifest.facts[key] != asked:
-            raise ArtifactError(
-                f"the head in {folder} has head.{key}={manifest.facts[key]}; this recipe says {asked}. "
-                f"Run: {COMMAND}, or give head.{key} its old value"
-            )
+    if (made := manifest.facts["groups"]) != total:
+        raise ArtifactError(
+            f"the head in {folder} has head.groups={made}; this recipe says {total}. "
+            f"Run: {COMMAND}, or give head.groups its old value"
+        )
     groups = Groups(tensors["token_GR"])
     if not groups.is_whole(vocabulary):
         raise ArtifactError(f"{folder / FILE} does not hold each of {vocabulary} tokens once. Run: {COMMAND}")

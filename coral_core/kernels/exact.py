@@ -66,7 +66,8 @@ class Layout:
     rows: int
     """New rows; further ones only fill up."""
     mask_BTK: torch.Tensor | None
-    """Additive, in float32, over positions, as many as there are columns. None where all is seen, or where rows of one answer are causal."""
+    """Additive, in float32, over positions, as many as there are columns. None where all is seen, or where
+    rows of one answer are causal."""
     cuts_B: tuple[tuple[int, ...], ...]
     """For each answer the columns at which its blocks begin, 0 left out."""
     tree: Tree | None

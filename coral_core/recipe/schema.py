@@ -52,12 +52,10 @@ class DataSpec:
     max_new_tokens: int = 128
     """Tokens of one regenerated answer, and of one self-written prompt."""
     regenerate: Literal["greedy", "sample", "none"] = "greedy"
-    """How the target answers the prompts anew; `none` keeps the answers given in the file."""
+    """How the target answers the prompts anew, `sample` at temperature 1; `none` keeps the answers in the file."""
     endpoint: str = ""
     """Address of an OpenAI-compatible server of the target, such as http://host:8000/v1, that answers in its place, or
     several with commas; empty: the target answers here."""
-    temperature: float = 1.0
-    """For self-written prompts, and for answers when `regenerate` is `sample`."""
     batch_size: int = 32
     """Dialogues generated, or tapped, at once."""
     holdout: int = 48
@@ -66,13 +64,10 @@ class DataSpec:
     """stored: the features are kept on disk; online: only tokens are, and training asks the target for the features."""
     feature_dtype: Literal["bfloat16", "float16", "float32", "fp8"] = "bfloat16"
     """Dtype of the features on disk; `fp8` (e4m3 with a scale per token) is half of bfloat16's bytes."""
-    shard_tokens: int = 65536
-    """Tokens of one shard on disk: bounds memory and what an interruption can lose."""
 
     def __post_init__(self) -> None:
         _require(self.max_samples >= 1, "data.max_samples", self.max_samples, "at least 1")
         _require(self.max_length >= 8, "data.max_length", self.max_length, "at least 8 tokens")
-        _require(self.temperature > 0, "data.temperature", self.temperature, "above 0")
         _require(
             0 <= self.holdout < self.max_samples,
             "data.holdout",
@@ -82,7 +77,7 @@ class DataSpec:
         urls = [url.strip() for url in self.endpoint.split(",")] if self.endpoint else []
         ok = all(url.startswith(("http://", "https://")) for url in urls)
         _require(ok, "data.endpoint", self.endpoint, "an address such as http://host:8000/v1, or several with commas")
-        for key in ("max_new_tokens", "batch_size", "shard_tokens"):
+        for key in ("max_new_tokens", "batch_size"):
             _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
 
 
@@ -164,9 +159,6 @@ class HeadSpec:
 
     kind: Literal["grouped", "full", "static"] = "grouped"
     """grouped: a router picks groups of rows; full: every row; static: the most frequent tokens (FR-Spec)."""
-    clustering: Literal["cooccurrence", "kmeans", "frequency", "id"] = "cooccurrence"
-    """How rows form groups: balanced k-means on where the target thinks of a token, or on the rows themselves;
-    frequency order; or id order (the control)."""
     groups: int = 0
     """Groups of equal size; 0: the number that `coral group-head` predicts to be fastest here."""
     active: int = 0
@@ -269,6 +261,7 @@ ADDED: dict[str, dict[str, int | float | str]] = {
 without them. A fingerprint leaves them out there, so that what was made before is still known as finished."""
 
 REMOVED: dict[str, dict[str, int | float | str | bool]] = {
+    "data": {"temperature": 1.0, "shard_tokens": 65536},
     "train": {
         "clip_norm": 0.5,
         "topk": 10,
@@ -277,7 +270,7 @@ REMOVED: dict[str, dict[str, int | float | str | bool]] = {
         "csra_gradient": "both",
         "csra_mask_same_token": False,
     },
-    "head": {"router_learning_rate": 1e-3},
+    "head": {"router_learning_rate": 1e-3, "clustering": "cooccurrence"},
 }
 """Keys by section that there were once, at the value that coral now always takes: a recipe of before may still say it,
 and a fingerprint still holds it, so that what was made before is known as finished."""

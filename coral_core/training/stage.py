@@ -28,7 +28,6 @@ INDIFFERENT = {
     "target.device",
     "target.graphs",
     "data.batch_size",
-    "data.shard_tokens",
     "data.endpoint",
     "data.endpoint_requests",
 }

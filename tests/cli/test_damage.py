@@ -13,7 +13,6 @@ from coral_cli.main import app
 from tests.training.helpers import tiny_store
 
 WORDS = "name=tiny train.steps=2 train.batch_size=4 head.groups=4 head.active=2 head.router_steps=1"
-WORDS += " head.clustering=id"
 
 
 def flip(path: Path) -> None:

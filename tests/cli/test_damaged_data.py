@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from coral_cli import hints
 from coral_cli.main import app
 from coral_core.bench import evaluate
+from coral_core.data import plan
 from coral_core.data import stage as data_stage
 from coral_core.training import loop
 from tests.cli.test_damage import DAMAGES
@@ -21,9 +22,9 @@ from tests.data.helpers import contents, make_target
 
 KEYS = [
     *("name=tiny", "data.max_samples=16", "data.holdout=3", "data.max_length=120", "data.max_new_tokens=12"),
-    *("data.batch_size=4", "data.shard_tokens=200", "data.regenerate=sample"),
+    *("data.batch_size=4", "data.regenerate=sample"),
     *("train.steps=6", "train.checkpoint_every=2", "train.eval_every=3", "train.batch_size=4"),
-    *("head.groups=4", "head.active=2", "head.router_steps=1", "head.clustering=id"),
+    *("head.groups=4", "head.active=2", "head.router_steps=1"),
     *("decode.max_new_tokens=8", "decode.tree=fixed"),
 ]
 COMMANDS = ("prepare-data", "train", "group-head", "eval")
@@ -71,8 +72,16 @@ def named(result: Result) -> list[list[str]]:
     return [shlex.split(text) for text in texts]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    """Several of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SHARD_TOKENS", 200)
+        yield
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(small_shards: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target, and a run with every stage."""
     folder = tmp_path_factory.mktemp("ein Lauf")
     target = make_target()

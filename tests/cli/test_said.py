@@ -41,7 +41,7 @@ def test_help_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def head(**predicted: float) -> Manifest:
-    facts = {"clustering": "id", "groups": 4, "active": 1, "rows_read": 24, "recall_rows": 10, **predicted}
+    facts = {"groups": 4, "active": 1, "rows_read": 24, "recall_rows": 10, **predicted}
     facts["recall"] = {"argmax": 0.9, "top10": 0.8, "kept": 0.9}
     return Manifest(kind="head", fingerprint="", inputs={}, recipe={}, facts=facts)
 

@@ -16,7 +16,7 @@ from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import CoralWarning
 
 SMALL = "name=tiny data.max_samples=10 data.holdout=2 data.max_new_tokens=16 train.steps=2 decode.max_new_tokens=12"
-SMALL += " head.clustering=frequency head.router_steps=2"
+SMALL += " head.router_steps=2"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import tokenizers
 import torch
 import transformers
 
+from coral_core.data import plan
 from coral_core.data.job import Job
 from coral_core.data.stage import prepare
 from coral_core.recipe.loader import load_recipe
@@ -64,7 +65,7 @@ def make_target(template: str = CHATML, seed: int = 0, layers: int = 2) -> Targe
 def make_job(folder: Path, target: Target | None = None, **data: Any) -> Job:
     """A small job; the folder is RUN/data."""
     keys = {"max_samples": 16, "holdout": 3, "max_length": 120, "max_new_tokens": 12, "batch_size": 4}
-    keys |= {"shard_tokens": 200, "regenerate": "sample", **data}
+    keys |= {"regenerate": "sample", **data}
     seed = keys.pop("seed", 0)
     shape = keys.pop("shape", "eagle2")
     overrides = [f"seed={seed}", f"train.shape={shape}", *(f"data.{key}={value}" for key, value in keys.items())]
@@ -87,4 +88,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 def prepare_telling(folder: Path, connection: Connection) -> None:
     """`prepare` of `make_job`'s defaults on one thread, each report of progress sent as its stage's name."""
     torch.set_num_threads(1)
+    plan.SHARD_TOKENS = 200
     prepare(make_job(folder), lambda stage, *_: connection.send(stage))

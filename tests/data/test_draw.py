@@ -103,7 +103,7 @@ path = folder / "p.jsonl"
 with path.open("w") as file:
     for number in range(rows):
         file.write('{"prompt": "What is %d plus %d, and why would anybody want to know it?"}\\n' % (number, number * 7))
-found = estimate(make_job(folder, prompts=path, max_samples=samples, max_length=120, shard_tokens=5000))
+found = estimate(make_job(folder, prompts=path, max_samples=samples, max_length=120))
 print(found.dialogues, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from coral_core.data import ahead
+from coral_core.data import ahead, plan
 from coral_core.data import endpoint as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import Job, standing
@@ -82,16 +82,17 @@ def test_an_answer_cut_at_its_limit_has_no_end(tmp_path: Path, server: Server) -
 
 
 def test_sampling_has_a_seed_of_its_own_for_each_answer(tmp_path: Path, server: Server) -> None:
-    prepare(job(tmp_path, server.url, regenerate="sample", temperature=0.7))
+    prepare(job(tmp_path, server.url, regenerate="sample"))
     assert len({body["seed"] for body in server.bodies}) == 24
-    assert {(body["temperature"], body["top_p"]) for body in server.bodies} == {(0.7, 1.0)}
+    assert {(body["temperature"], body["top_p"]) for body in server.bodies} == {(1.0, 1.0)}
 
 
 def test_requests_run_at_once_and_never_more_than_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of two dialogues: were they answered one after another, two requests would be the most."""
     monkeypatch.setattr(ahead, "REQUESTS", 6)
+    monkeypatch.setattr(plan, "SHARD_TOKENS", 160)
     with serving(Server(delay_s=0.03)) as server:
-        store = prepare(job(tmp_path, server.url, shard_tokens=160))
+        store = prepare(job(tmp_path, server.url))
         assert len(store.manifest.facts["shards"]) == 12
         assert 4 <= server.busiest <= 6
 
@@ -115,19 +116,19 @@ def test_several_servers_share_the_work_and_stand_in_for_each_other(tmp_path: Pa
 def test_a_server_that_goes_away_stops_the_run_and_its_return_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = {"shard_tokens": 160}
+    monkeypatch.setattr(plan, "SHARD_TOKENS", 160)
     monkeypatch.setattr(ahead, "REQUESTS", 1)
     with serving(Server()) as server:
         server.fail = [0] * 9 + [500] * module.TRIES
         with pytest.raises(DataError, match=r"no answer in 8 tries \(500 .*no such luck.*\).*run the same command"):
-            prepare(job(tmp_path, server.url, **made))
+            prepare(job(tmp_path, server.url))
     finished = len(list((tmp_path / ".data.partial").glob("shard-*.safetensors")))
     assert finished >= 1
     with serving(Server()) as server:
-        store = prepare(job(tmp_path, server.url, **made))
+        store = prepare(job(tmp_path, server.url))
         assert len(server.bodies) == 24 - 2 * finished
     assert len(store) == 12
-    assert standing(job(tmp_path, '""', **made)).store is not None, (
+    assert standing(job(tmp_path, '""')).store is not None, (
         "where the answers came from is no part of the recipe's name"
     )
 

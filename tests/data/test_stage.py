@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import random
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from coral_core.artifacts import Manifest, fingerprint
 from coral_core.data import stage as module
 from coral_core.data.estimate import estimate
-from coral_core.data.job import standing
+from coral_core.data.job import INDIFFERENT, standing
 from coral_core.data.stage import prepare
 from coral_core.data.written import PromptWriter
 from coral_core.errors import ArtifactError
+from coral_core.recipe.schema import REMOVED
 from coral_core.target.template import prompt_ids
 from tests.data.helpers import (
     CHATML,
@@ -100,9 +103,7 @@ def test_the_store_is_what_the_recipe_says(tmp_path: Path) -> None:
 
 
 def test_fp8_features_are_those_of_float32_rounded_once(tmp_path: Path) -> None:
-    exact, rounded = (
-        prepare(make_job(tmp_path / name, feature_dtype=name, shard_tokens=4000)) for name in ("float32", "fp8")
-    )
+    exact, rounded = (prepare(make_job(tmp_path / name, feature_dtype=name)) for name in ("float32", "fp8"))
     assert rounded.manifest.facts["dtype"] == "float8_e4m3fn"
     for index in range(len(exact)):
         true_TD, read_TD = exact[index].feature_TD, rounded[index].feature_TD
@@ -183,9 +184,24 @@ def test_rounds_of_prompts_that_were_finished_are_not_written_again(
     assert len(written) == rounds - saved > 0
 
 
+def test_keys_that_are_gone_leave_what_was_made_with_them_finished(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    was = {key: value for key, value in (job.sections["data"] | REMOVED["data"]).items() if key not in INDIFFERENT}
+    assert job.fingerprint({}) == fingerprint({"recipe": {"seed": 0, "data": was}, "inputs": {}})
+    folder = prepare(job).folder
+    manifest = Manifest.read(folder, "data", "")
+    old = {**manifest.recipe, "data": manifest.recipe["data"] | REMOVED["data"]}
+    dataclasses.replace(manifest, recipe=old).write(folder)
+    assert standing(job).store is not None
+    old["data"] = old["data"] | {"temperature": 0.5}
+    dataclasses.replace(manifest, recipe=old, fingerprint="another").write(folder)
+    assert standing(job).changed == ("data.temperature was 0.5, is 1.0",)
+
+
 KILLED = """
 import sys
 from pathlib import Path
+from coral_core.data import plan
 from coral_core.data.stage import prepare
 from coral_core.processes import part
 from tests.data.helpers import make_job
@@ -194,6 +210,7 @@ torch.set_num_threads(1)
 def progress(stage, done, total, numbers):
     sys.stdout.write(stage + "\\n")
     sys.stdout.flush()
+plan.SHARD_TOKENS = 200
 prepare(make_job(Path(sys.argv[1])), progress)
 part()
 """

@@ -18,7 +18,7 @@ from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request
-from coral_core.grouping.clustering import by_id
+from coral_core.head.groups import Groups
 from coral_core.head.heads import FullHead, GroupedHead, Head, Router
 from coral_core.kernels import blocks
 from coral_core.target.target import Target
@@ -95,7 +95,7 @@ def heads(target: Target, monkeypatch: pytest.MonkeyPatch) -> list[Head]:
     monkeypatch.setattr(blocks, "grouped_best", best_of_chosen)
     torch.manual_seed(5)
     router = pretend.on_device(Router(target.lent.head_VD.shape[1], 12))
-    return [FullHead(target.lent), GroupedHead(target.lent, by_id(VOCAB, 12), router, 6)]
+    return [FullHead(target.lent), GroupedHead(target.lent, Groups.from_order(torch.arange(VOCAB), 12), router, 6)]
 
 
 @SAMPLERS

@@ -10,7 +10,8 @@ from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.load import FILES, save_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.export.run import Source, open_source
-from coral_core.grouping.clustering import by_frequency
+from coral_core.grouping.clustering import frequency_order
+from coral_core.head.groups import Groups
 from coral_core.head.heads import Router
 from coral_core.head.load import save_head
 from coral_core.recipe.schema import HeadSpec, Recipe
@@ -18,7 +19,7 @@ from coral_core.target.load import drafter_shape
 from coral_core.target.target import Target
 from tests.tiny import VOCAB
 
-RECIPE = Recipe(name="tiny", head=HeadSpec(groups=8, active=2, clustering="frequency"))
+RECIPE = Recipe(name="tiny", head=HeadSpec(groups=8, active=2))
 
 
 def random_drafter(target: Target, seed: int = 1, **changes: object) -> Drafter:
@@ -43,7 +44,7 @@ def publish(run: Path, target: Target, drafter: Drafter, *, head: bool = False) 
     if head:
         (run / "head").mkdir()
         count_V = torch.arange(VOCAB).flip(0)
-        groups = by_frequency(count_V, RECIPE.head.groups)
+        groups = Groups.from_order(frequency_order(count_V), RECIPE.head.groups)
         save_head(
             run / "head", groups, Router(drafter.config.hidden_size, RECIPE.head.groups), count_V.argsort().flip(0)
         )
@@ -52,6 +53,6 @@ def publish(run: Path, target: Target, drafter: Drafter, *, head: bool = False) 
             fingerprint="a" * 16,
             inputs={"target": target.fingerprint, "drafter": manifest.fingerprint},
             recipe={"head": dataclasses.asdict(RECIPE.head)},
-            facts={"groups": 8, "active": 2, "clustering": "frequency", "recall": {"argmax": 0.9}},
+            facts={"groups": 8, "active": 2, "recall": {"argmax": 0.9}},
         ).sealed(run / "head").write(run / "head")
     return open_source(RECIPE, run, target)

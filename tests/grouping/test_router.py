@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from coral_core.grouping import router
-from coral_core.grouping.clustering import by_id
 from coral_core.grouping.router import (
     Rows,
     Source,
@@ -46,7 +45,7 @@ def some_samples(count: int) -> list[Sample]:
 def test_a_separable_toy_is_learnt_whole(inner: bool) -> None:
     torch.manual_seed(0)
     token_N = torch.randint(20, (4000,))
-    groups = by_id(20, 5)
+    groups = Groups.from_order(torch.arange(20), 5)
     hidden_ND = torch.eye(5, 16)[groups.group_V[token_N]] * 4 + 0.3 * torch.randn(4000, 16)
     certain_N1 = torch.ones(4000, 1)
     rows = Rows(hidden_ND[None], hidden_ND, certain_N1, token_N[:, None], certain_N1[None], token_N[None, :, None])
@@ -59,7 +58,7 @@ def test_a_separable_toy_is_learnt_whole(inner: bool) -> None:
 
 def test_a_router_begins_with_the_mean_logit_of_each_groups_rows() -> None:
     lent = dataclasses.replace(tiny_lent(), logit_scale=0.5)
-    groups = by_id(VOCABULARY, 7)
+    groups = Groups.from_order(torch.arange(VOCABULARY), 7)
     hidden_ND = torch.randn(3, HIDDEN)
     expected = [lent.logits(hidden_ND)[:, groups.group_V == g].mean(1) for g in range(7)]
     for inner in (False, True):
@@ -69,7 +68,8 @@ def test_a_router_begins_with_the_mean_logit_of_each_groups_rows() -> None:
 
 def test_labels_are_the_drafters_mass_per_group(tmp_path: Path) -> None:
     """The vocabulary of 48 is below the 64 tokens that are kept, so the labels are exact."""
-    lent, drafter, groups = tiny_lent(), tiny_drafter().requires_grad_(False), by_id(VOCABULARY, 6)
+    lent, drafter = tiny_lent(), tiny_drafter().requires_grad_(False)
+    groups = Groups.from_order(torch.arange(VOCABULARY), 6)
     samples = some_samples(5)
     store = make_store(tmp_path / "data", samples, lent=lent, holdout=2)
     rows = gather(Source(drafter, lent, 3), store, seed=0)

@@ -7,9 +7,8 @@ from coral_core.errors import RecipeError
 from coral_core.grouping.clustering import (
     balanced_assignment,
     by_cooccurrence,
-    by_frequency,
-    by_id,
     by_kmeans,
+    frequency_order,
     token_contexts,
 )
 from coral_core.head.groups import Groups, balanced_sizes
@@ -36,8 +35,6 @@ def test_every_clustering_is_balanced_and_loses_no_token(vocabulary: int, groups
     count_V = torch.arange(vocabulary) % 7
     contexts = token_contexts(vocabulary, rows_VD, torch.ones(vocabulary, 1), torch.arange(vocabulary)[:, None] // 2)
     for made in (
-        by_id(vocabulary, groups),
-        by_frequency(count_V, groups),
         by_kmeans(rows_VD, groups, count_V=count_V),
         by_cooccurrence(rows_VD, groups, contexts=contexts, count_V=count_V),
     ):
@@ -47,7 +44,7 @@ def test_every_clustering_is_balanced_and_loses_no_token(vocabulary: int, groups
 
 
 def test_frequency_puts_the_most_frequent_first_and_ties_by_id() -> None:
-    assert by_frequency(torch.tensor([1, 5, 0, 5]), 2).token_GR.tolist() == [[1, 3], [0, 2]]
+    assert frequency_order(torch.tensor([1, 5, 0, 5])).tolist() == [1, 3, 0, 2]
 
 
 def test_kmeans_finds_the_clusters_that_are_there() -> None:
@@ -90,7 +87,7 @@ def test_balance_moves_the_rows_that_mind_least() -> None:
 
 def test_more_groups_than_tokens_are_refused() -> None:
     with pytest.raises(RecipeError, match="head.groups is 9, but the vocabulary has 8 tokens"):
-        by_id(8, 9)
+        Groups.from_order(torch.arange(8), 9)
 
 
 def test_a_damaged_permutation_is_noticed() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from coral_core.artifacts import Manifest
 from coral_core.errors import ArtifactError
-from coral_core.grouping.clustering import by_id, by_kmeans
+from coral_core.grouping.clustering import by_kmeans
 from coral_core.head.groups import Groups
 from coral_core.head.heads import Candidates, FullHead, GroupedHead, Router, StaticHead
 from coral_core.head.load import load_head, save_head
@@ -50,7 +50,7 @@ def test_groups_are_chosen_by_probability_and_not_by_logits() -> None:
     router = Router(3, 3)
     router.w2.weight.data = torch.eye(3)
     router.w2.bias.data.zero_()
-    head = GroupedHead(lent, by_id(V, 3), router, 2)
+    head = GroupedHead(lent, Groups.from_order(torch.arange(V), 3), router, 2)
     token_C = head.candidates(torch.tensor([[20.0, 0.0, 15.0], [0.0, 8.0, 7.9]])).token_C
     groups = head.token_V.tensor_split(head.start_G[1:-1])
     assert token_C.sort().values.equal(torch.cat([groups[0], groups[1]]).sort().values)
@@ -86,13 +86,13 @@ def test_best_maps_places_to_tokens() -> None:
 
 def a_folder(folder: Path, groups: Groups | None = None, hidden: int = D) -> Path:
     folder.mkdir(exist_ok=True)
-    save_head(folder, groups or by_id(V, G), Router(hidden, G), torch.arange(V))
-    facts = {"groups": G, "active": 3, "clustering": "id"}
+    save_head(folder, groups or Groups.from_order(torch.arange(V), G), Router(hidden, G), torch.arange(V))
+    facts = {"groups": G, "active": 3}
     Manifest(kind="head", fingerprint="h", inputs={"target": "t", "drafter": "d"}, recipe={}, facts=facts).write(folder)
     return folder
 
 
-SPEC = HeadSpec(kind="grouped", clustering="id", groups=G, active=2)
+SPEC = HeadSpec(kind="grouped", groups=G, active=2)
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     static = load_head(folder, spec, lent, target_fingerprint="t", drafter_fingerprint="d")
     assert isinstance(static, StaticHead)
     assert static.token_C.tolist() == list(range(V * 2 // G))
-    chosen = load_head(folder, HeadSpec(clustering="id"), lent, target_fingerprint="t", drafter_fingerprint="d")
+    chosen = load_head(folder, HeadSpec(), lent, target_fingerprint="t", drafter_fingerprint="d")
     assert isinstance(chosen, GroupedHead)
     assert chosen.active == 3, "what the recipe leaves open is as group-head chose it"
     none = HeadSpec(kind="full")
@@ -119,8 +119,8 @@ def test_a_strangers_head_is_refused(tmp_path: Path) -> None:
         load_head(folder, SPEC, lent, target_fingerprint="other", drafter_fingerprint="d")
     with pytest.raises(ArtifactError, match="was made for drafter d, and this drafter is other"):
         load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="other")
-    spec = HeadSpec(groups=G, active=2, clustering="kmeans")
-    with pytest.raises(ArtifactError, match="has head.clustering=id; this recipe says kmeans"):
+    spec = HeadSpec(groups=G + 1, active=2)
+    with pytest.raises(ArtifactError, match=f"has head.groups={G}; this recipe says {G + 1}"):
         load_head(folder, spec, lent, target_fingerprint="t", drafter_fingerprint="d")
     with pytest.raises(ArtifactError, match="no head in .*absent. Run: coral group-head"):
         load_head(tmp_path / "absent", SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
@@ -128,7 +128,7 @@ def test_a_strangers_head_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
     lent = a_lent()
-    lost = Groups(by_id(V, G).token_GR.clamp_max(V - 2))
+    lost = Groups(Groups.from_order(torch.arange(V), G).token_GR.clamp_max(V - 2))
     with pytest.raises(ArtifactError, match=f"does not hold each of {V} tokens once"):
         load_head(a_folder(tmp_path / "a", lost), SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
     folder = a_folder(tmp_path / "b")
@@ -142,7 +142,7 @@ def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
 
 def test_a_router_of_the_papers_form_is_loaded_as_such(tmp_path: Path) -> None:
     folder, lent = a_folder(tmp_path / "head"), a_lent()
-    save_head(folder, by_id(V, G), Router(D, G, inner=True), torch.arange(V))
+    save_head(folder, Groups.from_order(torch.arange(V), G), Router(D, G, inner=True), torch.arange(V))
     head = load_head(folder, SPEC, lent, target_fingerprint="t", drafter_fingerprint="d")
     assert isinstance(head, GroupedHead)
     assert head.router.w1 is not None

@@ -92,7 +92,7 @@ def test_a_wrong_value_names_key_and_rule(line, message):
         ("decoed.max_new_tokens", "did you mean 'decode.max_new_tokens'?"),
         ("data.bach_size", "did you mean 'data.batch_size'?"),
         ("taget", "did you mean 'target'?"),
-        ("head.zzzz", "the keys of head are kind, clustering, groups"),
+        ("head.zzzz", "the keys of head are kind, groups"),
         ("zzzz", "the keys of a recipe are name, seed, target"),
         ("train.steps.more", "unknown key 'train.steps.more'"),
     ],
