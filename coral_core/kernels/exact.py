@@ -43,6 +43,8 @@ VECTOR = 64
 GRAIN = 1 << 15
 """Numbers for which PyTorch takes a further thread."""
 
+_NOTHING = torch.empty(1)
+
 Mask = torch.Tensor | dict[str, torch.Tensor] | None
 
 
@@ -124,7 +126,8 @@ def attention(
     """Attention [B,T,H,E] in the queries' dtype, over keys and values in float32; 0 in rows that only fill up."""
     batch, heads, filled, _ = query_BHTE.shape
     rows = layout.rows
-    if rows == 1 and layout.mask_BTK is None:  # what fills up is a copy of the row: no zeros to write, no lines to add
+    alone = rows == 1 and layout.mask_BTK is None  # what fills up is a copy of the row
+    if alone or (rows == filled <= ROWS and layout.mask_BTK is not None):  # all at once, and no zeros to write
         out_BHTE = _some(query_BHTE, key_BJKE, value_BJKE, layout, scale)
         return out_BHTE.transpose(1, 2).to(query_BHTE.dtype).contiguous()  # some models view it
     out_BTHE = query_BHTE.new_zeros(batch, filled, heads, value_BJKE.shape[-1])
@@ -158,7 +161,8 @@ def _some(
     groups, columns = key_BJKE.shape[1:3]
     lines = heads // groups * rows
     scale = width**-0.5 if scale is None else scale
-    query_XNE = query_BHTE.float().reshape(batch * groups, lines, width)
+    query_XNE = query_BHTE.to(torch.float32, memory_format=torch.contiguous_format)
+    query_XNE = query_XNE.reshape(batch * groups, lines, width)
     key_XKE, value_XKE = key_BJKE.flatten(0, 1), value_BJKE.flatten(0, 1)
     shared = torch.get_num_threads() > groups  # in a batch too, so that a row is computed as it is alone
     score_XNK = _scores(_filled(query_XNE, shared), key_XKE, scale, shared)
@@ -202,7 +206,7 @@ def _scores(query_XNE: torch.Tensor, key_XKE: torch.Tensor, scale: float, shared
 
 
 def _score(query_XNE: torch.Tensor, key_XKE: torch.Tensor, scale: float) -> torch.Tensor:
-    return torch.baddbmm(query_XNE.new_empty(1), query_XNE, key_XKE.transpose(1, 2), beta=0, alpha=scale)
+    return torch.baddbmm(_NOTHING, query_XNE, key_XKE.transpose(1, 2), beta=0, alpha=scale)
 
 
 def _softmax(score_XK: torch.Tensor) -> torch.Tensor:
