@@ -40,7 +40,7 @@ TURNS = 3
 """Answers of a chat."""
 BATCH = 4
 """Answers that are written side by side. Those of one temperature, the next ones of the other."""
-TIMED_ROWS, TIMED = (1, 13), 15
+TIMED_ROWS, TIMED = (1, 13), 75
 """Rows of the forwards that are timed, and how often."""
 
 Answer = tuple[list[int], list[torch.Tensor]]
