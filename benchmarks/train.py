@@ -40,12 +40,12 @@ from coral_core.store.batches import Batch
 from coral_core.target.load import drafter_shape, load_target
 from coral_core.training import losses
 from coral_core.training.alignment import csra, take_rows
-from coral_core.training.attention import attend_eager
 from coral_core.training.candidates import DRAWN, Candidates, HeadRows
 from coral_core.training.loop import CLIP_NORM
 from coral_core.training.objective import Objective, pack
 from coral_core.training.trainer import make_objective
 from coral_core.training.unroll import Unroll, loss_rows, unroll_rows
+from tests.training.reference import attend_eager, distill, topk
 
 LENGTHS = (512, 2048, 8192)
 PROMPT = 8
@@ -145,8 +145,8 @@ def eager(model: Unroll, lent: Lent, batch: Batch, _: Candidates | None = None) 
     feature_ND, total = feature_BND[present_BN], torch.zeros((), device=feature_BND.device)
     for hidden_ND in hidden_SBND[:, present_BN]:
         total = total + SPEC.regression_weight * losses.regression(hidden_ND, feature_ND)
-        total = total + SPEC.distill_weight * losses.distill(hidden_ND, feature_ND, lent)
-        total = total + SPEC.topk_weight * losses.topk(hidden_ND, feature_ND, lent, make_objective(SPEC).topk)
+        total = total + SPEC.distill_weight * distill(hidden_ND, feature_ND, lent)
+        total = total + SPEC.topk_weight * topk(hidden_ND, feature_ND, lent, make_objective(SPEC).topk)
     total = total + SPEC.csra_weight * csra(hidden_SBND, present_BN, SPEC.csra_temperature)
     return total / model.steps
 

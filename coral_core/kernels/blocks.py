@@ -16,11 +16,10 @@ plain: 16 of 64 x 256 2.5 at 1 row and 1.16 at 4, 32 of 128 x 256 1.45 and 0.78,
 4.8 at 10 rows, and packed 5.5. Fewer than four rows are filled up to four: the kernel is faster with rows that nobody
 wants. Small blocks copied side by side, for one product, took twice as long as packed once they left the cache.
 
-On a GPU the best tokens of the active groups are found in one pass over their rows: a Triton kernel, with plain PyTorch
-as its reference. Nothing there waits for the device: which groups are active stays on it. The kernel is tested in
-Triton's interpreter against the reference; it has not been run on a GPU yet.
-Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a list: a head row of a block, an active
-group, C candidate token: a head row of the active groups.
+On a GPU the best tokens of the active groups are found in one pass over their rows, by a Triton kernel. Nothing there
+waits for the device: which groups are active stays on it. The kernel is tested in Triton's interpreter against plain
+PyTorch; it has not been run on a GPU yet. Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a
+list: a head row of a block, an active group, C candidate token: a head row of the active groups.
 """
 
 import dataclasses
@@ -120,22 +119,3 @@ def grouped_best(
     if len(found) == 1:
         return Best(*found[0])
     return Best(*(torch.cat(pieces) for pieces in zip(*found, strict=True)))
-
-
-def grouped_best_reference(
-    hidden_ND: torch.Tensor,
-    rows_VD: torch.Tensor,
-    start_G: torch.Tensor,
-    chosen_NR: torch.Tensor,
-    bias_V: torch.Tensor | None = None,
-) -> Best:
-    """The same, row by row, all candidates kept."""
-    start, logits, rows = start_G.tolist(), [], []
-    for n, hidden_D in enumerate(hidden_ND):
-        chosen_R = chosen_NR[n if chosen_NR.shape[0] > 1 else 0]
-        row_C = torch.cat([torch.arange(start[g], start[g + 1], device=rows_VD.device) for g in chosen_R.tolist()])
-        bias_C = 0 if bias_V is None else bias_V[row_C]
-        logits.append(rows_VD[row_C].float() @ hidden_D.float() + bias_C)
-        rows.append(row_C)
-    pad = torch.nn.utils.rnn.pad_sequence
-    return Best(pad(logits, batch_first=True, padding_value=-torch.inf), pad(rows, batch_first=True))

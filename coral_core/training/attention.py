@@ -1,4 +1,4 @@
-"""What one row of an unroll step attends to, twice: an eager reference and a fast form with O(T) memory per head.
+"""What one row of an unroll step attends to, with O(T) memory per head.
 
 In step F the query of row r sees, under one softmax: offset 0 -> stream F-1, offset 1 -> stream F-2, …, offset F-2 ->
 stream 1, and every offset >= F-1 -> stream 0, the target's own features. That is what the F-th drafted token sees when
@@ -24,25 +24,8 @@ _ALIGN = 32
 """Rows to which the memory-efficient CUDA kernel pads its log-sum-exp."""
 
 
-def attend_eager(
-    query_BHTE: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """The reference: all T x T scores, each offset taken from its stream. Differentiable by autograd."""
-    rows, scale = query_BHTE.shape[2], query_BHTE.shape[3] ** -0.5
-    offset_TT = torch.arange(rows, device=query_BHTE.device)[:, None] - torch.arange(rows, device=query_BHTE.device)
-    stream_of_TT = (len(keys) - 1 - offset_TT).clamp(min=0)  # columns to come belong to none: above the newest
-    score_BHTT = torch.full_like(query_BHTE[..., :1], -torch.inf).expand(-1, -1, -1, rows)
-    for stream, key_BHTE in enumerate(keys):
-        score_BHTT = torch.where(stream_of_TT == stream, query_BHTE @ key_BHTE.transpose(-1, -2) * scale, score_BHTT)
-    weight_BHTT = score_BHTT.softmax(-1)
-    out_BHTE = torch.zeros_like(query_BHTE)
-    for stream, value_BHTE in enumerate(values):
-        out_BHTE = out_BHTE + (weight_BHTT * (stream_of_TT == stream)) @ value_BHTE
-    return out_BHTE
-
-
 def attend_fast(query_BHTE: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Equal to `attend_eager`: flash attention over stream 0, merged with one column per later stream."""
+    """Flash attention over stream 0, merged with one column per later stream."""
     return _Merged.apply(query_BHTE, *keys, *values)
 
 

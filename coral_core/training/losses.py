@@ -1,9 +1,9 @@
 """The losses of one unroll step, as sums in float32 over the rows that count; the loop divides by their number.
 
-`distill` and `topk` are the eager references over whole [N,V] tensors. `vocabulary` gives the same sums and gradients
-for all steps at once in bounded memory: chunk by chunk, the target's distribution is made once, and each step's
-gradient is taken while its logits are at hand (they are never kept, and never made twice).
-Sums of the paper's equations, CORAL arXiv 2502.16880, HASS 2408.15766.
+`vocabulary` gives distillation's and the top-K loss's sums and gradients for all steps at once in bounded memory: chunk
+by chunk, the target's distribution is made once, and each step's gradient is taken while its logits are at hand (they
+are never kept, and never made twice). Over whole [N,V] tensors: tests/training/reference.py.
+Sums of the papers' equations, CORAL arXiv 2502.16880, HASS 2408.15766.
 
 Axes: N row that carries a loss, S unroll step, D hidden, V vocabulary, R place in a list of the top K tokens, X any
 axes.
@@ -28,18 +28,6 @@ def regression(hidden_ND: torch.Tensor, feature_ND: torch.Tensor) -> torch.Tenso
     """Smooth L1 between drafted and true features: mean over D, sum over N."""
     distance_ND = torch.nn.functional.smooth_l1_loss(hidden_ND.float(), feature_ND.float(), reduction="none")
     return distance_ND.mean(-1).sum()
-
-
-def distill(hidden_ND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent) -> torch.Tensor:
-    """Reference: cross-entropy of the drafter's distribution against the target's whole one, sum over N."""
-    p_NV = logits(lent, feature_ND).softmax(-1)
-    return -(p_NV * logits(lent, hidden_ND).log_softmax(-1)).sum()
-
-
-def topk(hidden_ND: torch.Tensor, feature_ND: torch.Tensor, lent: Lent, k: int) -> torch.Tensor:
-    """Reference: HASS's cross-entropy on the target's k most likely tokens, p not renormalised, sum over N."""
-    p_NR, token_NR = logits(lent, feature_ND).softmax(-1).topk(k, dim=-1)
-    return -(p_NR * logits(lent, hidden_ND).log_softmax(-1).gather(-1, token_NR)).sum()
 
 
 def logits(lent: Lent, hidden_ND: torch.Tensor) -> torch.Tensor:

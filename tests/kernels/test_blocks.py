@@ -9,7 +9,27 @@ import pytest
 import torch
 
 from coral_core.head.groups import balanced_sizes
-from coral_core.kernels.blocks import Best, grouped_best, grouped_best_reference
+from coral_core.kernels.blocks import Best, grouped_best
+
+
+def grouped_best_reference(
+    hidden_ND: torch.Tensor,
+    rows_VD: torch.Tensor,
+    start_G: torch.Tensor,
+    chosen_NR: torch.Tensor,
+    bias_V: torch.Tensor | None = None,
+) -> Best:
+    """The kernel's result, row by row, all candidates kept."""
+    start, logits, rows = start_G.tolist(), [], []
+    for n, hidden_D in enumerate(hidden_ND):
+        chosen_R = chosen_NR[n if chosen_NR.shape[0] > 1 else 0]
+        row_C = torch.cat([torch.arange(start[g], start[g + 1], device=rows_VD.device) for g in chosen_R.tolist()])
+        bias_C = 0 if bias_V is None else bias_V[row_C]
+        logits.append(rows_VD[row_C].float() @ hidden_D.float() + bias_C)
+        rows.append(row_C)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Best(pad(logits, batch_first=True, padding_value=-torch.inf), pad(rows, batch_first=True))
+
 
 V, D, G = 350, 64, 5
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from coral_core.training import losses
 from coral_core.training.objective import Objective, pack
 from coral_core.training.unroll import Unroll, loss_rows, unroll
+from tests.training import reference
 from tests.training.helpers import tiny_batch, tiny_drafter, tiny_lent
 
 CORAL = Objective(topk_weight=1.0, topk=5, csra_weight=0.1)
@@ -51,7 +51,7 @@ def test_parts_add_up_to_the_loss_and_match_the_references():
     torch.testing.assert_close(total.detach(), summed, rtol=1e-5, atol=1e-4)
     rows_BT = loss_rows(batch)
     feature_ND = batch.feature_BTD[:, 1:][rows_BT]
-    expected = sum(losses.topk(hidden_BTD[rows_BT], feature_ND, lent, 5) for hidden_BTD in hiddens) / 3
+    expected = sum(reference.topk(hidden_BTD[rows_BT], feature_ND, lent, 5) for hidden_BTD in hiddens) / 3
     torch.testing.assert_close(parts["topk"], expected.detach(), rtol=1e-5, atol=1e-4)
     drafted_N, wanted_N = (lent.logits(x_ND).argmax(-1) for x_ND in (hiddens[1][rows_BT], feature_ND))
     assert parts["accuracy_2"].item() == (drafted_N == wanted_N).sum().item()

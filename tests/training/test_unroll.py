@@ -10,6 +10,7 @@ import torch
 
 from coral_core.training import attention, unroll
 from tests.training.helpers import HIDDEN, TAPS, tiny_batch, tiny_drafter, tiny_lent
+from tests.training.reference import attend_eager
 
 ROOT = Path(__file__).parents[2]
 BATCH = tiny_batch([14, 9, 12], answers=[(5, 14), (1, 9), (8, 11)], pad_to=17)
@@ -104,7 +105,7 @@ def test_what_each_row_sees_drawn():
     expected_T = torch.tensor([sum(row) / len(row) for row in seen])
     zeros = torch.zeros(1, 1, 5, 8)
     values = [(10 * stream + torch.arange(5.0))[None, None, :, None].expand(1, 1, 5, 8) for stream in range(3)]
-    for attend in (attention.attend_eager, attention.attend_fast):
+    for attend in (attend_eager, attention.attend_fast):
         out_BHTE = attend(zeros, [zeros] * 3, values)
         torch.testing.assert_close(out_BHTE[0, 0, :, 0], expected_T, rtol=0, atol=1e-5)
 
@@ -117,7 +118,7 @@ def test_fast_attention_equals_eager_in_outputs_and_gradients(steps, rows):
     query, keys, values = tensors[0], tensors[1 : 1 + steps], tensors[1 + steps :]
     grad_BHTE = torch.randn(2, 4, rows, 16)
     outs, grads = [], []
-    for attend in (attention.attend_eager, attention.attend_fast):
+    for attend in (attend_eager, attention.attend_fast):
         out_BHTE = attend(query, keys, values)
         outs.append(out_BHTE)
         grads.append(torch.autograd.grad(out_BHTE, tensors, grad_BHTE, materialize_grads=True))
@@ -135,7 +136,7 @@ def test_fast_attention_on_a_gpu_equals_eager(dtype, steps):
     torch.manual_seed(steps)
     tensors = [torch.randn(2, 4, 100, 64, device="cuda", dtype=dtype) for _ in range(2 + 2 * steps)]
     results = []
-    for attend, kind in ((attention.attend_eager, torch.float32), (attention.attend_fast, dtype)):
+    for attend, kind in ((attend_eager, torch.float32), (attention.attend_fast, dtype)):
         query, grad_BHTE, *streams = [tensor.to(kind).requires_grad_() for tensor in tensors]
         out_BHTE = attend(query, streams[:steps], streams[steps:])
         grads = torch.autograd.grad(out_BHTE, [query, *streams], grad_BHTE.detach(), materialize_grads=True)
@@ -147,7 +148,7 @@ def test_fast_attention_on_a_gpu_equals_eager(dtype, steps):
 
 def test_weights_get_the_same_gradient_from_both_attentions():
     lent, grads = tiny_lent(), []
-    for attend in (attention.attend_eager, attention.attend_fast):
+    for attend in (attend_eager, attention.attend_fast):
         drafter = tiny_drafter()
         embed_BTD, feature_BTD = lent.embed(BATCH.ids_BT[:, 1:]), BATCH.feature_BTD[:, :-1]
         rows_BT = BATCH.valid_BT[:, 1:]
@@ -161,7 +162,7 @@ def test_weights_get_the_same_gradient_from_both_attentions():
 def test_memory_of_the_fast_attention_does_not_grow_with_the_square():
     """Largest tensor that autograd keeps for backward: O(T) elements per head, where eager keeps T x T."""
     rows, largest = 256, {}
-    for attend in (attention.attend_eager, attention.attend_fast):
+    for attend in (attend_eager, attention.attend_fast):
         saved = []
         tensors = [torch.randn(1, 2, rows, 8, requires_grad=True) for _ in range(7)]
 
@@ -173,7 +174,7 @@ def test_memory_of_the_fast_attention_does_not_grow_with_the_square():
             attend(tensors[0], tensors[1:4], tensors[4:])
         largest[attend] = max(saved)
     assert largest[attention.attend_fast] <= 2 * rows * 8
-    assert largest[attention.attend_eager] >= 2 * rows * rows
+    assert largest[attend_eager] >= 2 * rows * rows
 
 
 LONG = """
@@ -224,7 +225,7 @@ def test_gradients_run_through_all_steps_where_that_is_asked_for():
     double = dataclasses.replace(batch, tap_BTI=batch.tap_BTI.double())
     lent = dataclasses.replace(lent, embed_VD=lent.embed_VD.double(), head_VD=lent.head_VD.double())
 
-    def loss(attend=attention.attend_eager):
+    def loss(attend=attend_eager):
         embed_BTD, read_BTI = lent.embed(double.ids_BT[:, 1:]), double.tap_BTI[:, :-1]
         rows = [double.valid_BT[:, 1:]] * 3
         outs = unroll.unroll_rows(drafter, (embed_BTD, drafter.read(read_BTI)), rows, attend, through=True)
