@@ -18,8 +18,9 @@ wants. Small blocks copied side by side, for one product, took twice as long as 
 
 On a GPU the best tokens of the active groups are found in one pass over their rows, by a Triton kernel. Nothing there
 waits for the device: which groups are active stays on it. The kernel is tested in Triton's interpreter against plain
-PyTorch; it has not been run on a GPU yet. Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a
-list: a head row of a block, an active group, C candidate token: a head row of the active groups.
+PyTorch; it has not been run on a GPU yet.
+Axes: N row, D hidden, V vocabulary in permuted order, G group, R place in a list: a head row of a block, an active
+group, C candidate token: a head row of the active groups.
 """
 
 import dataclasses
