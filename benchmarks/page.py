@@ -26,6 +26,7 @@ ABOUT = {
     "exact": "Whether a speculative answer has the bits of the plain one, and what that costs.",
     "pico": "pico, the embedded model of 22 million parameters, with the drafter and the head that ship with coral.",
     "decode": "A race of every decoder on the same held-out prompts of pico, in turns, and what a round's parts cost.",
+    "seat": "One answer at a time, before and after decoding was rebuilt: tokens per second of two checkouts.",
     "serve": "`coral serve` with several clients at once.",
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data and initial weights.",
     "methods-smollm2": "EAGLE-2, HASS and CORAL on SmolLM2-135M in equal time, from the same data, one seed.",
