@@ -52,6 +52,12 @@ class Checkout:
         self._process = subprocess.Popen(command, env=environment, cwd=root, **pipes)
         self.lanes: list[str] = self._read()
 
+    def __enter__(self) -> "Checkout":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # its input ends, and so does it
+
     def answer(self, lane: str, ids: list[int], tokens: int) -> dict[str, Any]:
         """The answer's `ids`, and the `seconds` that it took."""
         assert self._process.stdin is not None
@@ -73,7 +79,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     prompts: list[list[int]] = json.loads((FOLDER / "holdout.json").read_text())[: options.prompts]
-    checkouts = {"old": Checkout(options.old), "new": Checkout(ROOT)}
+    with Checkout(options.old) as old, Checkout(ROOT) as new:
+        rows = race({"old": old, "new": new}, prompts, options)
+    record("seat", figures(rows), rows)
+    print(json.dumps(figures(rows), indent=1))
+
+
+def race(checkouts: dict[str, Checkout], prompts: list[list[int]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each prompt in each lane, in another order each time."""
     lanes = [(name, lane) for name, checkout in checkouts.items() for lane in checkout.lanes]
     for name, lane in lanes:
         checkouts[name].answer(lane, prompts[0], 16)
@@ -86,8 +99,7 @@ def main() -> None:
                 shared = {"prompt": number, "turn": turn, "lane": f"{name} {lane}".strip()}
                 same = answer["ids"] == found[lanes[0]]["ids"]
                 rows.append(shared | {"seconds": answer["seconds"], "tokens": len(answer["ids"]), "equal_to_old": same})
-    record("seat", figures(rows), rows)
-    print(json.dumps(figures(rows), indent=1))
+    return rows
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:

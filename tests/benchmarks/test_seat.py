@@ -4,9 +4,9 @@ from benchmarks.seat import ROOT, Checkout, figures
 
 
 def test_a_checkout_answers_alike_with_and_without_exact_forwards() -> None:
-    checkout = Checkout(ROOT)
-    assert checkout.lanes == ["", "not exact"]
-    answers = [checkout.answer(lane, [3, 632, 16, 465], 6) for lane in checkout.lanes]
+    with Checkout(ROOT) as checkout:
+        assert checkout.lanes == ["", "not exact"]
+        answers = [checkout.answer(lane, [3, 632, 16, 465], 6) for lane in checkout.lanes]
     assert answers[0]["ids"] == answers[1]["ids"]
     assert len(answers[0]["ids"]) == 6
     assert all(answer["seconds"] > 0 for answer in answers)
