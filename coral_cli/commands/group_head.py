@@ -44,7 +44,7 @@ def _print_summary(manifest: Manifest) -> None:
     print_table(header, [_row(setting, facts) for setting in settings])
     predicted = all("speedup" in setting for setting in settings)
     for line in (
-        f"recall of the target's argmax and of its ten best tokens on "
+        "recall of the target's argmax and of its ten best tokens on "
         f"{facts['recall_rows']:,} held-out rows, and of the argmax where the full head drafts it (kept)",
         "* is what was built; tau to tokens/s are predicted from rounds with the full head, "
         "a head's ms from single calls with a cold cache, the router included",

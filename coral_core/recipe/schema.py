@@ -275,6 +275,6 @@ REMOVED: dict[str, dict[str, int | float | str | bool]] = {
 """Keys by section that there were once, at the value that coral now always takes: a recipe of before may still say it,
 and a fingerprint still holds it, so that what was made before is known as finished."""
 
-FORGOTTEN = {"data.endpoint_requests", "decode.draft_confidence"}
+FORGOTTEN = {"data.endpoint_requests", "data.shard_tokens", "decode.draft_confidence"}
 """Keys that there were once, which decided how fast something was done and not what: any value is read over. pico's
 own recipe said draft_confidence, and so does recipe.yaml in every run that was made with it."""

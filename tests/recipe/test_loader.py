@@ -254,5 +254,5 @@ def test_a_key_that_is_gone_says_what_to_do(write, value):
 
 def test_a_key_that_is_gone_and_decided_no_result_may_have_any_value(write):
     """Every run that was made with pico's recipe says `draft_confidence: 0.05`, and is still to be evaluated."""
-    old = write("name: mine\ndata:\n  endpoint_requests: 8\ndecode:\n  draft_confidence: 0.05\n")
+    old = write("name: mine\ndata:\n  endpoint_requests: 8\n  shard_tokens: 32768\ndecode:\n  draft_confidence: 0.05\n")
     assert load_recipe(old, ["decode.draft_confidence=0.03"]) == load_recipe(write("name: mine\n"), [])
