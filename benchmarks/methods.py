@@ -366,11 +366,17 @@ def compare(found: list[Row], part: str) -> dict[str, Any]:
 def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
     """Equal steps; `early`; `equal_time` of the longest budget that is complete, and all budgets; what a step costs."""
     parts = [part for part in dict.fromkeys(row["part"] for row in found) if part.startswith("equal time")]
-    budgets = {part.removeprefix("equal time, "): compared for part in parts if (compared := compare(found, part))}
+    costs = step_costs(bench)
+    budgets = {}
+    for part in parts:
+        if compared := compare(found, part):
+            steps = next(row["steps"] for row in found if (row["part"], row["name"]) == (part, "coral"))
+            seconds = training_seconds(bench.spec(timed(bench, costs, steps, 0)[-1]), costs)
+            budgets[part.removeprefix("equal time, ")] = {"seconds": seconds, **compared}
     longest = list(budgets.values())[-1:] or [{}]
     equal_time = {"equal_time": longest[0], "equal_time_budgets": budgets}
     early = {"early": compare(found, "early")}
-    return compare(found, "methods") | early | equal_time | {"step_s": step_costs(bench)}
+    return compare(found, "methods") | early | equal_time | {"step_s": costs}
 
 
 def shown(found: list[Row]) -> list[Row]:
