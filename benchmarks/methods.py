@@ -154,6 +154,7 @@ class Bench:
             "last": {key: value for key, value in last.items() if key.startswith(("loss", "accuracy", "cosine"))},
             "tokens": [sum(rounds) for rounds in emitted],
             "rounds": [len(rounds) for rounds in emitted],
+            "accepted_by_depth": accepted_by_depth(emitted, self.recipe.decode.draft_depth),
         }
         if is_comparison(variant.part) and variant.seed == 0:
             decoded = self.decode(self.target, drafter, self.prompts[:CHECKED])
@@ -175,6 +176,12 @@ class Bench:
         drafter = drafter.to(target.device, target.dtype)
         engine = Engine(target, drafter, FullHead(target.lent), tree_shape(self.recipe.decode))
         return list(emitted_by_prompt(engine, prompts, sampler(self.recipe), self.recipe.decode.max_new_tokens))
+
+
+def accepted_by_depth(emitted: list[list[int]], depths: int) -> list[float]:
+    """Share of all rounds that accepted the draft of each depth; `emitted` holds the tokens of each round by prompt."""
+    accepted = [tokens - 1 for rounds in emitted for tokens in rounds]
+    return [sum(drafts > depth for drafts in accepted) / len(accepted) for depth in range(depths)]
 
 
 def progress_line(variant: Variant) -> Any:

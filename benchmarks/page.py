@@ -30,7 +30,8 @@ ABOUT = {
     "serve": "`coral serve` with several clients at once.",
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data and initial weights.",
     "methods-smollm2": "EAGLE-2, HASS and CORAL on SmolLM2-135M in equal time, from the same data, one seed.",
-    "eagle3": "The EAGLE-3 shape against today's, step by step.",
+    "eagle3": "The EAGLE-3 shape against today's, step by step, on SmolLM2-135M.",
+    "eagle3-pico": "The same on pico.",
     "head": "The grouped head: what it keeps of tau, and what it gains.",
     "train": "Training: tokens per second and memory against the eager reference.",
     "data": "Data: tapping, writing, bytes per token, fp8 against bfloat16.",
@@ -140,7 +141,24 @@ def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
     return f"{tau(real.counts(rows, method, head)):.2f}, {speedup:.2f}x"
 
 
-TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {"real": real_table, "pico": pico_table}
+def eagle3_table(rows: list[dict[str, Any]]) -> str:
+    """One line a training: tokens per round, and the share of rounds that accepted the draft of each depth."""
+    depths = [f"depth {depth}, %" for depth in range(1, 1 + len(rows[0]["accepted_by_depth"]))]
+    lines = []
+    for row in rows:
+        shares = [f"{100 * share:.0f}" for share in row["accepted_by_depth"]]
+        low, high = row["tau_ci95"]
+        part = "" if row["part"] == "shape" else f" ({row['part']})"
+        lines.append((row["name"] + part, str(row["steps"]), f"{row['tau']:.3f} [{low:.2f}, {high:.2f}]", *shares))
+    return table(("row", "steps", "tau", *depths), lines)
+
+
+TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "real": real_table,
+    "pico": pico_table,
+    "eagle3": eagle3_table,
+    "eagle3-pico": eagle3_table,
+}
 """Files that the page shows in a table of their own, beside their figures."""
 
 

@@ -77,3 +77,8 @@ def test_equal_time_by_hand() -> None:
     assert [bench.spec(variant).unroll_growth for variant in (eagle2, hass, coral)] == [0.0, 0.75, 0.75]
     assert {bench.spec(variant).candidates for variant in (eagle2, hass, coral)} == {Recipe().train.candidates}
     assert training_seconds(bench.spec(hass), COSTS) == pytest.approx(212, abs=1.5)
+
+
+def test_accepted_by_depth_counts_the_rounds_of_all_prompts() -> None:
+    """Five rounds: two accept no draft, one accepts one, two accept three."""
+    assert methods.accepted_by_depth([[1, 2, 4], [1, 4]], 4) == [3 / 5, 2 / 5, 2 / 5, 0.0]
