@@ -23,6 +23,7 @@ CHECKPOINTS = "checkpoints"
 SECTIONS = ("seed", "train")
 """What of a recipe decides the drafter, besides the data."""
 INDIFFERENT = {
+    "seed",  # several seeds of a training share their data: only then are they compared
     "target.model",  # another name may be the same model, or a sibling: coral_cli/tapped.py looks
     "target.revision",
     "target.device",
@@ -31,7 +32,7 @@ INDIFFERENT = {
     "data.endpoint",
     "data.endpoint_requests",
 }
-"""Keys that may have changed since the data were made: they decide how it was computed, not what."""
+"""Keys that may have changed since the data were made: what training reads of the data is the same."""
 
 
 def train_drafter(

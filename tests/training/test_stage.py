@@ -69,6 +69,12 @@ def test_a_finished_drafter_is_not_trained_again_until_the_recipe_changes(run, m
     assert train_drafter(other, run) == (again, False)
 
 
+def test_seeds_of_a_training_share_their_data(run):
+    say_the_data_was_made_with(run, seed=0, data={"max_samples": RECIPE.data.max_samples})
+    first, second = (train_drafter(dataclasses.replace(RECIPE, seed=seed), run)[0] for seed in (0, 1))
+    assert first.facts["last"]["loss"] != second.facts["last"]["loss"]
+
+
 def test_an_interrupted_training_goes_on_and_nothing_half_done_is_published(run):
     def interrupt(_stage, done, _total, _numbers):
         if done == 3:
