@@ -29,6 +29,7 @@ ABOUT = {
     "seat": "One answer at a time, before and after decoding was rebuilt: tokens per second of two checkouts.",
     "serve": "`coral serve` with several clients at once.",
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data and initial weights.",
+    "methods-pico": "EAGLE-2, HASS and CORAL on pico in equal time, a minute of one core, three seeds.",
     "methods-smollm2": "EAGLE-2, HASS and CORAL on SmolLM2-135M in equal time, from the same data, one seed.",
     "eagle3": "The EAGLE-3 shape against today's, step by step, on SmolLM2-135M.",
     "eagle3-pico": "The same on pico.",
