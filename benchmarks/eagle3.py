@@ -69,9 +69,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "c gradients through the steps": {**THROUGH, "csra_weight": 0.1},
     "d three layers, EAGLE-3's body": {**THROUGH, "shape": "eagle3"},
     "e d with alignment": {**THROUGH, "shape": "eagle3", "csra_weight": 0.1},
+    "g e with EAGLE-3.1's norms": {**THROUGH, "shape": "eagle3.1", "csra_weight": 0.1},
     "i coral's losses on e": {"shape": "eagle3", "through_steps": True},
     "j coral today, gradients through the steps": {"through_steps": True},
-    "g e with EAGLE-3.1's norms": {**THROUGH, "shape": "eagle3.1", "csra_weight": 0.1},
     "k coral's losses on g": {"shape": "eagle3.1", "through_steps": True},
 }
 """Row -> keys of the recipe's train section that differ from the preset coral."""
