@@ -26,23 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llamacpp import Answer, LlamaCpp, rewritten
-from benchmarks.methods import (
-    PAPERS_TREE,
-    Bench,
-    Row,
-    Rows,
-    Variant,
-    _begin,
-    _step_seconds,
-    accepted_by_depth,
-    counts,
-    open_bench,
-)
+from benchmarks.methods import PAPERS_TREE, Bench, Row, Rows, Variant, _begin, _step_seconds, counts, open_bench
 from benchmarks.paired import ratio, ratio_ci95, tau, tau_ci95
 from benchmarks.record import record
 from coral_cli.options import read_recipe
 from coral_core.artifacts import fingerprint, write_text
 from coral_core.bench.acceptance import emitted_by_prompt
+from coral_core.bench.metrics import accepted_by_depth
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
@@ -134,7 +124,7 @@ def grouped_row(bench: Bench, rows: Rows, variant: Variant) -> Row:
             emitted += emitted_by_prompt(engine, [prompt], sampler(recipe), recipe.decode.max_new_tokens)
         row = {"part": "grouped", "seed": variant.seed, "steps": variant.steps, "run": run.name}
         row |= {"tokens": [sum(rounds) for rounds in emitted], "rounds": [len(rounds) for rounds in emitted]}
-        row["accepted_by_depth"] = accepted_by_depth(emitted, recipe.decode.draft_depth)
+        row["accepted_by_depth"] = accepted_by_depth([tokens - 1 for rounds in emitted for tokens in rounds])
         rows.keep(key, row)
     return rows.done[key]
 

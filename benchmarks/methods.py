@@ -40,6 +40,7 @@ from benchmarks.record import record
 from coral_cli.options import read_recipe
 from coral_core.artifacts import fingerprint, write_text
 from coral_core.bench.acceptance import emitted_by_prompt
+from coral_core.bench.metrics import accepted_by_depth
 from coral_core.decoding.engine import Engine
 from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
@@ -154,7 +155,7 @@ class Bench:
             "last": {key: value for key, value in last.items() if key.startswith(("loss", "accuracy", "cosine"))},
             "tokens": [sum(rounds) for rounds in emitted],
             "rounds": [len(rounds) for rounds in emitted],
-            "accepted_by_depth": accepted_by_depth(emitted, self.recipe.decode.draft_depth),
+            "accepted_by_depth": accepted_by_depth([tokens - 1 for rounds in emitted for tokens in rounds]),
         }
         if is_comparison(variant.part) and variant.seed == 0:
             decoded = self.decode(self.target, drafter, self.prompts[:CHECKED])
@@ -176,12 +177,6 @@ class Bench:
         drafter = drafter.to(target.device, target.dtype)
         engine = Engine(target, drafter, FullHead(target.lent), tree_shape(self.recipe.decode))
         return list(emitted_by_prompt(engine, prompts, sampler(self.recipe), self.recipe.decode.max_new_tokens))
-
-
-def accepted_by_depth(emitted: list[list[int]], depths: int) -> list[float]:
-    """Share of all rounds that accepted the draft of each depth; `emitted` holds the tokens of each round by prompt."""
-    accepted = [tokens - 1 for rounds in emitted for tokens in rounds]
-    return [sum(drafts > depth for drafts in accepted) / len(accepted) for depth in range(depths)]
 
 
 def progress_line(variant: Variant) -> Any:
@@ -377,8 +372,9 @@ def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
     budgets = {}
     for part in parts:
         if compared := compare(found, part):
-            steps = next(row["steps"] for row in found if (row["part"], row["name"]) == (part, "coral"))
-            seconds = training_seconds(bench.spec(timed(bench, costs, steps, 0)[-1]), costs)
+            coral = next(row for row in found if (row["part"], row["name"]) == (part, "coral"))
+            *_, variant = timed(bench, costs, coral["steps"], coral["seed"])
+            seconds = training_seconds(bench.spec(variant), costs)
             budgets[part.removeprefix("equal time, ")] = {"seconds": seconds, **compared}
     longest = list(budgets.values())[-1:] or [{}]
     equal_time = {"equal_time": longest[0], "equal_time_budgets": budgets}

@@ -29,10 +29,10 @@ ABOUT = {
     "seat": "One answer at a time, before and after decoding was rebuilt: tokens per second of two checkouts.",
     "serve": "`coral serve` with several clients at once.",
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data and initial weights.",
-    "methods-pico": "EAGLE-2, HASS and CORAL on pico in equal time, a minute of one core, three seeds.",
+    "methods-pico": "EAGLE-2, HASS and CORAL on pico in equal time, three seeds; only the budget of a minute was run.",
     "methods-smollm2": "EAGLE-2, HASS and CORAL on SmolLM2-135M in equal time, from the same data, one seed.",
     "eagle3": "The EAGLE-3 shape against today's, step by step, on SmolLM2-135M.",
-    "eagle3-pico": "The same on pico.",
+    "eagle3-pico": "The same on pico; stopped before equal time and the routed head.",
     "head": "The grouped head: what it keeps of tau, and what it gains.",
     "train": "Training: tokens per second and memory against the eager reference.",
     "data": "Data: tapping, writing, bytes per token, fp8 against bfloat16.",
@@ -144,10 +144,12 @@ def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
 
 def eagle3_table(rows: list[dict[str, Any]]) -> str:
     """One line a training: tokens per round, and the share of rounds that accepted the draft of each depth."""
-    depths = [f"depth {depth}, %" for depth in range(1, 1 + len(rows[0]["accepted_by_depth"]))]
+    deepest = max(len(row["accepted_by_depth"]) for row in rows)
+    depths = [f"depth {depth}, %" for depth in range(1, deepest + 1)]
     lines = []
     for row in rows:
         shares = [f"{100 * share:.0f}" for share in row["accepted_by_depth"]]
+        shares += ["0"] * (deepest - len(shares))
         low, high = row["tau_ci95"]
         part = "" if row["part"] == "shape" else f" ({row['part']})"
         lines.append((row["name"] + part, str(row["steps"]), f"{row['tau']:.3f} [{low:.2f}, {high:.2f}]", *shares))

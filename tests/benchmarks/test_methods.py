@@ -79,6 +79,12 @@ def test_equal_time_by_hand() -> None:
     assert training_seconds(bench.spec(hass), COSTS) == pytest.approx(212, abs=1.5)
 
 
-def test_accepted_by_depth_counts_the_rounds_of_all_prompts() -> None:
-    """Five rounds: two accept no draft, one accepts one, two accept three."""
-    assert methods.accepted_by_depth([[1, 2, 4], [1, 4]], 4) == [3 / 5, 2 / 5, 2 / 5, 0.0]
+def test_a_budget_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "step_costs", lambda bench: COSTS)
+    bench = Bench(Recipe(), Path(), None, None, [], [])  # type: ignore[arg-type]
+    part = "equal time, 100 steps of coral"
+    numbers = {"part": part, "seed": 0, "tokens": [20, 30], "rounds": [10, 10]}
+    found = [
+        {**numbers, "name": name, "steps": steps} for name, steps in (("eagle2", 212), ("hass", 113), ("coral", 100))
+    ]
+    assert methods.figures(bench, found)["equal_time_budgets"]["100 steps of coral"]["seconds"] == 212
