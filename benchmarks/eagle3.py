@@ -7,7 +7,8 @@ The rows have equal data, initial seed and number of optimizer steps; tokens per
 benchmarks/methods.py, of which this uses the rows file: a row is never computed twice, and an interrupted benchmark
 goes on where it was. What a step of each row costs is timed once, in turns on the same batch. The figure
 `eagle3_over_eagle2_shape` compares the best of the EAGLE-3 rows with CORAL as it is today, `equal_time` both in the
-time of the former. Row h is the best row's drafter with a routed head of 1/8 of the rows, trained on the same data.
+time of the former, `longer` both after --longer steps. Row h is the best row's drafter with a routed head of 1/8 of
+the rows, trained on the same data.
 
 With --llamacpp TOOLS (pip install --target TOOLS xllamacpp gguf) and --gguf FILE, the target's own file, llama.cpp
 drafts with the best row's drafter: chains of 4 on the first held-out prompts. In float32 its accepted tokens by depth
@@ -93,7 +94,7 @@ def step_seconds(bench: Bench) -> dict[str, float]:
 
 
 def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: ProcessPoolExecutor) -> Iterator[list[Row]]:
-    """All rows done so far, after each one: seed by seed, then CORAL in the time of the best EAGLE-3 row."""
+    """All rows done so far, after each one: seed by seed, CORAL in the time of the best row, both for longer."""
     found: list[Row] = []
     for seed in range(wanted.seeds):
         variants = [variant(name, seed, wanted.steps) for name in ROWS]
@@ -108,6 +109,11 @@ def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: Process
         yield found
     found.append(grouped_row(bench, rows, variant(best, 0, wanted.steps)) | {"name": best})
     yield found
+    names = (TODAY, best) if wanted.longer else ()
+    variants = [dataclasses.replace(variant(name, 0, wanted.longer), part="longer") for name in names]
+    for name, row in zip(names, rows.measured(bench, variants, pool), strict=True):
+        found.append(row | {"name": name})
+        yield found
 
 
 def grouped_row(bench: Bench, rows: Rows, variant: Variant) -> Row:
@@ -217,6 +223,7 @@ def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
         "eagle3_over_eagle2_shape": compared(found, best, TODAY),
         "csra_on_eagle3": compared(found, "e d with alignment", "d three layers, EAGLE-3's body"),
         "eagle3_over_eagle2_shape_equal_time": compared(found, best, TODAY, ("shape", "equal time")),
+        "eagle3_over_eagle2_shape_longer": compared(found, best, TODAY, ("longer", "longer")),
         "grouped_tau_kept": compared(found, best, best, ("grouped", "shape")),
     }
     for name, pair in pairs.items():
@@ -241,6 +248,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--longer", type=int, default=2400, help="steps of the best row and CORAL again; 0 for none")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--record", default="eagle3", metavar="NAME", help="the figures go to results/NAME.json")
     parser.add_argument("--llamacpp", type=Path, help="the folder that xllamacpp was installed into")
