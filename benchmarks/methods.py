@@ -1,13 +1,14 @@
 """EAGLE-2, HASS and CORAL from the same data and initial weights: in equal steps, in equal time, and choice by choice.
 
     coral prepare-data name=methods seed=7 data.holdout=200
-    python -m benchmarks.methods name=methods seed=7 train.preset=quick  # [RECIPE.YAML] [section.key=value ...]
+    python -m benchmarks.methods name=methods seed=7 train.preset=drawn  # [RECIPE.YAML] [section.key=value ...]
 
 Each row is one training and the tokens per round of its drafter (full head, greedy, EAGLE-2's tree) on held-out
 prompts. Equal steps: the three methods after --steps and after --early-steps, all of their passes from the first step
 on. Equal time: for each of --timed-steps, CORAL for so many steps in its quickest form (the recipe's
-train.unroll_growth), HASS likewise, and EAGLE-2, each for as many steps as the time allows. What a step costs is
-measured once, in turns in one process, and kept in runs/NAME/methods/. All read the recipe's train.candidates.
+train.unroll_drawn and train.unroll_growth), HASS likewise, and EAGLE-2, each for as many steps as the time allows.
+What a step costs is measured once, in turns in one process, and kept in runs/NAME/methods/. All read the recipe's
+train.candidates.
 Then CORAL after --early-steps with one choice changed.
 
 A row is appended to runs/NAME/methods.jsonl when it is done, and never computed twice: an interrupted benchmark goes
@@ -20,6 +21,7 @@ Axes: N row: a seed, P prompt.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -130,6 +132,8 @@ class Bench:
         """Everything that decides a row's numbers."""
         train_keys = dataclasses.asdict(self.spec(variant))
         del train_keys["preset"]
+        if not train_keys["unroll_drawn"]:  # rows that were measured before this was a key are still known
+            del train_keys["unroll_drawn"]
         data, tree = self.store.manifest.fingerprint, dataclasses.asdict(self.recipe.decode)
         return fingerprint([data, self.target.fingerprint, tree, len(self.prompts), variant.seed, train_keys])
 
@@ -256,13 +260,19 @@ def _measure(variant: Variant) -> Row:
     return _workers_own[0].measure(variant)
 
 
+def passes_of(name: str) -> int:
+    """Of a cost's name."""
+    return int(name.split()[1])
+
+
 def step_costs(bench: Bench) -> dict[str, float]:
     """Seconds of a step of each method with each number of passes, by "METHOD PASSES", measured once.
 
-    All take the same batch in turns, and the least of TURNS counts.
+    All take the same batch in turns, and the least of TURNS counts. Where passes are drawn, at a step that draws them.
     """
+    drawn = ("unroll_drawn", bench.recipe.train.unroll_drawn)
     specs = {
-        f"{method} {passes}": bench.spec(Variant("cost", method, 0, 1, (("unroll_steps", passes),)))
+        f"{method} {passes}": bench.spec(Variant("cost", method, 0, 1, (("unroll_steps", passes), drawn)))
         for method in METHODS
         for passes in range(1, int(PRESETS[method]["unroll_steps"]) + 1)
     }
@@ -275,6 +285,8 @@ def step_costs(bench: Bench) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in trainers}
         for _ in range(TURNS):
             for name, trainer in trainers.items():
+                drawing = (step for step in itertools.count() if unroll_steps(trainer.spec, step, 0) == passes_of(name))
+                trainer.step = next(drawing)
                 times[name].append(_step_seconds(trainer, micro))
         write_text(path, json.dumps({name: min(seconds) for name, seconds in times.items()}, indent=1) + "\n")
     costs: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
@@ -290,23 +302,23 @@ def _step_seconds(trainer: Trainer, micro: MicroBatch) -> float:
     return busy_s() - begun_s
 
 
-def training_seconds(spec: TrainSpec, costs: dict[str, float]) -> float:
+def training_seconds(spec: TrainSpec, seed: int, costs: dict[str, float]) -> float:
     """What all steps of a training cost."""
-    return sum(costs[f"{spec.preset} {unroll_steps(spec, step)}"] for step in range(spec.steps))
+    return sum(costs[f"{spec.preset} {unroll_steps(spec, step, seed)}"] for step in range(spec.steps))
 
 
 def timed(bench: Bench, costs: dict[str, float], steps: int, seed: int) -> list[Variant]:
     """The three methods in the time that CORAL takes for `steps`, passes growing as the recipe says."""
-    growth = (("unroll_growth", bench.recipe.train.unroll_growth),)
-    changes = {"eagle2": (), "hass": growth, "coral": growth}
+    cheap = (("unroll_growth", bench.recipe.train.unroll_growth), ("unroll_drawn", bench.recipe.train.unroll_drawn))
+    changes = {"eagle2": (), "hass": cheap, "coral": cheap}
     part = f"equal time, {steps} steps of coral"
 
     def lasting(method: str) -> Variant:
         trial = Variant(part, method, seed, 1000, changes[method])
-        share = training_seconds(bench.spec(coral), costs) / training_seconds(bench.spec(trial), costs)
+        share = training_seconds(bench.spec(coral), seed, costs) / training_seconds(bench.spec(trial), seed, costs)
         return dataclasses.replace(trial, steps=round(1000 * share))
 
-    coral = Variant(part, "coral", seed, steps, growth)
+    coral = Variant(part, "coral", seed, steps, cheap)
     return [lasting("eagle2"), lasting("hass"), coral]
 
 
@@ -374,7 +386,7 @@ def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
         if compared := compare(found, part):
             coral = next(row for row in found if (row["part"], row["name"]) == (part, "coral"))
             *_, variant = timed(bench, costs, coral["steps"], coral["seed"])
-            seconds = training_seconds(bench.spec(variant), costs)
+            seconds = training_seconds(bench.spec(variant), coral["seed"], costs)
             budgets[part.removeprefix("equal time, ")] = {"seconds": seconds, **compared}
     longest = list(budgets.values())[-1:] or [{}]
     equal_time = {"equal_time": longest[0], "equal_time_budgets": budgets}

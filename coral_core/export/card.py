@@ -12,6 +12,7 @@ from coral_core.report.tables import interval, number
 
 TAGS = ["speculative-decoding", "coral", "eagle", "draft-model"]
 PAPERS = {
+    "drawn": "CORAL (arXiv 2502.16880), one drawn pass an update, its loss over some rows of the LM head",
     "quick": "CORAL (arXiv 2502.16880), its loss over some rows of the LM head",
     "eagle2": "EAGLE-2 (arXiv 2406.16858)",
     "hass": "HASS (arXiv 2408.15766)",

@@ -85,9 +85,9 @@ class DataSpec:
 class TrainSpec:
     """The drafter's training. `preset` sets the method's keys; a key written in the recipe wins over it."""
 
-    preset: Literal["quick", "coral", "hass", "eagle2", "eagle3", "coral3"] = "quick"
+    preset: Literal["drawn", "quick", "coral", "hass", "eagle2", "eagle3", "coral3"] = "drawn"
     """eagle2: one unroll step; hass: three, with the top-K loss; coral: hass with alignment across steps (CSRA);
-    quick: coral in the form that is ahead in equal time; eagle3: its shape, seven steps, gradients through them, the
+    drawn: coral in the form that is ahead in equal time; quick: an earlier such form; eagle3: its shape, seven steps, gradients through them, the
     words' loss alone; coral3: eagle3 with CSRA."""
     shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle2"
     """What the drafter reads of the target. eagle2: its last hidden state; eagle3: the inputs of three layers;
@@ -107,7 +107,10 @@ class TrainSpec:
     """Width of the uniform noise on the input features, scaled by 512 / T as EAGLE does; 0 turns it off."""
     unroll_steps: int = 3
     """Training passes n: pass F sees what the F-th drafted token sees when decoding."""
-    unroll_growth: float = 0.75
+    unroll_drawn: bool = True
+    """Whether each optimizer step draws its number of passes, and the losses are those of the last one alone: an update
+    then costs little more than with one pass. Otherwise all passes have their losses in every update."""
+    unroll_growth: float = 0.0
     """Share of the steps over which the passes grow from 1 to `unroll_steps`, in equal parts; 0: all from the first."""
     through_steps: bool = False
     """Whether gradients run through the fed-back outputs of earlier steps (EAGLE-3), or these are constants (HASS)."""
@@ -242,14 +245,16 @@ _EAGLE3: dict[str, int | float | str] = {
     "distill_weight": 1.0,
     "topk_weight": 0.0,
 }
-_WHOLE = {"candidates": 0, "unroll_growth": 0.0}
+_WHOLE = {"candidates": 0, "unroll_growth": 0.0, "unroll_drawn": False}
+_CORAL = {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1}
 PRESETS: dict[str, dict[str, int | float | str]] = {
-    "quick": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75},
-    "coral": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1, **_WHOLE},
+    "drawn": {**_CORAL, "candidates": 6144, "unroll_growth": 0.0, "unroll_drawn": True},
+    "quick": {**_CORAL, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": False},
+    "coral": {**_CORAL, **_WHOLE},
     "hass": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.0, **_WHOLE},
     "eagle2": {"unroll_steps": 1, "topk_weight": 0.0, "csra_weight": 0.0, **_WHOLE},
     "eagle3": {**_EAGLE3, "csra_weight": 0.0, **_WHOLE},
-    "coral3": {**_EAGLE3, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75},
+    "coral3": {**_EAGLE3, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": False},
 }
 """The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""
 

@@ -22,10 +22,11 @@ def csra(
     present_BN: torch.Tensor,
     temperature: float,
     generator: torch.Generator | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """Sum over steps and present rows of the mean loss over the row's outputs in the other steps, in float32.
 
-    With one step there is nothing to align: 0.
+    With one step there is nothing to align: 0. Steps before `first` are not trained: two of them are not compared.
     """
     unit_SBND = torch.nn.functional.normalize(hidden_SBND.float(), dim=-1)
     steps = len(unit_SBND)
@@ -37,7 +38,7 @@ def csra(
     total = torch.zeros((), device=hidden_SBND.device)
     for step, query_BND in enumerate(unit_SBND):
         for other in range(steps):
-            if other == step:
+            if other == step or max(step, other) < first:
                 continue
             positive_BN = (query_BND * others[other]).sum(-1) / temperature
             score_BNR = query_BND @ negatives[other].transpose(-1, -2) / temperature

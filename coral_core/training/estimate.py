@@ -12,8 +12,10 @@ import torch
 from coral_core.recipe.schema import TrainSpec
 from coral_core.store.store import Store
 from coral_core.training.loop import make_accelerator
-from coral_core.training.trainer import MicroBatch, Trainer
+from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps
 
+LATE = 100
+"""Steps at the schedule's end, of which one with the most passes is timed."""
 TIMED = 3
 """Micro-batches that are timed, after one that is not: the first one compiles kernels and allocates."""
 
@@ -29,7 +31,7 @@ class Estimate:
     peak_bytes: int
     """Memory of the device at its highest; on a CPU the whole process's."""
     elapsed_s: float
-    """With every unroll step of the recipe; a schedule that begins with fewer takes less."""
+    """With every unroll step of the recipe; a schedule that begins with fewer, or draws fewer, takes less."""
 
 
 def estimate(spec: TrainSpec, store: Store, seed: int) -> Estimate:
@@ -37,7 +39,8 @@ def estimate(spec: TrainSpec, store: Store, seed: int) -> Estimate:
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(dataclasses.replace(spec, tracker="none"), Path(folder))
         trainer = Trainer(spec, store, seed, accelerator)
-        trainer.step = spec.steps - 1  # the schedule's last step, with all of its passes
+        late = range(max(0, spec.steps - LATE), spec.steps)
+        trainer.step = max(late, key=lambda step: unroll_steps(spec, step, seed))
         micros = list(itertools.islice(trainer.micro_batches(), 1 + TIMED))
         seconds = [_seconds(trainer, micro) for micro in micros]
     elapsed_s, tokens = sum(seconds[1:]), sum(micro.tokens for micro in micros[1:])

@@ -1,5 +1,8 @@
 """One batch's loss: the weighted sum over unroll steps and answer rows, and its parts for the log.
 
+Where the number of unroll steps is drawn, only the last one's outputs are trained: the expected gradient is again one
+over steps, and an update costs one step's loss.
+
 Rows that carry a loss are gathered before anything of width V is computed.
 Axes: B batch, T position, N row that carries a loss (of a sequence's packed to the left, or of all sequences'), S
 unroll step, D hidden.
@@ -29,6 +32,8 @@ class Objective:
     step_decay: float = 1.0
     """Weight of a step's losses on words, over that of the step before it."""
     csra_temperature: float = 0.2
+    last_only: bool = False
+    """Whether only the last step's outputs are trained; alignment then pulls them to the earlier ones."""
     candidates: Candidates | None = None
     """Which rows of the LM head distillation and top-K read; None: all."""
 
@@ -42,24 +47,26 @@ class Objective:
         `tail` (the target's probability outside of the certain ones).
         """
         row_BN, present_BN = pack(loss_rows(batch))
-        hidden_SBND = torch.stack([take_rows(hidden_BTD, row_BN) for hidden_BTD in hiddens])
-        feature_BND = take_rows(batch.feature_BTD[:, 1:], row_BN)
-        hidden_SND, feature_ND = hidden_SBND[:, present_BN], feature_BND[present_BN]
         steps = len(hiddens)
+        first = steps - 1 if self.last_only else 0  # of those that are trained
+        kept = [hidden_BTD.detach() if step < first else hidden_BTD for step, hidden_BTD in enumerate(hiddens)]
+        hidden_SBND = torch.stack([take_rows(hidden_BTD, row_BN) for hidden_BTD in kept])
+        feature_BND = take_rows(batch.feature_BTD[:, 1:], row_BN)
+        hidden_SND, feature_ND = hidden_SBND[first:, present_BN], feature_BND[present_BN]
         weights = (self.distill_weight, self.topk_weight)
         head = self.candidates.rows(lent, batch, generator) if self.candidates else HeadRows.whole(lent)
         words_S, seen = vocabulary(hidden_SND, feature_ND, head, weights, self.topk)
         parts = {"distill": seen.distill_S.mean(), "topk": seen.topk_S.mean()}
-        parts["regression"] = regression(hidden_SND, feature_ND.expand_as(hidden_SND)) / steps
-        weight_S = self.step_decay ** torch.arange(steps, device=words_S.device)
+        parts["regression"] = regression(hidden_SND, feature_ND.expand_as(hidden_SND)) / len(hidden_SND)
+        weight_S = self.step_decay ** torch.arange(len(hidden_SND), device=words_S.device)
         total = (words_S * weight_S).sum() / weight_S.sum() + self.regression_weight * parts["regression"]
         if self.csra_weight:
-            aligned = csra(hidden_SBND, present_BN, self.csra_temperature, generator) / steps
+            aligned = csra(hidden_SBND, present_BN, self.csra_temperature, generator, first) / len(hidden_SND)
             total, parts["csra"] = total + self.csra_weight * aligned, aligned
-        parts |= {f"accuracy_{step}": agree for step, agree in enumerate(seen.agree_S, start=1)}
+        parts |= {f"accuracy_{step}": agree for step, agree in enumerate(seen.agree_S, start=first + 1)}
         if self.candidates:
             parts["tail"] = seen.tail_S[0]
-        parts["cosine"] = cross_step_cosine(hidden_SND)
+        parts["cosine"] = cross_step_cosine(hidden_SBND[:, present_BN])
         return total, {name: value.detach() for name, value in parts.items()}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.methods import Bench, Rows, Variant, timed, training_seconds
-from coral_core.recipe.schema import Recipe
+from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
 
 
 class FakeBench:
@@ -63,25 +63,34 @@ def test_a_row_that_was_measured_is_kept_when_a_later_one_fails(
     assert len(Rows(path).done) == 1
 
 
+QUICK = Recipe(train=TrainSpec(**PRESETS["quick"]))  # type: ignore[arg-type]
 COSTS = {"eagle2 1": 1.0, "hass 1": 1.0, "hass 2": 2.0, "hass 3": 3.0, "coral 1": 1.0, "coral 2": 2.0, "coral 3": 4.0}
 
 
 def test_equal_time_by_hand() -> None:
     """Of 100 steps of CORAL, growing over 75, 38 take a second, 37 two and 25 four: 212 seconds. HASS takes 1.875 on
     the mean; the last one differs by what a step of EAGLE-2 costs, or half a step of HASS."""
-    bench = Bench(Recipe(), Path(), None, None, [], [])  # type: ignore[arg-type]
+    bench = Bench(QUICK, Path(), None, None, [], [])  # type: ignore[arg-type]
     eagle2, hass, coral = timed(bench, COSTS, 100, seed=3)
     assert (eagle2.steps, hass.steps, coral.steps) == (212, 113, 100)
     assert {variant.name for variant in (eagle2, hass, coral)} == {"eagle2", "hass", "coral"}
     assert {variant.part for variant in (eagle2, hass, coral)} == {"equal time, 100 steps of coral"}
     assert [bench.spec(variant).unroll_growth for variant in (eagle2, hass, coral)] == [0.0, 0.75, 0.75]
     assert {bench.spec(variant).candidates for variant in (eagle2, hass, coral)} == {Recipe().train.candidates}
-    assert training_seconds(bench.spec(hass), COSTS) == pytest.approx(212, abs=1.5)
+    assert training_seconds(bench.spec(hass), 3, COSTS) == pytest.approx(212, abs=1.5)
+
+
+def test_equal_time_counts_the_passes_that_were_drawn() -> None:
+    """Of 1,000 steps some 400 take a second, 300 two and 300 four."""
+    bench = Bench(Recipe(), Path(), None, None, [], [])  # type: ignore[arg-type]
+    eagle2, _, coral = timed(bench, COSTS, 1000, seed=3)
+    assert bench.spec(coral).unroll_drawn and not bench.spec(eagle2).unroll_drawn
+    assert eagle2.steps == pytest.approx(2200, rel=0.05)
 
 
 def test_a_budget_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "step_costs", lambda bench: COSTS)
-    bench = Bench(Recipe(), Path(), None, None, [], [])  # type: ignore[arg-type]
+    bench = Bench(QUICK, Path(), None, None, [], [])  # type: ignore[arg-type]
     part = "equal time, 100 steps of coral"
     numbers = {"part": part, "seed": 0, "tokens": [20, 30], "rounds": [10, 10]}
     found = [

@@ -52,6 +52,15 @@ def test_both_sides_of_a_pair_are_moved():
     assert both[1].abs().max() > 0
 
 
+def test_steps_that_are_not_trained_are_not_compared():
+    """Of three steps the last one alone is trained: it and each of the others, both ways."""
+    east = torch.tensor((EAST, NORTH))[None]
+    hidden_SBND = torch.stack((east, east.flip(1), east))
+    got = alignment.csra(hidden_SBND, ALL, 1.0, first=2).item()
+    pairs = [alignment.csra(hidden_SBND[[one, 2]], ALL, 1.0).item() for one in (0, 1)]
+    assert got == pytest.approx(sum(pairs) / 2, rel=1e-5)
+
+
 def test_negatives_are_capped_seeded_and_present(monkeypatch):
     monkeypatch.setattr(alignment, "NEGATIVES", 5)
     present_BN = torch.arange(20)[None] < torch.tensor([[20], [7]])

@@ -56,14 +56,14 @@ def one_thread():
 
 def test_ten_steps_equal_five_steps_a_kill_and_five_steps_bit_for_bit(tmp_path, one_thread):
     store = tiny_store(tmp_path / "data")
-    killed = start(tmp_path, kill_after=5, changes=["candidates=16", "unroll_growth=0.7"])
-    expected, _ = run_train(store, tmp_path / "whole", candidates=16, unroll_growth=0.7)
+    killed = start(tmp_path, kill_after=5, changes=["candidates=16", "unroll_drawn=true"])
+    expected, _ = run_train(store, tmp_path / "whole", candidates=16, unroll_drawn=True)
     assert killed.wait(300) == -signal.SIGKILL
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000005\n"
     steps = []
     reports = Reports(lambda _: None, lambda *seen: steps.append(seen[1]))
     found = train(
-        tiny_spec(candidates=16, unroll_growth=0.7), store, seed=5, work=tmp_path, reports=reports
+        tiny_spec(candidates=16, unroll_drawn=True), store, seed=5, work=tmp_path, reports=reports
     ).state_dict()
     assert steps == [5, 6, 7, 8, 9, 10]
     for name, weight in expected.items():
@@ -193,8 +193,19 @@ def test_schedule_drawn():
 def test_the_passes_grow_in_equal_parts():
     """Three passes, growing over 6 of 8 steps: three steps with one, three with two, and two with all."""
     spec = tiny_spec(steps=8, unroll_steps=3, unroll_growth=0.75)
-    assert [unroll_steps(spec, step) for step in range(8)] == [1, 1, 1, 2, 2, 2, 3, 3]
-    assert [unroll_steps(tiny_spec(steps=3, unroll_steps=2), step) for step in range(3)] == [2, 2, 2]
+    assert [unroll_steps(spec, step, 0) for step in range(8)] == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert [unroll_steps(tiny_spec(steps=3, unroll_steps=2), step, 0) for step in range(3)] == [2, 2, 2]
+
+
+def test_drawn_passes_have_their_shares_and_a_seed_repeats_them():
+    spec = tiny_spec(steps=4000, unroll_steps=3, unroll_drawn=True)
+    drawn = [unroll_steps(spec, step, 5) for step in range(4000)]
+    assert [drawn.count(passes) / 4000 for passes in (1, 2, 3)] == pytest.approx([0.4, 0.3, 0.3], abs=0.03)
+    assert drawn == [unroll_steps(spec, step, 5) for step in range(4000)]
+    assert drawn != [unroll_steps(spec, step, 6) for step in range(4000)]
+    grown = [unroll_steps(tiny_spec(steps=8, unroll_growth=0.75, unroll_drawn=True), step, 5) for step in range(8)]
+    assert grown[:3] == [1, 1, 1]
+    assert max(grown[3:6]) <= 2
 
 
 def test_a_pass_that_begins_between_two_lines_is_a_mean_over_its_own_steps(tmp_path):

@@ -69,6 +69,22 @@ def test_the_simpler_methods_are_the_same_loss_with_less(objective, steps, absen
     assert total.item() == pytest.approx(sum(weight * parts[name].item() for name, weight in weights.items()), rel=1e-5)
 
 
+def test_only_the_last_step_is_trained_where_it_is_drawn():
+    """Its losses are those of one step, no gradient reaches the earlier outputs, and alignment pulls it to them."""
+    batch, drafter, lent = tiny_batch(LENGTHS, ANSWERS), tiny_drafter(), tiny_lent()
+    hiddens = [hidden_BTD.detach().requires_grad_() for hidden_BTD in unroll(drafter, lent, batch, 3)]
+    last_only = dataclasses.replace(CORAL, last_only=True)
+    total, parts = last_only(hiddens, batch, lent)
+    total.backward()
+    assert [hidden_BTD.grad is None for hidden_BTD in hiddens] == [True, True, False]
+    assert {"accuracy_3"} == {name for name in parts if name.startswith("accuracy")}
+    alone, words = dataclasses.replace(CORAL, csra_weight=0.0)(hiddens[2:], batch, lent)
+    torch.testing.assert_close(total, alone + 0.1 * parts["csra"])
+    assert parts["csra"] > 0
+    assert parts["accuracy_3"] == words["accuracy_1"]
+    assert last_only(hiddens[:1], batch, lent)[0].item() == pytest.approx(CORAL(hiddens[:1], batch, lent)[0].item())
+
+
 def test_a_batch_without_an_answer_costs_nothing():
     total, _, grads = loss_of(tiny_batch([6, 5], [(0, 0), (3, 4)]))
     assert total.item() == 0
