@@ -7,8 +7,8 @@ The rows have equal data, initial seed and number of optimizer steps; tokens per
 benchmarks/methods.py, of which this uses the rows file: a row is never computed twice, and an interrupted benchmark
 goes on where it was. What a step of each row costs is timed once, in turns on the same batch. The figure
 `eagle3_over_eagle2_shape` compares the best of the EAGLE-3 rows with CORAL as it is today, `equal_time` both in the
-time of the former, `longer` both after --longer steps. Row h is the best row's drafter with a routed head of 1/8 of
-the rows, trained on the same data.
+time of the former; `longer` says the same of --longer steps. Row h is the best row's drafter with a routed head of 1/8
+of the rows, trained on the same data.
 
 With --llamacpp TOOLS (pip install --target TOOLS xllamacpp gguf) and --gguf FILE, the target's own file, llama.cpp
 drafts with the best row's drafter: chains of 4 on the first held-out prompts. In float32 its accepted tokens by depth
@@ -27,7 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llamacpp import Answer, LlamaCpp, rewritten
-from benchmarks.methods import PAPERS_TREE, Bench, Row, Rows, Variant, _begin, _step_seconds, counts, open_bench
+from benchmarks.methods import (
+    PAPERS_TREE,
+    Bench,
+    Row,
+    Rows,
+    Variant,
+    _begin,
+    _step_seconds,
+    counts,
+    identity,
+    open_bench,
+)
 from benchmarks.paired import ratio, ratio_ci95, tau, tau_ci95
 from benchmarks.record import record
 from coral_cli.options import read_recipe
@@ -78,7 +89,7 @@ def variant(name: str, seed: int, steps: int) -> Variant:
 def step_seconds(bench: Bench) -> dict[str, float]:
     """Seconds of a step of each row, the least of TURNS, measured once and kept beside the rows."""
     specs = {name: bench.spec(variant(name, 0, 1)) for name in ROWS}
-    what = [bench.store.manifest.fingerprint, [dataclasses.asdict(spec) for spec in specs.values()]]
+    what = [bench.store.manifest.fingerprint, [identity(spec) for spec in specs.values()]]
     path = bench.run / "methods" / f"eagle3-costs-{fingerprint(what)}.json"
     if not path.exists():
         accelerator = make_accelerator(bench.recipe.train, bench.run / "methods")
@@ -109,9 +120,10 @@ def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: Process
         yield found
     found.append(grouped_row(bench, rows, variant(best, 0, wanted.steps)) | {"name": best})
     yield found
-    names = (TODAY, best) if wanted.longer else ()
-    variants = [dataclasses.replace(variant(name, 0, wanted.longer), part="longer") for name in names]
-    for name, row in zip(names, rows.measured(bench, variants, pool), strict=True):
+    longer = [(TODAY, wanted.longer, "longer"), (best, wanted.longer, "longer")]
+    longer.append((TODAY, round(wanted.longer * costs[best] / costs[TODAY]), "longer, equal time"))
+    variants = [dataclasses.replace(variant(name, 0, steps), part=part) for name, steps, part in longer if steps]
+    for row, (name, *_) in zip(rows.measured(bench, variants, pool), longer, strict=False):
         found.append(row | {"name": name})
         yield found
 
@@ -224,6 +236,7 @@ def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
         "csra_on_eagle3": compared(found, "e d with alignment", "d three layers, EAGLE-3's body"),
         "eagle3_over_eagle2_shape_equal_time": compared(found, best, TODAY, ("shape", "equal time")),
         "eagle3_over_eagle2_shape_longer": compared(found, best, TODAY, ("longer", "longer")),
+        "eagle3_over_eagle2_shape_longer_equal_time": compared(found, best, TODAY, ("longer", "longer, equal time")),
         "grouped_tau_kept": compared(found, best, best, ("grouped", "shape")),
     }
     for name, pair in pairs.items():

@@ -94,6 +94,12 @@ class Variant:
         return " ".join([self.preset, *(f"{key}={value}" for key, value in self.changes)])
 
 
+def identity(spec: TrainSpec) -> dict[str, Any]:
+    """The spec's keys, without the one that was added since rows were first measured, at what it was then."""
+    keys = dataclasses.asdict(spec)
+    return keys if keys["unroll_drawn"] else {key: value for key, value in keys.items() if key != "unroll_drawn"}
+
+
 def is_comparison(part: str) -> bool:
     """Whether a part measures all three methods; the others change one choice of CORAL."""
     return part in ("methods", "early") or part.startswith("equal time")
@@ -130,10 +136,8 @@ class Bench:
 
     def key(self, variant: Variant) -> str:
         """Everything that decides a row's numbers."""
-        train_keys = dataclasses.asdict(self.spec(variant))
+        train_keys = identity(self.spec(variant))
         del train_keys["preset"]
-        if not train_keys["unroll_drawn"]:  # rows that were measured before this was a key are still known
-            del train_keys["unroll_drawn"]
         data, tree = self.store.manifest.fingerprint, dataclasses.asdict(self.recipe.decode)
         return fingerprint([data, self.target.fingerprint, tree, len(self.prompts), variant.seed, train_keys])
 
@@ -276,7 +280,7 @@ def step_costs(bench: Bench) -> dict[str, float]:
         for method in METHODS
         for passes in range(1, int(PRESETS[method]["unroll_steps"]) + 1)
     }
-    what = [bench.store.manifest.fingerprint, torch.get_num_threads(), [dataclasses.asdict(s) for s in specs.values()]]
+    what = [bench.store.manifest.fingerprint, torch.get_num_threads(), [identity(s) for s in specs.values()]]
     path = bench.run / "methods" / f"costs-{fingerprint(what)}.json"
     if not path.exists():
         accelerator = make_accelerator(bench.recipe.train, bench.run / "methods")

@@ -87,8 +87,8 @@ class TrainSpec:
 
     preset: Literal["drawn", "quick", "coral", "hass", "eagle2", "eagle3", "coral3"] = "drawn"
     """eagle2: one unroll step; hass: three, with the top-K loss; coral: hass with alignment across steps (CSRA);
-    drawn: coral in the form that is ahead in equal time; quick: an earlier such form; eagle3: its shape, seven steps, gradients through them, the
-    words' loss alone; coral3: eagle3 with CSRA."""
+    drawn: coral in the form that is ahead in equal time; quick: an earlier such form; eagle3: its shape, seven steps,
+    gradients through them, the words' loss alone; coral3: eagle3 with CSRA."""
     shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle2"
     """What the drafter reads of the target. eagle2: its last hidden state; eagle3: the inputs of three layers;
     eagle3.1: these under norms of their own, and the drafter's normed output is fed back. vLLM and SGLang load eagle2
