@@ -311,8 +311,10 @@ def training_seconds(spec: TrainSpec, seed: int, costs: dict[str, float]) -> flo
     return sum(costs[f"{spec.preset} {unroll_steps(spec, step, seed)}"] for step in range(spec.steps))
 
 
-def timed(bench: Bench, costs: dict[str, float], steps: int, seed: int) -> list[Variant]:
-    """The three methods in the time that CORAL takes for `steps`, passes growing as the recipe says."""
+def timed(
+    bench: Bench, costs: dict[str, float], steps: int, seed: int, methods: Sequence[str] = METHODS
+) -> list[Variant]:
+    """The methods in the time that CORAL takes for `steps`, passes growing as the recipe says."""
     cheap = (("unroll_growth", bench.recipe.train.unroll_growth), ("unroll_drawn", bench.recipe.train.unroll_drawn))
     changes = {"eagle2": (), "hass": cheap, "coral": cheap}
     part = f"equal time, {steps} steps of coral"
@@ -323,7 +325,7 @@ def timed(bench: Bench, costs: dict[str, float], steps: int, seed: int) -> list[
         return dataclasses.replace(trial, steps=round(1000 * share))
 
     coral = Variant(part, "coral", seed, steps, cheap)
-    return [lasting("eagle2"), lasting("hass"), coral]
+    return [coral if method == "coral" else lasting(method) for method in methods]
 
 
 def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: ProcessPoolExecutor) -> Iterator[list[Row]]:
@@ -338,7 +340,8 @@ def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: Process
             yield found
 
     for steps in wanted.timed_steps:
-        yield from each([variant for seed in main_seeds for variant in timed(bench, costs, steps, seed)])
+        lasting = [variant for seed in main_seeds for variant in timed(bench, costs, steps, seed, wanted.timed_methods)]
+        yield from each(lasting)
     for part, steps in (("methods", wanted.steps), ("early", wanted.early_steps)):
         if steps:
             yield from each([Variant(part, method, seed, steps) for seed in main_seeds for method in METHODS])
@@ -355,30 +358,23 @@ def counts(found: list[Row], part: str, name: str, seeds: list[int]) -> Counts:
     return tokens_NP, rounds_NP
 
 
-def complete_seeds(found: list[Row], part: str) -> list[int]:
-    """Seeds of which every method's row is there."""
-    seen = {(row["name"], row["seed"]) for row in found if row["part"] == part}
-    return sorted(seed for seed in {seed for _, seed in seen} if all((method, seed) in seen for method in METHODS))
-
-
 def compare(found: list[Row], part: str) -> dict[str, Any]:
-    """The figures of one comparison of the three methods."""
-    seeds = complete_seeds(found, part)
+    """The figures of one comparison of the methods that were measured in it, on the seeds that all of them have."""
+    seen = {
+        method: {row["seed"] for row in found if (row["part"], row["name"]) == (part, method)} for method in METHODS
+    }
+    methods = [method for method in METHODS if seen[method]]
+    seeds = sorted(set.intersection(*(seen[method] for method in methods))) if methods else []
     if not seeds:
         return {}
-    eagle2, hass, coral = (counts(found, part, method, seeds) for method in METHODS)
-    return {
-        "tau": {method: tau(counts(found, part, method, seeds)) for method in METHODS},
-        "tau_ci95": {method: tau_ci95(counts(found, part, method, seeds)) for method in METHODS},
-        "coral_over_eagle2": ratio(coral, eagle2),
-        "coral_over_eagle2_ci95": ratio_ci95(coral, eagle2),
-        "hass_over_eagle2": ratio(hass, eagle2),
-        "hass_over_eagle2_ci95": ratio_ci95(hass, eagle2),
-        "coral_over_hass": ratio(coral, hass),
-        "coral_over_hass_ci95": ratio_ci95(coral, hass),
-        "seeds": len(seeds),
-        "prompts": hass[0].shape[1],
-    }
+    own = {method: counts(found, part, method, seeds) for method in methods}
+    told: dict[str, Any] = {"tau": {method: tau(own[method]) for method in methods}}
+    told["tau_ci95"] = {method: tau_ci95(own[method]) for method in methods}
+    for one, other in (("coral", "eagle2"), ("hass", "eagle2"), ("coral", "hass")):
+        if one in own and other in own:
+            told[f"{one}_over_{other}"] = ratio(own[one], own[other])
+            told[f"{one}_over_{other}_ci95"] = ratio_ci95(own[one], own[other])
+    return told | {"seeds": len(seeds), "prompts": own[methods[0]][0].shape[1]}
 
 
 def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
@@ -419,6 +415,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ablation-seeds", type=int, default=0, help="of each choice of CORAL; at most --seeds")
     parser.add_argument("--timed-steps", type=int, nargs="*", default=[400, 1600], help="of CORAL, in equal time")
+    parser.add_argument("--timed-methods", nargs="*", default=METHODS, choices=METHODS, help="compared in equal time")
     parser.add_argument("--steps", type=int, default=1000, help="of the comparison in equal steps; 0 leaves it out")
     parser.add_argument("--early-steps", type=int, default=400, help="of an early one and of the choices; 0 likewise")
     parser.add_argument("--record", default="methods", metavar="NAME", help="the figures go to results/NAME.json")
