@@ -97,3 +97,6 @@ def test_a_budget_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
         {**numbers, "name": name, "steps": steps} for name, steps in (("eagle2", 212), ("hass", 113), ("coral", 100))
     ]
     assert methods.figures(bench, found)["equal_time_budgets"]["100 steps of coral"]["seconds"] == 212
+    without_hass = methods.figures(bench, [found[0], found[2]])["equal_time"]
+    assert without_hass["coral_over_eagle2"] == 1 and "coral_over_hass" not in without_hass
+    assert methods.figures(bench, found[:2])["equal_time_budgets"] == {}
