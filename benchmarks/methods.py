@@ -365,7 +365,7 @@ def compare(found: list[Row], part: str) -> dict[str, Any]:
     }
     methods = [method for method in METHODS if seen[method]]
     seeds = sorted(set.intersection(*(seen[method] for method in methods))) if methods else []
-    if not seeds:
+    if not seeds or "coral" not in methods:
         return {}
     own = {method: counts(found, part, method, seeds) for method in methods}
     told: dict[str, Any] = {"tau": {method: tau(own[method]) for method in methods}}

@@ -85,10 +85,10 @@ class DataSpec:
 class TrainSpec:
     """The drafter's training. `preset` sets the method's keys; a key written in the recipe wins over it."""
 
-    preset: Literal["drawn", "quick", "coral", "hass", "eagle2", "eagle3", "coral3"] = "drawn"
+    preset: Literal["quick", "drawn", "coral", "hass", "eagle2", "eagle3", "coral3"] = "quick"
     """eagle2: one unroll step; hass: three, with the top-K loss; coral: hass with alignment across steps (CSRA);
-    drawn: coral in the form that is ahead in equal time; quick: an earlier such form; eagle3: its shape, seven steps,
-    gradients through them, the words' loss alone; coral3: eagle3 with CSRA."""
+    quick: coral with passes that grow; drawn: coral with one pass an update; eagle3: its shape, seven steps, gradients
+    through them, the words' loss alone; coral3: eagle3 with CSRA."""
     shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle2"
     """What the drafter reads of the target. eagle2: its last hidden state; eagle3: the inputs of three layers;
     eagle3.1: these under norms of their own, and the drafter's normed output is fed back. vLLM and SGLang load eagle2
@@ -107,10 +107,10 @@ class TrainSpec:
     """Width of the uniform noise on the input features, scaled by 512 / T as EAGLE does; 0 turns it off."""
     unroll_steps: int = 3
     """Training passes n: pass F sees what the F-th drafted token sees when decoding."""
-    unroll_drawn: bool = True
+    unroll_drawn: bool = False
     """Whether each optimizer step draws its number of passes, and the losses are those of the last one alone: an update
     then costs little more than with one pass. Otherwise all passes have their losses in every update."""
-    unroll_growth: float = 0.0
+    unroll_growth: float = 0.75
     """Share of the steps over which the passes grow from 1 to `unroll_steps`, in equal parts; 0: all from the first."""
     through_steps: bool = False
     """Whether gradients run through the fed-back outputs of earlier steps (EAGLE-3), or these are constants (HASS)."""

@@ -76,13 +76,14 @@ def test_equal_time_by_hand() -> None:
     assert {variant.name for variant in (eagle2, hass, coral)} == {"eagle2", "hass", "coral"}
     assert {variant.part for variant in (eagle2, hass, coral)} == {"equal time, 100 steps of coral"}
     assert [bench.spec(variant).unroll_growth for variant in (eagle2, hass, coral)] == [0.0, 0.75, 0.75]
-    assert {bench.spec(variant).candidates for variant in (eagle2, hass, coral)} == {Recipe().train.candidates}
+    assert {bench.spec(variant).candidates for variant in (eagle2, hass, coral)} == {QUICK.train.candidates}
     assert training_seconds(bench.spec(hass), 3, COSTS) == pytest.approx(212, abs=1.5)
 
 
 def test_equal_time_counts_the_passes_that_were_drawn() -> None:
     """Of 1,000 steps some 400 take a second, 300 two and 300 four."""
-    bench = Bench(Recipe(), Path(), None, None, [], [])  # type: ignore[arg-type]
+    drawn = Recipe(train=TrainSpec(**PRESETS["drawn"]))  # type: ignore[arg-type]
+    bench = Bench(drawn, Path(), None, None, [], [])  # type: ignore[arg-type]
     eagle2, _, coral = timed(bench, COSTS, 1000, seed=3)
     assert bench.spec(coral).unroll_drawn and not bench.spec(eagle2).unroll_drawn
     assert eagle2.steps == pytest.approx(2200, rel=0.05)

@@ -66,7 +66,7 @@ def test_values_are_read_by_the_type_of_their_field(write):
         ("train.learning_rate=true", "train.learning_rate is 'true'; it must be a number"),
         ("train.learning_rate=nan", "train.learning_rate is 'nan'; it must be a number"),
         ("train.learning_rate=.inf", "train.learning_rate is '.inf'; it must be a number"),
-        ("train.preset=medusa", "train.preset is 'medusa'; it must be one of drawn, quick, coral, hass, eagle2, "),
+        ("train.preset=medusa", "train.preset is 'medusa'; it must be one of quick, drawn, coral, hass, eagle2, "),
         ("target.trust_remote_code=1", "target.trust_remote_code is '1'; it must be true or false"),
         ("data.prompts=", "data.prompts has no value"),
         ("data.prompts=~", "data.prompts has no value"),
