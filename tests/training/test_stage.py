@@ -168,7 +168,11 @@ def test_every_preset_trains(run, preset):
     assert result.exit_code == 0, result.output
     last = Manifest.read(run / "drafter", "drafter", "coral train").facts["last"]
     steps = PRESETS[preset]["unroll_steps"]
-    assert [f"accuracy_{step}" in last for step in (1, 2, 3)] == [step <= steps for step in (1, 2, 3)]
+    seen = {step for step in range(1, steps + 2) if f"accuracy_{step}" in last}
+    if PRESETS[preset]["unroll_drawn"]:  # the few updates of this training do not draw every number of passes
+        assert seen and seen <= set(range(1, steps + 1))
+    else:
+        assert seen == set(range(1, steps + 1))
     assert ("csra" in last) == bool(PRESETS[preset]["csra_weight"])
 
 
