@@ -265,7 +265,7 @@ def _measure(variant: Variant) -> Row:
 
 
 def passes_of(name: str) -> int:
-    """Of a cost's name."""
+    """The number of passes in a cost's name, "METHOD PASSES"."""
     return int(name.split()[1])
 
 

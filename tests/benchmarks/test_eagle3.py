@@ -36,8 +36,10 @@ def test_figures_compare_the_best_wide_row_with_today(monkeypatch: pytest.Monkey
     told = eagle3.figures(FakeBench(), [*found, row("a coral today", 22, part="equal time")])  # type: ignore[arg-type]
     assert told["eagle3_over_eagle2_shape_equal_time"] == pytest.approx((20 + len(names) - 1) / 22)
     longer = [row("a coral today", 30, part="longer"), row(names[-1], 33, part="longer")]
+    longer.append(row("a coral today", 32, part="longer, equal time"))
     told = eagle3.figures(FakeBench(), [*found, *longer])  # type: ignore[arg-type]
     assert told["eagle3_over_eagle2_shape_longer"] == pytest.approx(33 / 30)
+    assert told["eagle3_over_eagle2_shape_longer_equal_time"] == pytest.approx(33 / 32)
     assert eagle3.figures(FakeBench(), found[:2]) == {"step_s": {"a coral today": 1.0}}  # type: ignore[arg-type]
 
 
