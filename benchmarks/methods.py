@@ -5,8 +5,9 @@
 
 Each row is one training and the tokens per round of its drafter (full head, greedy, EAGLE-2's tree) on held-out
 prompts. Equal steps: the three methods after --steps and after --early-steps, all of their passes from the first step
-on. Equal time: for each of --timed-steps, CORAL for so many steps in its quickest form (the recipe's
-train.unroll_drawn and train.unroll_growth), HASS likewise, and EAGLE-2, each for as many steps as the time allows.
+on. Equal time: for each of --timed-steps, CORAL for so many steps in the form that the recipe gives it (its shape,
+passes and losses), HASS with its passes growing or drawn likewise, and EAGLE-2, each for as many steps as the time
+allows; these two on EAGLE-2's shape.
 What a step costs is measured once, in turns in one process, and kept in runs/NAME/methods/. All read the recipe's
 train.candidates.
 Then CORAL after --early-steps with one choice changed.
@@ -60,6 +61,12 @@ from coral_core.training.stage import open_data, train_drafter
 from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps
 
 METHODS = ("eagle2", "hass", "coral")
+AS_PUBLISHED: dict[str, Any] = {"shape": "eagle2", "through_steps": False, "step_decay": 1.0}
+AS_PUBLISHED |= {"regression_weight": 1.0, "distill_weight": 0.1}
+"""What the three methods take for these keys, whatever the recipe says."""
+FORM = ("shape", "through_steps", "step_decay", "unroll_steps", "unroll_growth", "unroll_drawn")
+FORM += ("regression_weight", "distill_weight", "topk_weight", "csra_weight")
+"""The keys that CORAL takes from the recipe where time is equal."""
 PAPERS_TREE: dict[str, Any] = {
     "tree": "fixed",
     "draft_depth": 6,
@@ -129,10 +136,15 @@ class Bench:
 
     def spec(self, variant: Variant) -> TrainSpec:
         """The recipe's training with a preset's keys, then the variant's."""
-        steps = variant.steps
-        fixed = {"preset": variant.preset, "steps": steps, "eval_every": 0}
+        fixed = {"preset": variant.preset, "steps": variant.steps, "eval_every": 0}
         fixed["candidates"] = self.recipe.train.candidates
-        return dataclasses.replace(self.recipe.train, **{**PRESETS[variant.preset], **fixed, **dict(variant.changes)})
+        method = {**AS_PUBLISHED, **PRESETS[variant.preset]}
+        return dataclasses.replace(self.recipe.train, **{**method, **fixed, **dict(variant.changes)})
+
+    def form(self, method: str) -> tuple[tuple[str, Any], ...]:
+        """What a method takes from the recipe where time is equal: CORAL its whole form, HASS how its passes come."""
+        keys = {"eagle2": (), "hass": ("unroll_growth", "unroll_drawn"), "coral": FORM}[method]
+        return tuple((key, getattr(self.recipe.train, key)) for key in keys)
 
     def key(self, variant: Variant) -> str:
         """Everything that decides a row's numbers."""
@@ -274,12 +286,12 @@ def step_costs(bench: Bench) -> dict[str, float]:
 
     All take the same batch in turns, and the least of TURNS counts. Where passes are drawn, at a step that draws them.
     """
-    drawn = ("unroll_drawn", bench.recipe.train.unroll_drawn)
-    specs = {
-        f"{method} {passes}": bench.spec(Variant("cost", method, 0, 1, (("unroll_steps", passes), drawn)))
-        for method in METHODS
-        for passes in range(1, int(PRESETS[method]["unroll_steps"]) + 1)
-    }
+    specs = {}
+    for method in METHODS:
+        form = dict(bench.form(method)) | {"unroll_growth": 0.0}
+        for passes in range(1, bench.spec(Variant("cost", method, 0, 1, bench.form(method))).unroll_steps + 1):
+            changes = tuple((form | {"unroll_steps": passes}).items())
+            specs[f"{method} {passes}"] = bench.spec(Variant("cost", method, 0, 1, changes))
     what = [bench.store.manifest.fingerprint, torch.get_num_threads(), [identity(s) for s in specs.values()]]
     path = bench.run / "methods" / f"costs-{fingerprint(what)}.json"
     if not path.exists():
@@ -314,17 +326,15 @@ def training_seconds(spec: TrainSpec, seed: int, costs: dict[str, float]) -> flo
 def timed(
     bench: Bench, costs: dict[str, float], steps: int, seed: int, methods: Sequence[str] = METHODS
 ) -> list[Variant]:
-    """The methods in the time that CORAL takes for `steps`, passes growing as the recipe says."""
-    cheap = (("unroll_growth", bench.recipe.train.unroll_growth), ("unroll_drawn", bench.recipe.train.unroll_drawn))
-    changes = {"eagle2": (), "hass": cheap, "coral": cheap}
+    """The methods in the time that CORAL takes for `steps`."""
     part = f"equal time, {steps} steps of coral"
 
     def lasting(method: str) -> Variant:
-        trial = Variant(part, method, seed, 1000, changes[method])
+        trial = Variant(part, method, seed, 1000, bench.form(method))
         share = training_seconds(bench.spec(coral), seed, costs) / training_seconds(bench.spec(trial), seed, costs)
         return dataclasses.replace(trial, steps=round(1000 * share))
 
-    coral = Variant(part, "coral", seed, steps, cheap)
+    coral = Variant(part, "coral", seed, steps, bench.form("coral"))
     return [coral if method == "coral" else lasting(method) for method in methods]
 
 

@@ -129,15 +129,15 @@ def real_table(rows: list[dict[str, Any]]) -> str:
 
 def methods_and_heads(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """In the order of METHODS; several seeds of a method are one."""
-    lanes = [name.split() for name in rows[0]["lanes"] if real.is_ours(name)]
+    lanes = [name.split() for name in real.lanes_of(rows) if real.is_ours(name)]
     found = dict.fromkeys((words[0].partition("@")[0], words[1]) for words in lanes)
     return sorted(found, key=lambda one: (list(METHODS).index(one[0]) if one[0] in METHODS else len(METHODS), one[1]))
 
 
 def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
     """Of one bench."""
-    ours = [name for name in rows[0]["lanes"] if name.split()[1:3] == [head, "auto"] and name.startswith(method)]
-    plains = [name for name in rows[0]["lanes"] if name.split()[0] in ("plain", "generate")]
+    ours = [name for name in real.lanes_of(rows) if name.split()[1:3] == [head, "auto"] and name.startswith(method)]
+    plains = [name for name in real.lanes_of(rows) if name.split()[0] in ("plain", "generate")]
     speedup = real.fastest(rows, ours) / real.fastest(rows, plains)
     return f"{tau(real.counts(rows, method, head)):.2f}, {speedup:.2f}x"
 

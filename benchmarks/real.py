@@ -6,8 +6,10 @@
 
 Every question is answered by all lanes in turns, in one process, another one first each time: plain decoding (coral's
 loop and `generate`, float32 and bfloat16), each method with the full head, those with a grouped head with that too,
-prompt lookup, and llama.cpp. A row is appended to --rows when its question is done, and never computed twice. Then
-results/real.json is written anew; figures of other models in it stay.
+prompt lookup, and llama.cpp. After the first --heat questions of each bench, of the lanes that do the same in another
+dtype or loop only the fastest goes on; so the plain lane that a speed is compared with is the fastest of four. A row is
+appended to --rows when its question is done, and never computed twice. Then results/real.json is written anew; figures
+of other models in it stay.
 Axes: N row: a seed, P prompt.
 """
 
@@ -135,13 +137,26 @@ def llama_lanes(options: argparse.Namespace, tokenizer: Any) -> Iterator[tuple[s
 
 
 def asked(options: argparse.Namespace, target: Target) -> list[tuple[str, Question]]:
-    """So many questions a bench, drawn from the whole of it, that fit the context; the first turn of each."""
+    """So many questions a bench, drawn from the whole of it, that fit the context; the benches take turns."""
     found = []
     for bench in options.benches:
         whole = from_file(options.questions / f"{bench}.jsonl")
         drawn = random.Random(SEED).sample(whole, min(options.limit, len(whole)))
-        found += [(bench, question) for question in drawn if len(first_prompt(target, question)) < target.max_positions]
-    return found
+        fitting = [question for question in drawn if len(first_prompt(target, question)) < target.max_positions]
+        found += [(place, bench, question) for place, question in enumerate(fitting)]
+    return [(bench, question) for _, bench, question in sorted(found, key=lambda one: one[0])]
+
+
+def ahead(rows: Sequence[Row]) -> set[str]:
+    """The lanes that go on after these rows: the fastest of those that do the same, all that have no other, and plain
+    decoding in every dtype that a drafted answer is compared in."""
+    same: dict[str, list[str]] = {}
+    for name in rows[0]["lanes"]:
+        words = name.split()
+        kind = {"plain": "plain", "generate": "plain", "lookup": "lookup"}.get(words[0], name)
+        same.setdefault(" ".join(words[:3]) if " auto " in name else kind, []).append(name)
+    kept = {max(names, key=functools.partial(speed, rows)) for names in same.values()}
+    return kept | {f"plain {name.split()[-1]}" for name in kept if is_ours(name)}
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
@@ -155,13 +170,17 @@ def measure(options: argparse.Namespace) -> list[Row]:
     done = {(row["bench"], row["question"], row["temperature"]) for row in rows}
     todo = [
         (bench, question, temperature)
-        for bench, question in asked(options, target)
         for temperature in options.temperatures
+        for bench, question in asked(options, target)
         if (bench, question.name, temperature) not in done
     ]
+    heat = options.heat * len(options.benches)
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     for number, (bench, question, temperature) in enumerate(todo):
         prompt = first_prompt(target, question)
+        if len(rows) >= heat:
+            kept = ahead(rows[:heat])
+            racers = {name: answer for name, answer in racers.items() if name in kept}
         if number == 0:
             for answer in racers.values():
                 answer(prompt, temperature)
@@ -208,16 +227,17 @@ def turn(racers: dict[str, Answer], prompt: list[int], temperature: float, numbe
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """What the README quotes: means over the benches, at temperature 0 unless said otherwise."""
     greedy = [row for row in rows if row["temperature"] == 0]
-    names = [name for name in rows[0]["lanes"] if is_ours(name)]
+    everywhere = lanes_of(rows)
+    names = [name for name in everywhere if is_ours(name)]
     methods = sorted({name.split()[0].partition("@")[0] for name in names})
     coral = [name for name in names if name.startswith("coral") and " auto " in name]
-    plains = [name for name in rows[0]["lanes"] if name.split()[0] in ("plain", "generate")]
+    plains = [name for name in everywhere if name.split()[0] in ("plain", "generate")]
     found: dict[str, Any] = {"questions": len(greedy), "tau": {}}
     for method in methods:
         found["tau"][method] = by_bench(greedy, functools.partial(tau_of, method=method))
     if coral:
         found["speedup_greedy"] = by_bench(greedy, lambda part: fastest(part, coral) / fastest(part, plains))
-    if lookups := [name for name in rows[0]["lanes"] if name.startswith("lookup")]:
+    if lookups := [name for name in everywhere if name.startswith("lookup")]:
         found["lookup_speedup_greedy"] = by_bench(greedy, lambda part: fastest(part, lookups) / fastest(part, plains))
     if {"coral", "hass"} <= set(methods):
         pair = counts(greedy, "coral", "full"), counts(greedy, "hass", "full")
@@ -226,8 +246,13 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         found["grouped_tau_kept"] = ratio(counts(greedy, "coral", "grouped"), counts(greedy, "coral", "full"))
         full = [name for name in coral if " full " in name]
         found["grouped_gain"] = by_bench(greedy, lambda part: fastest(part, grouped) / fastest(part, full))
-    equal = [row["lanes"][name]["equal"] for row in rows for name in names if name.endswith("float32")]
+    equal = [lane["equal"] for row in rows for lane in row["lanes"].values() if "equal" in lane]
     return found | {"lossless_share": fmean(equal) if equal else None}
+
+
+def lanes_of(rows: Sequence[Row]) -> list[str]:
+    """The lanes that answered every question."""
+    return [name for name in rows[0]["lanes"] if all(name in row["lanes"] for row in rows)]
 
 
 def is_ours(name: str) -> bool:
@@ -249,7 +274,7 @@ def by_bench(rows: Sequence[Row], number: Callable[[Sequence[Row]], float]) -> f
 
 def counts(rows: Sequence[Row], method: str, head: str) -> Counts:
     """Tokens and rounds [N,P] of a method's seeds on each question, with trees of a fixed size."""
-    wanted = [name for name in rows[0]["lanes"] if name.split()[1:3] == [head, "fixed"]]
+    wanted = [name for name in lanes_of(rows) if name.split()[1:3] == [head, "fixed"]]
     seeds = [name for name in wanted if name.split()[0].partition("@")[0] == method]
     tokens = np.array([[row["lanes"][name]["tokens"] - 1 for row in rows] for name in seeds])
     rounds = np.array([[row["lanes"][name]["rounds"] for row in rows] for name in seeds])
@@ -276,7 +301,7 @@ def llama_figures(rows: Sequence[Row]) -> dict[str, float]:
     for kind in ("q4", "q4 ngram", "bf16"):
         rate = functools.partial(speed, name=f"llamacpp {kind}")
         found[f"{kind.replace(' ', '_')}_tokens_per_s"] = by_bench(greedy, rate)
-    if "plain bfloat16" in greedy[0]["lanes"]:
+    if "plain bfloat16" in lanes_of(greedy):
         found["plain_over_llamacpp_same_bits"] = by_bench(
             greedy, lambda part: speed(part, "plain bfloat16") / speed(part, "llamacpp bf16")
         )
@@ -308,6 +333,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of an answer, at most")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--heat", type=int, default=2, help="questions a bench that every lane answers")
     parser.add_argument("--gguf", type=Path, help="for llama.cpp")
     parser.add_argument("--llamacpp", type=Path, help="the folder that xllamacpp was installed into")
     parser.add_argument("--rows", type=Path, help="where rows are kept; runs/real-MODEL.jsonl")

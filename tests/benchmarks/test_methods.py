@@ -89,6 +89,17 @@ def test_equal_time_counts_the_passes_that_were_drawn() -> None:
     assert eagle2.steps == pytest.approx(2200, rel=0.05)
 
 
+def test_where_time_is_equal_coral_has_the_recipes_form_and_the_others_their_own() -> None:
+    form = {**PRESETS["coral3"], "shape": "eagle3.1", "unroll_steps": 3}
+    bench = Bench(Recipe(train=TrainSpec(**form)), Path(), None, None, [], [])  # type: ignore[arg-type]
+    eagle2, hass, coral = (bench.spec(variant) for variant in timed(bench, COSTS, 100, seed=3))
+    assert [getattr(coral, key) for key in form] == list(form.values())
+    assert [(s.shape, s.through_steps, s.regression_weight) for s in (eagle2, hass)] == [("eagle2", False, 1.0)] * 2
+    assert [s.unroll_growth for s in (eagle2, hass, coral)] == [0.0, 0.75, 0.75]
+    at_equal_steps = bench.spec(Variant("methods", "coral", 3, 100))
+    assert (at_equal_steps.shape, at_equal_steps.unroll_growth) == ("eagle2", 0.0)
+
+
 def test_a_budget_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "step_costs", lambda bench: COSTS)
     bench = Bench(QUICK, Path(), None, None, [], [])  # type: ignore[arg-type]

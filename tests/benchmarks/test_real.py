@@ -50,6 +50,16 @@ def test_figures_by_hand() -> None:
     assert llama["plain_over_llamacpp_same_bits"] == pytest.approx(0.5)
 
 
+def test_only_the_fastest_of_lanes_that_do_the_same_goes_on() -> None:
+    """The plain loop in float32 stays, slow as it is: drafted answers in float32 are compared with it."""
+    assert real.ahead([row("gsm8k", "a")]) == set(row("gsm8k", "a")["lanes"]) - {"plain bfloat16"}
+    slow = row("gsm8k", "b")
+    slow["lanes"] |= {"coral full auto bfloat16": lane(60, 20, 9.0, equal=True), "lookup bfloat16": lane(60, 30, 1.0)}
+    assert real.ahead([slow]) == set(slow["lanes"]) - {"plain bfloat16", "coral full auto bfloat16", "lookup float32"}
+    figures = real.figures([slow, row("gsm8k", "a")])
+    assert figures["lookup_speedup_greedy"] == pytest.approx(5.0 / 4.0), "of the lanes that answered both questions"
+
+
 def test_a_row_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     assert real.read(path) == []
