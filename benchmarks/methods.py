@@ -64,8 +64,9 @@ METHODS = ("eagle2", "hass", "coral")
 AS_PUBLISHED: dict[str, Any] = {"shape": "eagle2", "through_steps": False, "step_decay": 1.0}
 AS_PUBLISHED |= {"regression_weight": 1.0, "distill_weight": 0.1}
 """What the three methods take for these keys, whatever the recipe says."""
-FORM = ("shape", "through_steps", "step_decay", "unroll_steps", "unroll_growth", "unroll_drawn")
-FORM += ("regression_weight", "distill_weight", "topk_weight", "csra_weight")
+PASSES = ("unroll_growth", "unroll_drawn")
+WEIGHTS = ("step_decay", "regression_weight", "distill_weight", "topk_weight", "csra_weight")
+FORM = ("shape", "through_steps", "unroll_steps", *PASSES, *WEIGHTS)
 """The keys that CORAL takes from the recipe where time is equal."""
 PAPERS_TREE: dict[str, Any] = {
     "tree": "fixed",
@@ -143,7 +144,7 @@ class Bench:
 
     def form(self, method: str) -> tuple[tuple[str, Any], ...]:
         """What a method takes from the recipe where time is equal: CORAL its whole form, HASS how its passes come."""
-        keys = {"eagle2": (), "hass": ("unroll_growth", "unroll_drawn"), "coral": FORM}[method]
+        keys = {"eagle2": (), "hass": PASSES, "coral": FORM}[method]
         return tuple((key, getattr(self.recipe.train, key)) for key in keys)
 
     def key(self, variant: Variant) -> str:

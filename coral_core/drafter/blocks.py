@@ -1,7 +1,8 @@
 """The blocks of the drafter's decoder layer, named as EAGLE's checkpoints name them.
 
 Attention itself is passed in: decoding attends over a cache, training over the streams of the unroll steps.
-Axes: B batch, T position, D hidden, H attention head, J key/value head, E head dimension.
+Axes: B batch, T position, D hidden, H attention head, J key/value head, E head dimension,
+Q row whose output is asked for.
 """
 
 from collections.abc import Callable
@@ -65,6 +66,11 @@ def rotate(x_BHTE: torch.Tensor, cos_B1TE: torch.Tensor, sin_B1TE: torch.Tensor)
     return torch.addcmul(x_BHTE * cos_B1TE, x_BHTE.roll(x_BHTE.shape[-1] // 2, dims=-1), sin_B1TE)
 
 
+def rows_asked(x_BTD: torch.Tensor, asked_Q: torch.Tensor | None) -> torch.Tensor:
+    """The rows [B,Q,D] whose output is asked for; all where that is None. The others give keys and values alone."""
+    return x_BTD if asked_Q is None else x_BTD.index_select(-2, asked_Q)
+
+
 class Attention(nn.Module):
     """Grouped-query attention without biases or q/k norm: what the serving engines' drafter class has.
 
@@ -79,13 +85,17 @@ class Attention(nn.Module):
         self.v_proj = PackedLinear(inputs, kv_heads * head_dim, bias=False)
         self.o_proj = PackedLinear(heads * head_dim, hidden, bias=False)
 
-    def forward(self, x_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend, asked_Q: torch.Tensor | None = None
+    ) -> torch.Tensor:
         def split(y_BTD: torch.Tensor) -> torch.Tensor:
             return y_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        query_BHTE, key_BJTE = rotate(split(self.q_proj(x_BTD)), *cos_sin), rotate(split(self.k_proj(x_BTD)), *cos_sin)
-        out_BHTE = attend(query_BHTE, key_BJTE, split(self.v_proj(x_BTD)))
-        return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
+        cos_B1QE, sin_B1QE = (rows_asked(part_B1TE, asked_Q) for part_B1TE in cos_sin)
+        query_BHQE = rotate(split(self.q_proj(rows_asked(x_BTD, asked_Q))), cos_B1QE, sin_B1QE)
+        key_BJTE = rotate(split(self.k_proj(x_BTD)), *cos_sin)
+        out_BHQE = attend(query_BHQE, key_BJTE, split(self.v_proj(x_BTD)))
+        return self.o_proj(out_BHQE.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -110,9 +120,11 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(hidden, intermediate)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
 
-    def forward(self, x_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(x_BTD, cos_sin, attend)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend, asked_Q: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x_BQD = rows_asked(x_BTD, asked_Q) + self.self_attn(x_BTD, cos_sin, attend, asked_Q)
+        return x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))
 
 
 class WideLayer(nn.Module):
@@ -130,10 +142,15 @@ class WideLayer(nn.Module):
         self.norm_before_residual = norm_before_residual
 
     def forward(
-        self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend
+        self,
+        embed_BTD: torch.Tensor,
+        state_BTD: torch.Tensor,
+        cos_sin: CosSin,
+        attend: Attend,
+        asked_Q: torch.Tensor | None = None,
     ) -> torch.Tensor:
         normed_BTD = self.hidden_norm(state_BTD)
         joined_BTD = torch.cat((self.input_layernorm(embed_BTD), normed_BTD), dim=-1)
         residual_BTD = normed_BTD if self.norm_before_residual else state_BTD
-        x_BTD = residual_BTD + self.self_attn(joined_BTD, cos_sin, attend)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        x_BQD = rows_asked(residual_BTD, asked_Q) + self.self_attn(joined_BTD, cos_sin, attend, asked_Q)
+        return x_BQD + self.mlp(self.post_attention_layernorm(x_BQD))

@@ -9,8 +9,8 @@ A row is drafted in three steps: `read` what the target gives, `forward`, and `h
 `forward` is the state of the row after it.
 No training code, no decoding code, no loading (load.py): `attend` decides what a row sees, `lent` turns ids into
 embeddings, and the head room turns hidden states into logits.
-Axes: B batch, T position, D hidden, I input width of what is read of the target, C candidate: a row of the drafter's
-own LM head.
+Axes: B batch, T position, Q row whose output is asked for, D hidden, I input width of what is read of the
+target, C candidate: a row of the drafter's own LM head.
 """
 
 from collections.abc import Sequence
@@ -102,13 +102,21 @@ class Drafter(nn.Module):
         return self.fc(taps_BTI)
 
     def forward(
-        self, embed_BTD: torch.Tensor, state_BTD: torch.Tensor, cos_sin: CosSin, attend: Attend
+        self,
+        embed_BTD: torch.Tensor,
+        state_BTD: torch.Tensor,
+        cos_sin: CosSin,
+        attend: Attend,
+        asked_Q: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The next states [B,T,D] from the embeddings of tokens t+1, states t, and `rope` of row positions t."""
+        """The next states [B,T,D] from the embeddings of tokens t+1, states t, and `rope` of row positions t.
+
+        With `asked_Q` only those of these rows, [B,Q,D]: the others give keys and values alone.
+        """
         if not self.config.taps:
-            return self.layers[0](self.fc(torch.cat((embed_BTD, state_BTD), dim=-1)), cos_sin, attend)
-        out_BTD = self.layers[0](embed_BTD, state_BTD, cos_sin, attend)
-        return self.norm(out_BTD) if self.config.norm_output else out_BTD
+            return self.layers[0](self.fc(torch.cat((embed_BTD, state_BTD), dim=-1)), cos_sin, attend, asked_Q)
+        out_BQD = self.layers[0](embed_BTD, state_BTD, cos_sin, attend, asked_Q)
+        return self.norm(out_BQD) if self.config.norm_output else out_BQD
 
     def hidden(self, state_BTD: torch.Tensor) -> torch.Tensor:
         """What the LM head reads [B,T,D] of a drafted state."""

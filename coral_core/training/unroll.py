@@ -6,7 +6,7 @@ detached, or gradients run through all steps, as EAGLE-3 trains. `attention` say
 for decoding: nothing here is cached between calls.
 
 Axes: B batch, T position (the last has no next token, and no row), D hidden, H attention head, J key/value head, E head
-dimension, N row that is computed, I input width of what the target gave, X any axes.
+dimension, N row that is read, Q row whose output is asked for, I input width of what the target gave, X any axes.
 """
 
 from collections.abc import Sequence
@@ -40,46 +40,54 @@ def unroll_rows(
     rows: Sequence[torch.Tensor],
     attention: StreamAttention = attend_fast,
     *,
+    read_BT: torch.Tensor | None = None,
     through: bool = False,
 ) -> list[torch.Tensor]:
     """Outputs [B,T,D] of as many steps as `rows` has masks [B,T]; a step runs on its mask's rows, elsewhere it gives 0.
 
-    `inputs` are the embeddings of tokens r+1 and the first states r, both [B,T,D]. The drafter's matrices see the
-    masked rows of all sequences side by side, without padding; only attention is laid out by sequence. Gradients reach
-    the key and value projections of every stream, and the stream itself only with `through`. An output is what the LM
-    head reads.
+    `inputs` are the embeddings of tokens r+1 and the first states r, both [B,T,D]. The rows `read_BT` give keys and
+    values in the first step, which every later row sees; by default those whose output is wanted there. The drafter's
+    matrices see the masked rows of all sequences side by side, without padding; only attention is laid out by sequence.
+    Gradients reach the key and value projections of every stream, and the stream itself only with `through`. An output
+    is what the LM head reads.
     """
     embed_BTD, first_BTD = inputs
     shape, keys, values = embed_BTD.shape[:2], [], []
     outputs: list[torch.Tensor] = []
-    stream_BTD = first_BTD
+    stream_BTD, dtype = first_BTD, computing_dtype(first_BTD)
     for mask_BT in rows:
-        row_N = mask_BT.flatten().nonzero()[:, 0]
-        dtype = computing_dtype(first_BTD)
-        missing = missing_rows(len(row_N), first_BTD.device, dtype)
-        filled_N = torch.nn.functional.pad(row_N, (0, missing))
+        row_N = (mask_BT if outputs or read_BT is None else read_BT).flatten().nonzero()[:, 0]
+        place_Q = mask_BT.flatten()[row_N].nonzero()[:, 0]
+        filled_N, filled_Q = (_filled(index, first_BTD.device, dtype) for index in (row_N, place_Q))
+        every = len(place_Q) == len(row_N)
 
         def attend(
-            query_1HNE: torch.Tensor,
+            query_1HQE: torch.Tensor,
             key_1JNE: torch.Tensor,
             value_1JNE: torch.Tensor,
             row_N: torch.Tensor = row_N,
-            filled_N: torch.Tensor = filled_N,
+            asked_Q: torch.Tensor = row_N[place_Q],
+            filled_Q: torch.Tensor = row_N[filled_Q],
         ) -> torch.Tensor:
-            repeats = query_1HNE.shape[1] // key_1JNE.shape[1]
+            repeats = query_1HQE.shape[1] // key_1JNE.shape[1]
             keys.append(_by_sequence(key_1JNE, row_N, shape).repeat_interleave(repeats, dim=1))
             values.append(_by_sequence(value_1JNE, row_N, shape).repeat_interleave(repeats, dim=1))
-            out_BHTE = attention(_by_sequence(query_1HNE, row_N, shape), keys, values)
-            return out_BHTE.transpose(1, 2).flatten(0, 1)[filled_N].transpose(0, 1)[None]
+            out_BHTE = attention(_by_sequence(query_1HQE, asked_Q, shape), keys, values)
+            return out_BHTE.transpose(1, 2).flatten(0, 1)[filled_Q].transpose(0, 1)[None]
 
         embed_1ND, stream_1ND = (x_BTD.flatten(0, 1)[filled_N][None] for x_BTD in (embed_BTD, stream_BTD))
         cos_sin = drafter.rope((filled_N % shape[1])[None], dtype)
-        out_1ND = drafter(embed_1ND, stream_1ND, cos_sin, attend)
-        out_BTD = _scatter(out_1ND[0], row_N, shape)
+        out_1QD = drafter(embed_1ND, stream_1ND, cos_sin, attend, None if every else filled_Q)
+        out_BTD = _scatter(out_1QD[0], row_N[place_Q], shape)
         outputs.append(drafter.hidden(out_BTD))
         fed_BTD = out_BTD if through else out_BTD.detach()
         stream_BTD = torch.cat((first_BTD[:, :1].to(fed_BTD.dtype), fed_BTD[:, :-1]), dim=1)
     return outputs
+
+
+def _filled(index: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The index with more entries at its end, for a product of as many rows as the device multiplies well."""
+    return torch.nn.functional.pad(index, (0, missing_rows(len(index), device, dtype)))
 
 
 def _by_sequence(x_1HNE: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -96,17 +104,17 @@ def _scatter(x_NX: torch.Tensor, row_N: torch.Tensor, shape: torch.Size) -> torc
 def needed_rows(valid_BT: torch.Tensor, wanted_BT: torch.Tensor | None, steps: int) -> list[torch.Tensor]:
     """One mask [B,T] per step: the rows to compute so that every step's wanted rows are right.
 
-    Step 1 is stream 0's keys for everyone: all valid rows. A wanted row r of step F attends rows r-1, r-2, … of streams
-    F-2, F-3, …, and reads row r-1's output of the step before: so a later step needs its wanted rows and the
-    steps - F rows before each. Prompts are long and carry no loss; here they are computed once, not `steps` times.
+    A wanted row r of step F attends rows r-1, r-2, … of streams F-2, F-3, …, and reads row r-1's output of the step
+    before: so a step needs its wanted rows and the steps - F rows before each. Prompts are long and carry no loss; all
+    that is computed of their rows is what the first step's keys and values are made of.
     """
     if wanted_BT is None:
         return [valid_BT] * steps
     needed = [wanted_BT]
-    for _ in range(steps - 2):
+    for _ in range(steps - 1):
         earlier_BT = torch.nn.functional.pad(needed[0][:, 1:], (0, 1))
         needed.insert(0, wanted_BT | (earlier_BT & valid_BT))
-    return [valid_BT, *needed][:steps]
+    return needed
 
 
 def unroll(
@@ -121,8 +129,9 @@ def unroll(
 
     With `wanted_BT`, only these rows of the outputs mean anything, and the later steps compute no more than they need.
     """
-    rows = needed_rows(batch.valid_BT[:, 1:], wanted_BT, steps)
-    return unroll_rows(drafter, _inputs(drafter, lent, batch, None), rows)
+    valid_BT = batch.valid_BT[:, 1:]
+    rows = needed_rows(valid_BT, wanted_BT, steps)
+    return unroll_rows(drafter, _inputs(drafter, lent, batch, None), rows, read_BT=valid_BT)
 
 
 def _inputs(
@@ -156,6 +165,7 @@ class Unroll(nn.Module):
         self, lent: Lent, batch: Batch, noise_BTI: torch.Tensor | None = None, steps: int | None = None
     ) -> list[torch.Tensor]:
         """Outputs of the first `steps` steps, all of them by default."""
-        rows = needed_rows(batch.valid_BT[:, 1:], loss_rows(batch), steps or self.steps)
+        valid_BT = batch.valid_BT[:, 1:]
+        rows = needed_rows(valid_BT, loss_rows(batch), steps or self.steps)
         inputs = _inputs(self.drafter, lent, batch, noise_BTI)
-        return unroll_rows(self.drafter, inputs, rows, through=self.through)
+        return unroll_rows(self.drafter, inputs, rows, read_BT=valid_BT, through=self.through)

@@ -262,11 +262,12 @@ def test_computing_only_what_is_needed_changes_no_wanted_row_and_no_gradient(ste
 def test_needed_rows_drawn():
     """w wanted, . valid, x padding; then what steps 1 to 4 compute: the last its wanted rows, each earlier one more."""
     drawing = "....w.ww.xx"
-    expected = ["11111111100", "00111111000", "00011111000", "00001011000"]
+    expected = ["01111111000", "00111111000", "00011111000", "00001011000"]
     valid_BT, wanted_BT = (torch.tensor([[letter in letters for letter in drawing]]) for letters in (".w", "w"))
     masks = unroll.needed_rows(valid_BT, wanted_BT, 4)
     assert ["".join(str(int(x)) for x in mask_BT[0]) for mask_BT in masks] == expected
-    assert len(unroll.needed_rows(valid_BT, wanted_BT, 1)) == 1
+    (alone_BT,) = unroll.needed_rows(valid_BT, wanted_BT, 1)
+    assert torch.equal(alone_BT, wanted_BT), "of the prompt's rows, the only step takes keys and values alone"
 
 
 def test_loss_rows_drawn():
