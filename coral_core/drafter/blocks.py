@@ -2,7 +2,7 @@
 
 Attention itself is passed in: decoding attends over a cache, training over the streams of the unroll steps.
 Axes: B batch, T position, D hidden, H attention head, J key/value head, E head dimension,
-Q row whose output is asked for.
+Q query: a row whose output is asked for.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ A row is drafted in three steps: `read` what the target gives, `forward`, and `h
 `forward` is the state of the row after it.
 No training code, no decoding code, no loading (load.py): `attend` decides what a row sees, `lent` turns ids into
 embeddings, and the head room turns hidden states into logits.
-Axes: B batch, T position, Q row whose output is asked for, D hidden, I input width of what is read of the
+Axes: B batch, T position, Q query: a row whose output is asked for, D hidden, I input width of what is read of the
 target, C candidate: a row of the drafter's own LM head.
 """
 

@@ -6,7 +6,8 @@ detached, or gradients run through all steps, as EAGLE-3 trains. `attention` say
 for decoding: nothing here is cached between calls.
 
 Axes: B batch, T position (the last has no next token, and no row), D hidden, H attention head, J key/value head, E head
-dimension, N row that is read, Q row whose output is asked for, I input width of what the target gave, X any axes.
+dimension, N row that is read, Q query: a row whose output is asked for, I input width of what the target gave, X any
+axes.
 """
 
 from collections.abc import Sequence
