@@ -134,6 +134,8 @@ class Bench:
     target: Target
     prompts: list[list[int]]
     repeating: list[Target]
+    skipped: int = 0
+    """Held-out prompts that come before these, and are left out."""
 
     def spec(self, variant: Variant) -> TrainSpec:
         """The recipe's training with a preset's keys, then the variant's."""
@@ -152,7 +154,8 @@ class Bench:
         train_keys = identity(self.spec(variant))
         del train_keys["preset"]
         data, tree = self.store.manifest.fingerprint, dataclasses.asdict(self.recipe.decode)
-        return fingerprint([data, self.target.fingerprint, tree, len(self.prompts), variant.seed, train_keys])
+        asked = [self.skipped, len(self.prompts)] if self.skipped else len(self.prompts)
+        return fingerprint([data, self.target.fingerprint, tree, asked, variant.seed, train_keys])
 
     def measure(self, variant: Variant) -> Row:
         """Train, and count tokens and rounds on every prompt."""
@@ -211,19 +214,23 @@ def progress_line(variant: Variant) -> Any:
     return show
 
 
-def open_bench(recipe: Recipe, run: Path, prompts: int) -> Bench:
-    """Data, target, and the target's own answers to the held-out prompts, which are kept for the next time."""
+def open_bench(recipe: Recipe, run: Path, prompts: int, skipped: int = 0) -> Bench:
+    """Data, target, and the target's own answers to so many held-out prompts after those that are skipped.
+
+    The answers are kept for the next time.
+    """
     target = load_target(recipe.target)
     store = open_data(recipe, run, lambda *batch: (tap(target, *batch).feature_BTD, None))
     if store.manifest.inputs["target"] != target.fingerprint:
         raise ArtifactError(f"{store.folder} was made with another target. Run: coral prepare-data")
     held = store.holdout_prompts
-    if len(held) < prompts:
+    wanted = skipped + prompts
+    if len(held) < wanted:
         raise ArtifactError(
-            f"{store.folder} holds {len(held)} held-out prompts of the {prompts} wanted. "
-            f"Run coral prepare-data with data.holdout={prompts}, or lower --prompts"
+            f"{store.folder} holds {len(held)} held-out prompts of the {wanted} wanted. "
+            f"Run coral prepare-data with data.holdout={wanted}, or lower --prompts"
         )
-    chosen = held[:prompts]
+    chosen = held[skipped:wanted]
     folder = run / "methods"
     folder.mkdir(exist_ok=True)
     settings = [target.fingerprint, chosen, dataclasses.asdict(recipe.decode), recipe.seed]
@@ -234,7 +241,7 @@ def open_bench(recipe: Recipe, run: Path, prompts: int) -> Bench:
         write_text(path, json.dumps(made) + "\n")
     answers = zip(chosen, json.loads(path.read_text()), strict=True)
     repeating = [replay.repeating(target, prompt, answer, store.taps) for prompt, answer in answers]
-    return Bench(recipe, run, store, target, chosen, repeating)
+    return Bench(recipe, run, store, target, chosen, repeating, skipped)
 
 
 class Rows:
@@ -268,9 +275,9 @@ _workers_own: list[Bench] = []
 """The bench of a worker process, opened once."""
 
 
-def _begin(recipe: Recipe, run: Path, prompts: int, threads: int) -> None:
+def _begin(recipe: Recipe, run: Path, prompts: int, threads: int, skipped: int = 0) -> None:
     torch.set_num_threads(threads)
-    _workers_own.append(open_bench(recipe, run, prompts))
+    _workers_own.append(open_bench(recipe, run, prompts, skipped))
 
 
 def _measure(variant: Variant) -> Row:
@@ -431,6 +438,7 @@ def main() -> None:
     parser.add_argument("--early-steps", type=int, default=400, help="of an early one and of the choices; 0 likewise")
     parser.add_argument("--record", default="methods", metavar="NAME", help="the figures go to results/NAME.json")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--skip-prompts", type=int, default=0, help="held-out prompts on which a choice was made")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
     workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=workers, help="rows measured at a time; here %(default)s")
@@ -446,10 +454,10 @@ def main() -> None:
         options.workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin,
-        initargs=(recipe, run, options.prompts, threads),
+        initargs=(recipe, run, options.prompts, threads, options.skip_prompts),
     )
     try:
-        bench = open_bench(recipe, run, options.prompts)
+        bench = open_bench(recipe, run, options.prompts, options.skip_prompts)
         for found in run_rows(bench, Rows(run / "methods.jsonl"), options, pool):
             newest = shown(found)[-1]
             print(f"{newest['part']} | {newest['name']} | seed {newest['seed']} | {newest['tau']:.3f}", flush=True)
