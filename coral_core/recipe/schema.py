@@ -85,9 +85,9 @@ class DataSpec:
 class TrainSpec:
     """The drafter's training. `preset` sets the method's keys; a key written in the recipe wins over it."""
 
-    preset: Literal["quick", "drawn", "coral", "hass", "eagle2", "eagle3", "coral3"] = "quick"
+    preset: Literal["quick", "drawn", "coral", "hass", "eagle2", "eagle3", "coral3"] = "drawn"
     """eagle2: one unroll step; hass: three, with the top-K loss; coral: hass with alignment across steps (CSRA);
-    quick: coral with passes that grow; drawn: coral with one pass an update; eagle3: its shape, seven steps, gradients
+    quick: coral with passes that grow; drawn: quick with one pass an update; eagle3: its shape, seven steps, gradients
     through them, the words' loss alone; coral3: eagle3 with CSRA."""
     shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle2"
     """What the drafter reads of the target. eagle2: its last hidden state; eagle3: the inputs of three layers;
@@ -107,7 +107,7 @@ class TrainSpec:
     """Width of the uniform noise on the input features, scaled by 512 / T as EAGLE does; 0 turns it off."""
     unroll_steps: int = 3
     """Training passes n: pass F sees what the F-th drafted token sees when decoding."""
-    unroll_drawn: bool = False
+    unroll_drawn: bool = True
     """Whether each optimizer step draws its number of passes, and the losses are those of the last one alone: an update
     then costs little more than with one pass. Otherwise all passes have their losses in every update."""
     unroll_growth: float = 0.75
@@ -248,7 +248,7 @@ _EAGLE3: dict[str, int | float | str] = {
 _WHOLE = {"candidates": 0, "unroll_growth": 0.0, "unroll_drawn": False}
 _CORAL = {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1}
 PRESETS: dict[str, dict[str, int | float | str]] = {
-    "drawn": {**_CORAL, "candidates": 6144, "unroll_growth": 0.0, "unroll_drawn": True},
+    "drawn": {**_CORAL, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": True},
     "quick": {**_CORAL, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": False},
     "coral": {**_CORAL, **_WHOLE},
     "hass": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.0, **_WHOLE},

@@ -82,7 +82,7 @@ def test_equal_time_by_hand() -> None:
 
 def test_equal_time_counts_the_passes_that_were_drawn() -> None:
     """Of 1,000 steps some 400 take a second, 300 two and 300 four."""
-    drawn = Recipe(train=TrainSpec(**PRESETS["drawn"]))  # type: ignore[arg-type]
+    drawn = Recipe(train=TrainSpec(**{**PRESETS["drawn"], "unroll_growth": 0.0}))  # type: ignore[arg-type]
     bench = Bench(drawn, Path(), None, None, [], [])  # type: ignore[arg-type]
     eagle2, _, coral = timed(bench, COSTS, 1000, seed=3)
     assert bench.spec(coral).unroll_drawn and not bench.spec(eagle2).unroll_drawn
