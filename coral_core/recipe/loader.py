@@ -76,12 +76,12 @@ def section_fingerprint(recipe: Recipe, *sections: str, **inputs: str) -> str:
 
 
 def settled(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of a recipe of any version, without the keys that say what is done without them too."""
+    """Sections of a recipe of any version, with the keys of all others, at what is done without them."""
     found: dict[str, Any] = {}
     for name, values in sections.items():
         same = ADDED.get(name, {}) | REMOVED.get(name, {})
         if isinstance(values, Mapping):
-            values = {key: value for key, value in values.items() if key not in same or value != same[key]}
+            values = {**same, **values}
         found[name] = values
     return found
 

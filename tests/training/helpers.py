@@ -94,5 +94,5 @@ def tiny_store(folder: Path, samples: int = 12, holdout: int = 0, *, taps: bool 
 def tiny_spec(**changes: Any) -> TrainSpec:
     """Ten short steps of CORAL, all passes from the first."""
     keys = {"steps": 10, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3, "checkpoint_every": 5}
-    keys["unroll_growth"] = 0.0
-    return TrainSpec(**{**keys, **changes})
+    passes = {"unroll_growth": 0.0, "unroll_drawn": False}
+    return TrainSpec(**{**keys, **passes, **changes})

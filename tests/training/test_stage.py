@@ -113,7 +113,7 @@ def test_what_an_earlier_version_began_or_finished_is_known(run):
     def of_before(train):
         return {key: value for key, value in train.items() if key not in ADDED["train"]} | REMOVED["train"]
 
-    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, candidates=0))
+    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, candidates=0, unroll_drawn=False))
     with pytest.raises(KeyboardInterrupt):
         train_drafter(recipe, run, interrupt)
     checkpoints = run / ".drafter.partial" / "checkpoints"
@@ -122,6 +122,9 @@ def test_what_an_earlier_version_began_or_finished_is_known(run):
     state["identity"]["train"] = of_before(state["identity"]["train"])
     path.write_text(json.dumps({key: value for key, value in state.items() if key != OWN_SUM}))
     seen = []
+    drawn = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, unroll_drawn=True))
+    with pytest.raises(ArtifactError, match=r"has train\.unroll_drawn False; this run has True\. Give train\.unroll"):
+        train_drafter(drawn, run)
     manifest, _ = train_drafter(recipe, run, lambda _stage, done, _total, _numbers: seen.append(done))
     assert seen == [2, 3, 4]
     old = manifest.recipe | {"train": of_before(manifest.recipe["train"])}
