@@ -377,22 +377,23 @@ def counts(found: list[Row], part: str, name: str, seeds: list[int]) -> Counts:
 
 
 def compare(found: list[Row], part: str) -> dict[str, Any]:
-    """The figures of one comparison of the methods that were measured in it, on the seeds that all of them have."""
+    """The figures of one comparison: each method on its own seeds, each ratio on the seeds that both methods have."""
     seen = {
-        method: {row["seed"] for row in found if (row["part"], row["name"]) == (part, method)} for method in METHODS
+        method: sorted(row["seed"] for row in found if (row["part"], row["name"]) == (part, method))
+        for method in METHODS
     }
-    methods = [method for method in METHODS if seen[method]]
-    seeds = sorted(set.intersection(*(seen[method] for method in methods))) if methods else []
-    if not seeds or "coral" not in methods:
-        return {}
-    own = {method: counts(found, part, method, seeds) for method in methods}
-    told: dict[str, Any] = {"tau": {method: tau(own[method]) for method in methods}}
-    told["tau_ci95"] = {method: tau_ci95(own[method]) for method in methods}
+    own = {method: counts(found, part, method, seeds) for method, seeds in seen.items() if seeds}
+    told: dict[str, Any] = {"tau": {method: tau(mine) for method, mine in own.items()}}
+    told["tau_ci95"] = {method: tau_ci95(mine) for method, mine in own.items()}
+    ratios: dict[str, Any] = {}
     for one, other in (("coral", "eagle2"), ("hass", "eagle2"), ("coral", "hass")):
-        if one in own and other in own:
-            told[f"{one}_over_{other}"] = ratio(own[one], own[other])
-            told[f"{one}_over_{other}_ci95"] = ratio_ci95(own[one], own[other])
-    return told | {"seeds": len(seeds), "prompts": own[methods[0]][0].shape[1]}
+        if both := sorted({*seen[one]} & {*seen[other]}):
+            pair = counts(found, part, one, both), counts(found, part, other, both)
+            ratios |= {f"{one}_over_{other}": ratio(*pair), f"{one}_over_{other}_ci95": ratio_ci95(*pair)}
+    if not ratios:
+        return {}
+    trained = {method: len(seen[method]) for method in own}
+    return told | ratios | {"seeds": trained, "prompts": next(iter(own.values()))[0].shape[1]}
 
 
 def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
@@ -401,7 +402,8 @@ def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
     costs = step_costs(bench)
     budgets = {}
     for part in parts:
-        if compared := compare(found, part):
+        compared = compare(found, part)
+        if "coral" in compared.get("tau", {}):
             coral = next(row for row in found if (row["part"], row["name"]) == (part, "coral"))
             *_, variant = timed(bench, costs, coral["steps"], coral["seed"])
             seconds = training_seconds(bench.spec(variant), coral["seed"], costs)

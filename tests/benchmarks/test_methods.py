@@ -112,3 +112,16 @@ def test_a_budget_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     without_hass = methods.figures(bench, [found[0], found[2]])["equal_time"]
     assert without_hass["coral_over_eagle2"] == 1 and "coral_over_hass" not in without_hass
     assert methods.figures(bench, found[:2])["equal_time_budgets"] == {}
+
+
+def test_a_ratio_takes_the_seeds_that_both_methods_have() -> None:
+    """HASS was trained once; the other two keep both of their seeds."""
+    tokens = {("eagle2", 0): 20, ("coral", 0): 30, ("hass", 0): 24, ("eagle2", 1): 20, ("coral", 1): 34}
+    found = [
+        {"part": "methods", "name": name, "seed": seed, "tokens": [count], "rounds": [10]}
+        for (name, seed), count in tokens.items()
+    ]
+    told = methods.compare(found, "methods")
+    assert told["tau"] == {"eagle2": 2.0, "hass": 2.4, "coral": 3.2}
+    assert (told["coral_over_eagle2"], told["coral_over_hass"], told["hass_over_eagle2"]) == (1.6, 1.25, 1.2)
+    assert told["seeds"] == {"eagle2": 2, "hass": 1, "coral": 2}
