@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from coral_core.serve.answer import Service
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+ACTIVE, WAITING = 8, 64
 SHUTDOWN_S = 10
 """What answers under way are given to finish in, after Ctrl-C; a second one ends them at once."""
 
@@ -28,13 +29,15 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     active: Annotated[
         int, typer.Option("--active", min=1, help="Requests answered at once, in rounds that they share.")
-    ] = 8,
-    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait for a place.")] = 64,
+    ] = ACTIVE,
+    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait for a place.")] = WAITING,
     runs: RunsOption = RUNS,
 ) -> None:
     """Answer OpenAI's chat and completions API with speculative decoding; Ctrl-C stops."""
     _refuse_without_extra()
-    listening = _listen(host, port)  # before the model is loaded: a port in use is answered at once
+    given = (("--host", host, LOCAL[0]), ("--active", active, ACTIVE), ("--waiting", waiting, WAITING))
+    others = "".join(f" {option} {value}" for option, value, usual in given if value != usual)
+    listening = _listen(host, port, others)  # before the model is loaded: a port in use is answered at once
     run = look_at_run(arguments, runs)
 
     import uvicorn
@@ -71,8 +74,8 @@ def _refuse_without_extra() -> None:
         raise CoralError(f"coral serve needs {' and '.join(missing)}. Run: pip install 'coral-decoding[serve]'")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Raises CoralError for an address that is taken, or is none of this machine's."""
+def _listen(host: str, port: int, others: str) -> socket.socket:
+    """Raises CoralError for an address that is taken, or is none of this machine's; `others` are the other options."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind)
@@ -81,8 +84,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         mend = "Choose others with --host and --port"
         if error.errno == errno.EADDRINUSE:
-            elsewhere = "" if host == LOCAL[0] else f" --host {host}"
-            mend = f"Run: coral serve --port {port + 1 if port < 65535 else 8000}{elsewhere}"
+            mend = f"Run: coral serve --port {port + 1 if port < 65535 else 8000}{others}"
         raise CoralError(f"cannot listen on {host} port {port}: {error.strerror}. {mend}") from error
     return listening
 

@@ -20,11 +20,11 @@ def test_a_port_that_is_taken_is_said_before_the_model_loads(tmp_path: Path) -> 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = coral("serve", "name=mine", "--port", str(port), cwd=tmp_path)
+        done = coral("serve", "name=mine", "--port", str(port), "--active", "2", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
         f"error: cannot listen on 127.0.0.1 port {port}: Address already in use. "
-        f"Run: coral serve name=mine --port {port + 1}\n"
+        f"Run: coral serve name=mine --port {port + 1} --active 2\n"
     )
 
 
