@@ -10,8 +10,9 @@ class Round:
     """New tokens, and how they came."""
 
     new_ids: list[int]
-    kind: Literal["prefill", "plain", "draft"]
-    """plain: a step of plain decoding, in a drafted answer too, where a draft would not pay."""
+    kind: Literal["prefill", "plain", "draft", "copy"]
+    """plain: a step of plain decoding, in a drafted answer too, where a draft would not pay; copy: what was drafted is
+    in the text before."""
     accepted_drafts: int = 0
     """Of `new_ids`, how many were drafted; the others are the target's own."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -8,13 +8,14 @@ Axes: B batch: a seat each, N row of all seats' trees, M tree row, T position, D
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import PREFILL_ROWS, BatchDrafting, DraftInput
+from coral_core.decoding.policy.copying import Copying
 from coral_core.decoding.policy.plan import Plan
 from coral_core.decoding.rounds import Clock, Round
 from coral_core.decoding.sampling import Picker, Sampler, pick_together
@@ -104,9 +105,10 @@ def prefill(target: Target, ids_T: torch.Tensor, cache: SlotCache) -> torch.Tens
 def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
     """One round of each seat. Several seats are the first ones of one cache, in order (table.py)."""
     clock.restart()
-    plans = [_plan(engine, seat, len(seats)) for seat in seats]
+    copying, copied = _copy(seats)
+    plans = [None if copied else _plan(engine, seat, len(seats)) for seat in seats]
     with clock.phase("draft"):
-        drafts = _draft(engine, seats, plans, clock)
+        drafts = [tree.chain(seats[0].token_T[-1:], copied)] if copied else _draft(engine, seats, plans, clock)
     with clock.phase("verify"):
         features, logits_NV = _verify(engine, seats, drafts)
         if logits_NV.device.type == "cpu" and any(feature_MD.isnan().any() for feature_MD in features):
@@ -119,11 +121,24 @@ def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
                 seat.memory.cache.keep(verdict.path_A, seat.rows - rows)
     found = zip(seats, plans, drafts, verdicts, features, strict=True)
     emitted = [_commit(*parts) for parts in found]
+    if copying and copied:
+        copying.learn(len(copied), verdicts[0].accepted_drafts)
     seconds = {phase: value / len(seats) for phase, value in clock.take().items()}
-    return [
-        Round(new_ids, "draft" if plan else "plain", min(verdict.accepted_drafts, len(new_ids)), seconds)
-        for new_ids, plan, verdict in zip(emitted, plans, verdicts, strict=True)
+    kinds: list[Literal["draft", "copy", "plain"]] = [
+        "draft" if plan else "copy" if copied else "plain" for plan in plans
     ]
+    return [
+        Round(new_ids, kind, min(verdict.accepted_drafts, len(new_ids)), seconds)
+        for new_ids, kind, verdict in zip(emitted, kinds, verdicts, strict=True)
+    ]
+
+
+def _copy(seats: Sequence[Seat]) -> tuple[Copying | None, list[int]]:
+    """What an answer that is alone repeats of its own text, where that is worth more than a draft; [] where not."""
+    copying = seats[0].plans[1].copying if len(seats) == 1 else None
+    if copying is None:
+        return None, []
+    return copying, copying.copy(seats[0].memory.ids, seats[0].stop.remaining - 1)
 
 
 def _plan(engine: "Engine", seat: Seat, seats: int) -> Plan | None:

@@ -118,6 +118,20 @@ def root_only(root_1: torch.Tensor) -> Draft:
     )
 
 
+def chain(root_1: torch.Tensor, ids: Sequence[int]) -> Draft:
+    """A tree of one path: these tokens, each the child of the one before."""
+    token_M = torch.cat((root_1, torch.tensor(ids, device=root_1.device, dtype=root_1.dtype)))
+    depth_M = torch.arange(token_M.numel(), device=root_1.device)
+    return Draft(
+        token_M=token_M,
+        parent_M=(depth_M - 1).clamp_min(0),
+        depth_M=depth_M,
+        sees_MM=depth_M[:, None] >= depth_M,
+        score_M=torch.zeros_like(token_M, dtype=torch.float32),
+        levels=len(ids),
+    )
+
+
 def rerank(beam: Beam, root_1: torch.Tensor, count: Callable[[torch.Tensor], int]) -> Draft:
     """Keep the best candidates of all levels; `count` says of their scores, best first, how many. There may be none.
 

@@ -18,8 +18,10 @@ import math
 
 import torch
 
+from coral_core.decoding.policy.copying import Copying
 from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.policy.trials import FORGET, Trials
 from coral_core.decoding.tree import Draft, Verdict
 
 CALIBRATION, HIT_RATE, TRIES = 0.85, 0.7, 4.0
@@ -30,48 +32,6 @@ every depth and for every probability.
 """
 LEAST_CALIBRATION, MOST_CALIBRATION = 0.02, 1.25
 """Bounds of the calibration."""
-FORGET = 0.95
-"""What the past of an answer keeps of its weight with each drafted round: it spans some twenty."""
-RATE, SPENT = 1.5, 2.0
-"""The rate before the first draft, and the plain steps that it weighs."""
-PAUSE, LONGEST_PAUSE = 4, 64
-"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them; one
-that does halves them, so that a drafter that is right now and then is not tried all the time."""
-
-
-class Trials:
-    """Whether drafts pay at all, by an answer's drafted rounds, the recent ones above all."""
-
-    def __init__(self) -> None:
-        self.tokens, self.spent = RATE * SPENT, SPENT
-        self.pause = PAUSE
-        self.plain_left = 0
-        self.small = False
-        """Whether the next draft should be a small one: the last did not pay."""
-
-    @property
-    def rate(self) -> float:
-        """Tokens of drafted rounds per plain step; a plain step itself brings one."""
-        return max(1.0, self.tokens / self.spent)
-
-    def drafts(self) -> bool:
-        """Whether the next round drafts."""
-        if self.plain_left:
-            self.plain_left -= 1
-            return False
-        return True
-
-    def learn(self, tokens: int, spent: float) -> None:
-        """A drafted round brought so many tokens for so many plain steps."""
-        self.tokens = FORGET * self.tokens + tokens
-        self.spent = FORGET * self.spent + spent
-        self.small = self.tokens < self.spent and tokens < spent
-        if self.small:
-            self.plain_left, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
-        elif self.tokens >= self.spent:
-            self.pause = PAUSE
-        else:
-            self.pause = max(PAUSE, self.pause // 2)
 
 
 def best_prefix(gain_N: torch.Tensor, cost_N: torch.Tensor) -> int:
@@ -98,6 +58,7 @@ class AdaptiveTree:
         self.level_N = torch.tensor(self.level, device=device)
         self.hits, self.expected, self.tries = TRIES * HIT_RATE, TRIES * HIT_RATE / CALIBRATION, TRIES
         self.trials = Trials()
+        self.copying = Copying(self.trials, self.verify[: bounds.nodes + 1])
         self._begin()
 
     def _begin(self) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from coral_core.decoding.policy.adaptive import Trials
 from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.policy.trials import Trials
 from coral_core.decoding.tree import Draft, Verdict
 
 
@@ -44,7 +44,7 @@ def round_cost(bounds: TreeShape, costs: Costs, seats: int) -> Callable[[int, in
 class ConstantTree:
     """The plan of one answer: the same tree in every round that drafts, and plain steps where that does not pay."""
 
-    shift = 0.0
+    shift, copying = 0.0, None
 
     def __init__(self, costs: Costs, bounds: TreeShape, seats: int = 1) -> None:
         self.shape = best_shape(bounds, costs, seats)

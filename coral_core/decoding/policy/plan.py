@@ -5,10 +5,11 @@ Axes: N row: a node, best first.
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
+from coral_core.decoding.policy.copying import Copying
 from coral_core.decoding.tree import Draft, Verdict
 
 
@@ -35,8 +36,13 @@ class Plan(Protocol):
         """What says how large every draft is; None where their size depends on scores."""
         ...
 
+    @property
+    def copying(self) -> Copying | None:
+        """The copies that may take a draft's place; None where every draft is the drafter's."""
+        ...
+
     def drafts(self) -> bool:
-        """Whether the next round drafts; asked once per round."""
+        """Whether the next round drafts; asked once per round that does not copy."""
         ...
 
     def width(self, score_N: torch.Tensor) -> int:
@@ -62,6 +68,7 @@ class TreeShape:
     depth: int
     nodes: int
     topk: int
+    copying: ClassVar[None] = None
 
     @property
     def rows(self) -> int:

@@ -11,9 +11,10 @@ from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.policy.adaptive import LONGEST_PAUSE, AdaptiveTree, best_prefix
+from coral_core.decoding.policy.adaptive import AdaptiveTree, best_prefix
 from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.policy.trials import LONGEST_PAUSE
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Memory

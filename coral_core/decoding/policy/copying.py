@@ -1,0 +1,70 @@
+"""Drafts out of the text itself: what followed the last tokens when they were there before.
+
+Code, sums and answers about a given text repeat it, and a copy needs no drafter (prompt lookup decoding, Saxena 2023,
+https://github.com/apoorvumang/prompt-lookup-decoding). With the probability p that a copied token is right, and `rate`
+tokens per plain step from drafted rounds, a copy of n tokens takes a draft's place when it is worth more:
+
+    1 + p + p² + … + pⁿ  >  rate · verify(n)
+
+p is this answer's own, by how many tokens before the copy agree. Nothing here reads a clock.
+"""
+
+from collections.abc import Sequence
+
+from coral_core.decoding.policy.trials import FORGET, Trials
+
+GRAMS = (3, 2)
+"""Tokens that must agree for a copy, the longer first."""
+AGREEING = (2, 3, 4, 8)
+"""Classes of copies: by at least so many agreeing tokens."""
+RIGHT, TRIES = (0.4, 0.5, 0.6, 0.8), 3.0
+"""For each class, how often a copied token is right, before the first copy; the number of tokens that this weighs."""
+LONGEST = 12
+"""Tokens of a copy."""
+
+
+class Copying:
+    """The copies of one answer, which may take the place of its plan's drafts."""
+
+    def __init__(self, trials: Trials, verify: Sequence[float]) -> None:
+        """`trials` are those of the plan; `verify[n]` is the cost of verifying n tokens, in plain steps."""
+        self.trials, self.verify = trials, verify
+        self.hits, self.tries = [TRIES * right for right in RIGHT], [TRIES] * len(RIGHT)
+        self._after: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+        self._class = 0
+
+    def copy(self, ids: Sequence[int], most: int) -> list[int]:
+        """The tokens to verify behind `ids`, at most so many; none where a draft or a plain step is worth more.
+
+        `ids` is the text so far: in each call that of the call before, and more.
+        """
+        self._index(ids)
+        begin = next((found for size in GRAMS if (found := self._after.get(tuple(ids[-size:])))), None)
+        if begin is None:
+            return []
+        self._class = sum(agreeing(ids, begin) >= least for least in AGREEING) - 1
+        right = self.hits[self._class] / self.tries[self._class]
+        worth, best, tokens = 0.0, 0, 1.0
+        for size in range(1, min(len(ids) - begin, most, LONGEST, len(self.verify) - 1) + 1):
+            tokens += right**size
+            if (own := tokens - self.trials.rate * self.verify[size]) > worth:
+                worth, best = own, size
+        return list(ids[begin : begin + best])
+
+    def learn(self, copied: int, accepted: int) -> None:
+        """Of the last copy's tokens, so many were right before one was wrong."""
+        self.hits[self._class] = FORGET * self.hits[self._class] + accepted
+        self.tries[self._class] = FORGET * self.tries[self._class] + accepted + (accepted < copied)
+
+    def _index(self, ids: Sequence[int]) -> None:
+        """Where each run of tokens ended when it was there last, the present end left out."""
+        for end in range(max(GRAMS[-1], self._indexed), len(ids)):
+            self._after |= {tuple(ids[end - size : end]): end for size in GRAMS if size <= end}
+        self._indexed = len(ids)
+
+
+def agreeing(ids: Sequence[int], begin: int) -> int:
+    """How many tokens before `begin` are those before the end, up to what a class asks for."""
+    most = min(AGREEING[-1], begin)
+    return next((back for back in range(most) if ids[begin - 1 - back] != ids[-1 - back]), most)

@@ -1,0 +1,149 @@
+"""Copies of the text: taken where they are worth more than a draft, and never another word."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from coral_core.decoding import tree
+from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.copying import LONGEST, RIGHT, Copying, agreeing
+from coral_core.decoding.policy.trials import Trials
+from coral_core.decoding.sampling import Sampler
+from coral_core.decoding.seat import Seat
+from coral_core.decoding.table import Request, Table
+from coral_core.recipe.schema import TargetSpec
+from coral_core.target.load import load_target
+from coral_core.target.target import Target
+from coral_core.target.template import prompt_ids
+from tests.decoding.policy.test_adaptive import BOUNDS, DEAR, PLAIN_CPU, drafted_with
+from tests.decoding.test_lossless import SAMPLERS, ids_of, some_prompt
+from tests.tiny import FAMILIES, OracleHead, tiny_drafter, tiny_target
+
+FREE = [1.0] * 40
+"""Further rows cost nothing."""
+
+
+def drafts_bring(rate: float) -> Trials:
+    trials = Trials()
+    trials.tokens, trials.spent = rate, 1.0
+    return trials
+
+
+def test_a_copy_is_what_followed_the_last_tokens_when_they_were_there_last() -> None:
+    copying = Copying(drafts_bring(1.0), FREE)
+    assert copying.copy([1, 2, 3, 4, 5], 10) == [], "nothing was there before"
+    assert copying.copy([1, 2, 3, 4, 5, 6, 2, 3], 10) == [4, 5, 6, 2, 3]
+    assert copying.copy([1, 2, 3, 4, 5, 6, 2, 3, 9, 2, 3], 10) == [9, 2, 3], "the newest place of several"
+    assert copying.copy([1, 2, 3, 4, 5, 6, 2, 3, 9, 2, 3, 1, 2, 3], 2) == [4, 5], "three agreeing tokens before two"
+    assert copying.copy([1, 2, 3, 4, 5, 6, 2, 3, 9, 2, 3, 1, 2, 3, 8], 10) == [], "one token is too few"
+
+
+def test_a_copy_is_no_longer_than_it_pays() -> None:
+    ids = [*range(100, 130), 100, 101]
+    assert len(Copying(drafts_bring(1.0), FREE).copy(ids, 99)) == LONGEST
+    assert len(Copying(drafts_bring(1.0), FREE).copy(ids, 3)) == 3
+    # With p = 0.4, the tokens of 1, 2, 3 copied ones are 1.40, 1.56, 1.62; rows of 0.1 cost 1.1, 1.2, 1.3.
+    dear = [1.0 + 0.1 * rows for rows in range(40)]
+    assert RIGHT[0] == 0.4
+    assert Copying(drafts_bring(1.0), dear).copy(ids, 99) == [102, 103]
+    assert Copying(drafts_bring(1.35), dear).copy(ids, 99) == [], "a draft brings more"
+
+
+def test_an_answer_learns_what_its_copies_are_worth() -> None:
+    copying, ids = Copying(drafts_bring(1.2), [1.0 + 0.02 * rows for rows in range(40)]), [*range(100, 130), 100, 101]
+    first = copying.copy(ids, 99)
+    for _ in range(3):
+        copying.learn(len(first), 0)
+    assert copying.copy(ids, 99) == []
+    for _ in range(5):
+        copying.learn(len(first), len(first))
+    assert len(copying.copy(ids, 99)) > len(first)
+
+
+def test_longer_agreement_is_another_class() -> None:
+    ids = [*range(100, 130), *range(100, 109)]
+    assert [agreeing(ids[: 30 + size], size) for size in (2, 3, 8, 9)] == [2, 3, 8, 8]
+    assert agreeing([5, 2, 3, 7, 6, 2, 3], 3) == 2
+    copying = Copying(drafts_bring(1.0), FREE)
+    copying.copy(ids[:32], 4)
+    for _ in range(9):
+        copying.learn(4, 0)
+    dear = [1.0 + 0.1 * rows for rows in range(40)]
+    copying.verify = dear
+    assert copying.copy(ids[:32], 4) == [] and copying.copy(ids, 4) != [], "two tokens agree, then nine"
+
+
+def test_a_chain_is_one_path() -> None:
+    draft = tree.chain(torch.tensor([7]), [8, 9])
+    assert draft.token_M.tolist() == [7, 8, 9] and draft.parent_M.tolist() == [0, 0, 1]
+    assert draft.depth_M.tolist() == [0, 1, 2] and draft.levels == 2
+    assert torch.equal(draft.sees_MM, tree.ancestry(draft.parent_M, 2))
+
+
+@pytest.mark.parametrize("name", ["greedy", "T=1.0"])
+def test_the_answer_is_the_plain_one_in_every_family(name: str) -> None:
+    """Most tokens were there before, so that copies are tried, and most are wrong."""
+    copied = []
+    for family in FAMILIES:
+        target = dataclasses.replace(tiny_target(family), stop_ids=frozenset())
+        sampler, prompt = SAMPLERS[name], some_prompt(4, 9) * 3
+        expected = ids_of(list(plain(target, prompt, sampler, 30)))
+        rounds = drafted_with(OracleHead(expected, 0.5), target, prompt, PLAIN_CPU, sampler, 30)
+        assert ids_of(rounds) == expected, family
+        copied.append("copy" in [event.kind for event in rounds])
+    assert sum(copied) > len(FAMILIES) / 3
+
+
+@pytest.fixture(scope="module")
+def pico() -> Target:
+    return load_target(TargetSpec(model="pico"))
+
+
+def asked_twice(target: Target) -> tuple[list[int], list[int]]:
+    """A dialogue in which pico is asked what it just answered, and its answer."""
+    asked = [{"role": "user", "content": "I would like a table for two."}]
+    first = ids_of(list(plain(target, prompt_ids(target.tokenizer, asked), Sampler(), 40)))
+    said = target.tokenizer.decode(first, skip_special_tokens=True)
+    prompt = prompt_ids(target.tokenizer, [*asked, {"role": "assistant", "content": said}, *asked])
+    return prompt, ids_of(list(plain(target, prompt, Sampler(), 40)))
+
+
+@pytest.mark.parametrize("right", [0.0, 0.6])
+def test_where_the_text_repeats_copies_bring_most_of_it(right: float, pico: Target) -> None:
+    """The rounds between them, and the drafter that reads the copied rows afterwards, change no word."""
+    prompt, expected = asked_twice(pico)
+    rounds = drafted_with(OracleHead(expected, right), pico, prompt, PLAIN_CPU, Sampler(), 40)
+    assert ids_of(rounds) == expected
+    copies = [event for event in rounds if event.kind == "copy"]
+    assert sum(event.accepted_drafts for event in copies) > len(expected) / 3
+
+
+def test_copies_need_verified_rows_that_pay(pico: Target) -> None:
+    prompt, expected = asked_twice(pico)
+    rounds = drafted_with(OracleHead(expected, 1.0), pico, prompt, DEAR, Sampler(), 40)
+    assert ids_of(rounds) == expected and "copy" not in [event.kind for event in rounds]
+
+
+def test_trees_of_one_size_are_the_drafters_alone(pico: Target) -> None:
+    prompt, expected = asked_twice(pico)
+    head = OracleHead(expected, 1.0)
+    engine = Engine(pico, tiny_drafter(pico), head, BOUNDS)
+    rounds = [head.follow(event) for event in engine.decode(prompt, Sampler(), 40)]
+    assert ids_of(rounds) == expected and {event.kind for event in rounds} == {"prefill", "draft"}
+
+
+def test_answers_side_by_side_say_the_same_when_one_is_left_alone(pico: Target) -> None:
+    prompt, expected = asked_twice(pico)
+    table = Table(Engine(pico, tiny_drafter(pico), OracleHead([], 0.0), BOUNDS, PLAIN_CPU), 2)
+    said: list[tuple[Seat, list[int]]] = []
+    for new in (40, 5):
+        seat, event = table.sit(Request(prompt, Sampler(), new))
+        said.append((seat, list(event.new_ids)))
+    kinds = set()
+    while table.seats:
+        for seat, event in table.step():
+            next(ids for own, ids in said if own is seat).extend(event.new_ids)
+            kinds.add(event.kind)
+    assert [ids for _, ids in said] == [expected, expected[:5]]
+    assert "copy" in kinds
