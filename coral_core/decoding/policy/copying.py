@@ -17,8 +17,12 @@ GRAMS = (3, 2)
 """Tokens that must agree for a copy, the longer first."""
 AGREEING = (2, 3, 4, 8)
 """Classes of copies: by at least so many agreeing tokens."""
-RIGHT, TRIES = (0.4, 0.5, 0.6, 0.8), 3.0
-"""For each class, how often a copied token is right, before the first copy; the number of tokens that this weighs."""
+RIGHT, TRIES = (0.5, 0.6, 0.7, 0.9), 3.0
+"""For each class, how often a copied token is right, before the first copy; the number of tokens that this weighs.
+
+SmolLM2-135M's greedy answers, 80,832 tokens: 0.55, 0.65, 0.73 and 0.93 of first tokens, more of later ones; a tenth of
+all positions has a copy of each class, a fifth of the last. Other models repeat themselves less.
+"""
 LONGEST = 12
 """Tokens of a copy."""
 

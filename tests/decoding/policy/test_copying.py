@@ -43,20 +43,20 @@ def test_a_copy_is_no_longer_than_it_pays() -> None:
     ids = [*range(100, 130), 100, 101]
     assert len(Copying(drafts_bring(1.0), FREE).copy(ids, 99)) == LONGEST
     assert len(Copying(drafts_bring(1.0), FREE).copy(ids, 3)) == 3
-    # With p = 0.4, the tokens of 1, 2, 3 copied ones are 1.40, 1.56, 1.62; rows of 0.1 cost 1.1, 1.2, 1.3.
+    # With p = 0.5, copies of 1 to 4 bring 1.50, 1.75, 1.88, 1.94 tokens; with rows of 0.1 they cost 1.1, 1.2, 1.3, 1.4.
     dear = [1.0 + 0.1 * rows for rows in range(40)]
-    assert RIGHT[0] == 0.4
-    assert Copying(drafts_bring(1.0), dear).copy(ids, 99) == [102, 103]
-    assert Copying(drafts_bring(1.35), dear).copy(ids, 99) == [], "a draft brings more"
+    assert RIGHT[0] == 0.5
+    assert Copying(drafts_bring(1.0), dear).copy(ids, 99) == [102, 103, 104]
+    assert Copying(drafts_bring(1.5), dear).copy(ids, 99) == [], "a draft brings more"
 
 
 def test_an_answer_learns_what_its_copies_are_worth() -> None:
     copying, ids = Copying(drafts_bring(1.2), [1.0 + 0.02 * rows for rows in range(40)]), [*range(100, 130), 100, 101]
     first = copying.copy(ids, 99)
-    for _ in range(3):
+    for _ in range(9):
         copying.learn(len(first), 0)
     assert copying.copy(ids, 99) == []
-    for _ in range(5):
+    for _ in range(9):
         copying.learn(len(first), len(first))
     assert len(copying.copy(ids, 99)) > len(first)
 
@@ -69,7 +69,7 @@ def test_longer_agreement_is_another_class() -> None:
     copying.copy(ids[:32], 4)
     for _ in range(9):
         copying.learn(4, 0)
-    dear = [1.0 + 0.1 * rows for rows in range(40)]
+    dear = [1.0 + 0.2 * rows for rows in range(40)]
     copying.verify = dear
     assert copying.copy(ids[:32], 4) == [] and copying.copy(ids, 4) != [], "two tokens agree, then nine"
 
