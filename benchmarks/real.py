@@ -213,6 +213,7 @@ def turn(racers: dict[str, Answer], prompt: list[int], temperature: float, numbe
             "tokens": len(lane.ids) or sum(lane.emitted) + 1,
             "rounds": len(lane.emitted),
             "plain_rounds": lane.plain_rounds,
+            "copied_rounds": lane.copied_rounds,
             "prefill_s": round(lane.prefill_s, 4),
             "decode_s": round(lane.decode_s, 4),
         }

@@ -119,6 +119,8 @@ def _told(name: str, tally: Tally) -> str:
             parts.append("accepted by depth " + " ".join(f"{share:.0%}" for share in shares))
         if tally.plain_rounds:
             parts.append(f"{tally.plain_rounds} of {rounds} rounds were plain steps: drafting did not pay")
+        if tally.copied_rounds:
+            parts.append(f"{tally.copied_rounds} drafted a copy of the text")
     return ", ".join(parts)
 
 

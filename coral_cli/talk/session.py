@@ -42,6 +42,8 @@ class Tally:
     """Accepted drafts of each round; 0 where nothing was drafted, because it would not have paid."""
     plain_rounds: int = 0
     """How many those were."""
+    copied_rounds: int = 0
+    """Rounds whose drafts were copied from the text."""
 
     def count(self, event: Round, elapsed_s: float) -> None:
         """Add a round; a prefill is none."""
@@ -50,6 +52,7 @@ class Tally:
             self.elapsed_s += elapsed_s
             self.accepted.append(event.accepted_drafts)
             self.plain_rounds += event.kind == "plain"
+            self.copied_rounds += event.kind == "copy"
 
     def add(self, other: Tally) -> None:
         """Add an answer's tally."""
@@ -58,6 +61,7 @@ class Tally:
         self.elapsed_s += other.elapsed_s
         self.accepted += other.accepted
         self.plain_rounds += other.plain_rounds
+        self.copied_rounds += other.copied_rounds
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -36,6 +36,7 @@ def summarise(questions: Sequence[Sequence[Turn]], method: str, draws: int = DRA
         "new_tokens": sum(len(lane.ids) for lane in drafted),
         "rounds": len(emitted),
         "plain_rounds": sum(lane.plain_rounds for lane in drafted),
+        "copied_rounds": sum(lane.copied_rounds for lane in drafted),
         "tokens_per_round_micro": statistics.fmean(emitted) if emitted else None,
         "tokens_per_round_macro": _macro(questions, method),
         "accepted_by_depth": accepted_by_depth([n for lane in drafted for n in lane.accepted_drafts]),

@@ -38,6 +38,8 @@ class Lane:
     """By phase, prefill apart."""
     plain_rounds: int = 0
     """Rounds that drafted nothing: in a drafted lane, because it would not have paid."""
+    copied_rounds: int = 0
+    """Rounds whose drafts were copied from the text, without the drafter."""
 
 
 Decode = Callable[[list[int]], Lane]
@@ -67,7 +69,7 @@ def run_lane(rounds: Iterable[Round]) -> Lane:
     accepted: list[int] = []
     emitted: list[int] = []
     seconds: dict[str, float] = {}
-    plain_rounds = 0
+    kinds: list[str] = []
     begun = first = time.perf_counter()
     for event in rounds:
         if event.kind == "prefill":
@@ -77,9 +79,10 @@ def run_lane(rounds: Iterable[Round]) -> Lane:
                 seconds[phase] = seconds.get(phase, 0.0) + value
             accepted.append(event.accepted_drafts)
             emitted.append(len(event.new_ids))
-            plain_rounds += event.kind == "plain"
+            kinds.append(event.kind)
         ids += event.new_ids
-    return Lane(ids, first - begun, time.perf_counter() - first, accepted, emitted, seconds, plain_rounds)
+    counts = kinds.count("plain"), kinds.count("copy")
+    return Lane(ids, first - begun, time.perf_counter() - first, accepted, emitted, seconds, *counts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -132,6 +132,9 @@ def notes(results: dict[str, Any]) -> list[str]:
         if plain := numbers.get("plain_rounds"):
             count = f"{plain} of {numbers['rounds']} rounds"
             found.append(f"{bench}, {method}: {count} were plain steps: drafting did not pay there.")
+        if copied := numbers.get("copied_rounds"):
+            count = f"{copied} of {numbers['rounds']} rounds"
+            found.append(f"{bench}, {method}: {count} drafted a copy of the text, without the drafter.")
         if check := numbers["distribution"]:
             verdict = "as the target's distribution wants" if check["ok"] else "NOT the target's distribution"
             found.append(
