@@ -12,6 +12,7 @@ from coral_core.decoding.cache import SlotCache, Slots
 from coral_core.decoding.drafting import Drafting
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.adaptive import AdaptiveTree, best_prefix
+from coral_core.decoding.policy.copying import Copying
 from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.policy.trials import LONGEST_PAUSE
@@ -67,6 +68,12 @@ def drafted_with(
 def share_drafted(rounds: list[Round]) -> float:
     later = [event for event in rounds if event.kind != "prefill"]
     return sum(event.kind == "draft" for event in later) / len(later)
+
+
+@pytest.fixture(autouse=True)
+def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drafter's trees alone: tiny models repeat themselves (test_copying.py)."""
+    monkeypatch.setattr(Copying, "copy", lambda *_: [])
 
 
 @pytest.fixture
