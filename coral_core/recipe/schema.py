@@ -182,7 +182,8 @@ class DecodeSpec:
 
     tree: Literal["auto", "fixed"] = "auto"
     """auto: each round drafts the tree that pays on this device, or none, by what its parts cost (measured once, kept
-    in the run's tree.json); the draft_ keys are its bounds. fixed: every tree is as large as they say."""
+    in the run's tree.json), and on a processor a copy of the text may take its place; the draft_ keys are its bounds.
+    fixed: every tree is the drafter's, as large as they say."""
     draft_depth: int = 8
     """Levels of the draft tree."""
     draft_nodes: int = 60
