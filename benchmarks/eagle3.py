@@ -273,7 +273,7 @@ def main() -> None:
     run = wanted.runs / recipe.name
     bench = open_bench(recipe, run, wanted.prompts)
     begun_s = time.perf_counter()
-    with ProcessPoolExecutor(1, initializer=_begin, initargs=(recipe, run, wanted.prompts, 1)) as pool:
+    with ProcessPoolExecutor(1, initializer=_begin, initargs=(1, recipe, run, wanted.prompts)) as pool:
         for found in run_rows(bench, Rows(run / "methods.jsonl"), wanted, pool):
             record(wanted.record, figures(bench, found), shown(found))
             spent_min = (time.perf_counter() - begun_s) / 60

@@ -6,8 +6,8 @@
 Each row is one training and the tokens per round of its drafter (full head, greedy, EAGLE-2's tree) on held-out
 prompts. Equal steps: the three methods after --steps and after --early-steps, all of their passes from the first step
 on. Equal time: for each of --timed-steps, CORAL for so many steps in the form that the recipe gives it (its shape,
-passes and losses), HASS with its passes growing or drawn likewise, and EAGLE-2, each for as many steps as the time
-allows; these two on EAGLE-2's shape.
+passes, losses and noise), HASS with its passes growing or drawn likewise, and EAGLE-2, each for as many steps as the
+time allows; these two on EAGLE-2's shape.
 What a step costs is measured once, in turns in one process, and kept in runs/NAME/methods/. All read the recipe's
 train.candidates.
 Then CORAL after --early-steps with one choice changed.
@@ -66,7 +66,7 @@ AS_PUBLISHED |= {"regression_weight": 1.0, "distill_weight": 0.1}
 """What the three methods take for these keys, whatever the recipe says."""
 PASSES = ("unroll_growth", "unroll_drawn")
 WEIGHTS = ("step_decay", "regression_weight", "distill_weight", "topk_weight", "csra_weight")
-FORM = ("shape", "through_steps", "unroll_steps", *PASSES, *WEIGHTS)
+FORM = ("shape", "through_steps", "unroll_steps", "feature_noise", *PASSES, *WEIGHTS)
 """The keys that CORAL takes from the recipe where time is equal."""
 PAPERS_TREE: dict[str, Any] = {
     "tree": "fixed",
@@ -136,12 +136,15 @@ class Bench:
     repeating: list[Target]
     skipped: int = 0
     """Held-out prompts that come before these, and are left out."""
+    noise: float | None = None
+    """Of the features that the methods as published are trained on; None: the recipe's."""
 
     def spec(self, variant: Variant) -> TrainSpec:
         """The recipe's training with a preset's keys, then the variant's."""
         fixed = {"preset": variant.preset, "steps": variant.steps, "eval_every": 0}
         fixed["candidates"] = self.recipe.train.candidates
         method = {**AS_PUBLISHED, **PRESETS[variant.preset]}
+        method |= {} if self.noise is None else {"feature_noise": self.noise}
         return dataclasses.replace(self.recipe.train, **{**method, **fixed, **dict(variant.changes)})
 
     def form(self, method: str) -> tuple[tuple[str, Any], ...]:
@@ -214,7 +217,7 @@ def progress_line(variant: Variant) -> Any:
     return show
 
 
-def open_bench(recipe: Recipe, run: Path, prompts: int, skipped: int = 0) -> Bench:
+def open_bench(recipe: Recipe, run: Path, prompts: int, skipped: int = 0, noise: float | None = None) -> Bench:
     """Data, target, and the target's own answers to so many held-out prompts after those that are skipped.
 
     The answers are kept for the next time.
@@ -241,7 +244,7 @@ def open_bench(recipe: Recipe, run: Path, prompts: int, skipped: int = 0) -> Ben
         write_text(path, json.dumps(made) + "\n")
     answers = zip(chosen, json.loads(path.read_text()), strict=True)
     repeating = [replay.repeating(target, prompt, answer, store.taps) for prompt, answer in answers]
-    return Bench(recipe, run, store, target, chosen, repeating, skipped)
+    return Bench(recipe, run, store, target, chosen, repeating, skipped, noise)
 
 
 class Rows:
@@ -275,9 +278,9 @@ _workers_own: list[Bench] = []
 """The bench of a worker process, opened once."""
 
 
-def _begin(recipe: Recipe, run: Path, prompts: int, threads: int, skipped: int = 0) -> None:
+def _begin(threads: int, recipe: Recipe, run: Path, *asked: Any) -> None:
     torch.set_num_threads(threads)
-    _workers_own.append(open_bench(recipe, run, prompts, skipped))
+    _workers_own.append(open_bench(recipe, run, *asked))
 
 
 def _measure(variant: Variant) -> Row:
@@ -441,6 +444,11 @@ def main() -> None:
     parser.add_argument("--record", default="methods", metavar="NAME", help="the figures go to results/NAME.json")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--skip-prompts", type=int, default=0, help="held-out prompts on which a choice was made")
+    parser.add_argument(
+        "--feature-noise",
+        type=float,
+        help="of the methods as published; without it, and for CORAL in equal time, the recipe's",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
     workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=workers, help="rows measured at a time; here %(default)s")
@@ -452,14 +460,15 @@ def main() -> None:
     recipe = dataclasses.replace(recipe, decode=tree)
     run = options.runs / recipe.name
     threads = max(1, torch.get_num_threads() // options.workers)
+    asked = options.prompts, options.skip_prompts, options.feature_noise
     pool = ProcessPoolExecutor(
         options.workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_begin,
-        initargs=(recipe, run, options.prompts, threads, options.skip_prompts),
+        initargs=(threads, recipe, run, *asked),
     )
     try:
-        bench = open_bench(recipe, run, options.prompts, options.skip_prompts)
+        bench = open_bench(recipe, run, *asked)
         for found in run_rows(bench, Rows(run / "methods.jsonl"), options, pool):
             newest = shown(found)[-1]
             print(f"{newest['part']} | {newest['name']} | seed {newest['seed']} | {newest['tau']:.3f}", flush=True)

@@ -1,5 +1,6 @@
 """The rows of the methods benchmark: none is measured twice, and all come in the order asked for."""
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def test_where_time_is_equal_coral_has_the_recipes_form_and_the_others_their_own
     assert [getattr(coral, key) for key in form] == list(form.values())
     assert [(s.shape, s.through_steps, s.regression_weight) for s in (eagle2, hass)] == [("eagle2", False, 1.0)] * 2
     assert [s.unroll_growth for s in (eagle2, hass, coral)] == [0.0, 0.75, 0.75]
+    noisy = dataclasses.replace(bench, noise=0.02)
+    assert [noisy.spec(variant).feature_noise for variant in timed(noisy, COSTS, 100, seed=3)] == [0.02, 0.02, 0.0]
     at_equal_steps = bench.spec(Variant("methods", "coral", 3, 100))
     assert (at_equal_steps.shape, at_equal_steps.unroll_growth) == ("eagle2", 0.0)
 
