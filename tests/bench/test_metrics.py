@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from coral_core.bench.metrics import accepted_by_depth, plain_speeds, question_speedups, summarise
-from coral_core.bench.race import Lane, Turn
+from coral_core.bench.race import Lane, Turn, run_lane
+from coral_core.decoding.rounds import Round
 
 SLOW = Lane(list(range(9)), 0.5, 4.0, [], [], {"step": 3.9})
 FAST = Lane(list(range(9)), 0.5, 1.0, [2, 3, 1], [3, 4, 1], {"draft": 0.3, "other": 0.05, "verify": 0.6})
@@ -93,3 +94,11 @@ def test_prefill_is_apart() -> None:
     numbers = summarise([[turn("a"), turn("a", fast=dataclasses.replace(FAST, prefill_s=0.7))]], "m")
     assert numbers["prefill_s"] == pytest.approx(1.2)
     assert numbers["baseline_prefill_s"] == pytest.approx(1.0)
+
+
+def test_rounds_are_counted_by_kind() -> None:
+    rounds = [Round([1], "prefill"), Round([2], "plain"), Round([3, 4], "copy", 1), Round([5, 6], "draft", 1)]
+    lane = run_lane([*rounds, Round([7], "copy")])
+    assert (lane.plain_rounds, lane.copied_rounds) == (1, 2)
+    numbers = summarise([[turn("a", fast=lane)]], "m")
+    assert (numbers["rounds"], numbers["plain_rounds"], numbers["copied_rounds"]) == (4, 1, 2)

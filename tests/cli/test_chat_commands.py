@@ -1,13 +1,14 @@
 """What begins with a slash: each command, and each slip in one line."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from coral_cli.talk.commands import run
-from coral_cli.talk.session import Session
+from coral_cli.talk.commands import _told, run
+from coral_cli.talk.session import Session, Tally
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.policy.plan import TreeShape
@@ -117,6 +118,12 @@ def test_stats_say_how_many_rounds_drafted_nothing() -> None:
     plain_rounds, rounds = talk.drafted.plain_rounds, len(talk.drafted.accepted)
     assert 0 < plain_rounds < rounds
     assert f"{plain_rounds} of {rounds} rounds were plain steps: drafting did not pay" in run(talk, "/stats")
+
+
+def test_stats_say_how_many_rounds_copied() -> None:
+    tally = Tally(answers=1, tokens=12, elapsed_s=1.0, accepted=[2, 3, 4], copied_rounds=2)
+    assert _told("drafted", tally).endswith("2 drafted a copy of the text")
+    assert "copy" not in _told("drafted", dataclasses.replace(tally, copied_rounds=0))
 
 
 def test_save_writes_the_messages_once(talk: Session, tmp_path: Path) -> None:

@@ -119,3 +119,13 @@ def test_latex_is_whole_and_escaped() -> None:
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count("&") for line in body[1:]} == {7}
     assert text.count(r"\multicolumn{2}{c}") == 3
+
+
+def test_rounds_without_the_drafter_are_told() -> None:
+    found = results()
+    found["benches"]["gsm8k"] |= {"plain_rounds": 30, "copied_rounds": 12}
+    told = [line.partition(": ")[2] for line in notes(found) if "of 600 rounds" in line]
+    assert told == [
+        "30 of 600 rounds were plain steps: drafting did not pay there.",
+        "12 of 600 rounds drafted a copy of the text, without the drafter.",
+    ]
