@@ -119,6 +119,14 @@ def test_where_the_text_repeats_copies_bring_most_of_it(right: float, pico: Targ
     assert sum(event.accepted_drafts for event in copies) > len(expected) / 3
 
 
+def test_every_copy_teaches(pico: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt: list[int] = []
+    monkeypatch.setattr(Copying, "learn", lambda _, copied, accepted: learnt.append(accepted))
+    prompt, _ = asked_twice(pico)
+    rounds = drafted_with(OracleHead([], 0.0), pico, prompt, PLAIN_CPU, Sampler(), 40)
+    assert learnt == [event.accepted_drafts for event in rounds if event.kind == "copy"] != []
+
+
 def test_copies_need_verified_rows_that_pay(pico: Target) -> None:
     prompt, expected = asked_twice(pico)
     rounds = drafted_with(OracleHead(expected, 1.0), pico, prompt, DEAR, Sampler(), 40)
