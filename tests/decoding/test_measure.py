@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +121,30 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "no").exists()
 
 
-def test_what_a_round_takes_outside_of_its_parts_is_a_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def steady(turn: int, drafts: bool) -> float:
+    return 5.0 if drafts else 1.0
+
+
+def slow_for_a_while(turn: int, drafts: bool) -> float:
+    return steady(turn, drafts) * (3.0 if turn < 6 else 1.0)
+
+
+def one_quick_step(turn: int, drafts: bool) -> float:
+    return 0.4 if turn == 9 and not drafts else steady(turn, drafts)
+
+
+@pytest.mark.parametrize("seconds", [steady, slow_for_a_while, one_quick_step])
+def test_what_a_round_takes_outside_of_its_parts_is_a_cost(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, bool], float]
+) -> None:
     """The same parts, and rounds that take 5 plain steps by the clock: the base makes up for the difference."""
     engine, now = tiny_engine(tiny_target()), [0.0]
     decode = Engine.decode
 
-    def slow(rounds: Iterator[Round], seconds: float) -> Iterator[Round]:
-        for event in rounds:
-            now[0] += seconds
-            yield event
-
     def timed(engine: Engine, *args: Any) -> Iterator[Round]:  # plain decoding is an engine without a drafter
-        return slow(decode(engine, *args), 1.0 if engine.drafter is None else 5.0)
+        for turn, event in enumerate(decode(engine, *args)):
+            now[0] += seconds(turn, engine.drafter is not None)
+            yield event
 
     monkeypatch.setattr(Engine, "decode", timed)
     monkeypatch.setattr(measure, "_now", lambda device: now[0])
