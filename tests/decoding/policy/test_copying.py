@@ -43,6 +43,7 @@ def test_a_copy_is_no_longer_than_it_pays() -> None:
     ids = [*range(100, 130), 100, 101]
     assert len(Copying(drafts_bring(1.0), FREE).copy(ids, 99)) == LONGEST
     assert len(Copying(drafts_bring(1.0), FREE).copy(ids, 3)) == 3
+    assert len(Copying(drafts_bring(1.0), FREE[:5]).copy(ids, 99)) == 4, "no more rows than costs are known of"
     # With p = 0.5, copies of 1 to 4 bring 1.50, 1.75, 1.88, 1.94 tokens; with rows of 0.1 they cost 1.1, 1.2, 1.3, 1.4.
     dear = [1.0 + 0.1 * rows for rows in range(40)]
     assert RIGHT[0] == 0.5
@@ -59,6 +60,15 @@ def test_an_answer_learns_what_its_copies_are_worth() -> None:
     for _ in range(9):
         copying.learn(len(first), len(first))
     assert len(copying.copy(ids, 99)) > len(first)
+
+
+def test_a_copy_that_is_right_to_its_end_has_no_wrong_token_and_late_copies_weigh_more() -> None:
+    copying, ids = Copying(drafts_bring(1.0), FREE), [*range(100, 130), 100, 101]
+    copied = len(copying.copy(ids, 4))
+    for accepted, at_least, at_most in ((copied, 0.97, 1.0), (0, 0.0, 0.03), (copied, 0.9, 1.0)):
+        for _ in range(100):
+            copying.learn(copied, accepted)
+        assert at_least <= copying.hits[0] / copying.tries[0] <= at_most
 
 
 def test_longer_agreement_is_another_class() -> None:
