@@ -262,6 +262,10 @@ class Rows:
         with self.path.open("a") as file:
             file.write(json.dumps({"key": key, **row}) + "\n")
 
+    def finished(self, bench: Bench, variants: Sequence[Variant]) -> list[Variant]:
+        """Those of the variants whose rows are there."""
+        return [variant for variant in variants if bench.key(variant) in self.done]
+
     def measured(self, bench: Bench, variants: Sequence[Variant], pool: ProcessPoolExecutor) -> Iterator[Row]:
         """The variants' rows in order; what was not measured before is measured now, several at a time."""
         missing = {bench.key(variant): variant for variant in variants if bench.key(variant) not in self.done}
@@ -356,6 +360,8 @@ def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: Process
     main_seeds, ablation_seeds = range(wanted.seeds), range(wanted.ablation_seeds)
 
     def each(variants: list[Variant]) -> Iterator[list[Row]]:
+        if wanted.finished:
+            variants = rows.finished(bench, variants)
         for row in rows.measured(bench, variants, pool):
             found.append(row)
             yield found
@@ -431,7 +437,7 @@ def shown(found: list[Row]) -> list[Row]:
     return table
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", metavar="RECIPE.YAML SECTION.KEY=VALUE")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -449,12 +455,18 @@ def main() -> None:
         type=float,
         help="of the methods as published; without it, and for CORAL in equal time, the recipe's",
     )
+    parser.add_argument("--finished", action="store_true", help="tell of the rows that are there, and train none")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a held-out answer")
     workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=workers, help="rows measured at a time; here %(default)s")
     options = parser.parse_args()
     if options.ablation_seeds > options.seeds:
         parser.error("--ablation-seeds compares with CORAL's row of the same seed: at most --seeds")
+    return options
+
+
+def main() -> None:
+    options = parse()
     recipe = read_recipe(options.arguments)
     tree = dataclasses.replace(recipe.decode, **PAPERS_TREE, temperature=0.0, max_new_tokens=options.max_new_tokens)
     recipe = dataclasses.replace(recipe, decode=tree)
@@ -467,6 +479,7 @@ def main() -> None:
         initializer=_begin,
         initargs=(threads, recipe, run, *asked),
     )
+    found: list[Row] = []
     try:
         bench = open_bench(recipe, run, *asked)
         for found in run_rows(bench, Rows(run / "methods.jsonl"), options, pool):
@@ -477,6 +490,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     finally:
         pool.shutdown(cancel_futures=True)
+    if not found:
+        sys.exit(f"error: {run}/methods.jsonl has no row of these. Leave --finished out to measure them")
     print(json.dumps(figures(bench, found), indent=1), path, sep="\n")
 
 

@@ -45,6 +45,8 @@ def test_rows_are_measured_once_and_come_in_order(measured: list[str], tmp_path:
         again = list(Rows(path).measured(bench, wanted, pool))  # type: ignore[arg-type]
     assert measured == ["hass", "coral", "eagle2"]
     assert again[:2] == first
+    unmeasured = Variant("methods", "hass", 3, 9)
+    assert Rows(path).finished(bench, [unmeasured, *wanted]) == wanted  # type: ignore[arg-type]
     assert [(row["part"], row["name"]) for row in again] == [(variant.part, variant.name) for variant in wanted]
 
 
