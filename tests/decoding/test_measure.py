@@ -133,7 +133,11 @@ def one_quick_step(turn: int, drafts: bool) -> float:
     return 0.4 if turn == 9 and not drafts else steady(turn, drafts)
 
 
-@pytest.mark.parametrize("seconds", [steady, slow_for_a_while, one_quick_step])
+def one_quick_round(turn: int, drafts: bool) -> float:
+    return 2.0 if turn == 9 and drafts else steady(turn, drafts)
+
+
+@pytest.mark.parametrize("seconds", [steady, slow_for_a_while, one_quick_step, one_quick_round])
 def test_what_a_round_takes_outside_of_its_parts_is_a_cost(
     monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, bool], float]
 ) -> None:
