@@ -1,4 +1,6 @@
-"""One mean round with the full head, measured by decoding: what the grouped head's cost model starts from.
+"""One mean drafted round with the full head, measured by decoding: what the grouped head's cost model starts from.
+
+Plain steps and copies of the text in between are no rounds of the head's.
 
 Axes: N row, D hidden, C candidate token.
 """
@@ -8,7 +10,7 @@ import dataclasses
 
 import torch
 
-from coral_core.bench.race import run_lane
+from coral_core.decoding.rounds import Round
 from coral_core.drafter.model import Drafter
 from coral_core.errors import DataError
 from coral_core.grouping.cost import RoundCost, hit_rates
@@ -63,22 +65,21 @@ class Probe:
         watched = Watched(head or FullHead(self.lent))
         engine = wire(self.target, drafter, watched, self.recipe.decode)
         limit = self.recipe.decode.max_new_tokens
-        lanes = []
+        rounds: list[Round] = []
         for number, prompt in enumerate((self.prompts[0], *self.prompts[:PROMPTS])):  # the first warms up
-            lane = run_lane(engine.decode(prompt, sampler(self.recipe), limit))
+            decoded = [event for event in engine.decode(prompt, sampler(self.recipe), limit) if event.kind == "draft"]
             if number == 0:
                 watched.rows.clear()
             else:
-                lanes.append(lane)
+                rounds += decoded
             self.progress("rounds with the full head", number, min(PROMPTS, len(self.prompts)), {})
-        accepted = [count for lane in lanes for count in lane.accepted_drafts]
-        if not accepted:
+        if not rounds:
             raise DataError("no held-out prompt led to a drafted round. Raise data.holdout or decode.max_new_tokens")
         later = sorted(rows for rows in watched.rows if rows > 1) or [1]
         return RoundCost(
-            hit_rates=hit_rates(accepted),
-            round_s=sum(lane.decode_s for lane in lanes) / len(accepted),
-            head_s=sum(lane.seconds.get("head", 0.0) for lane in lanes) / len(accepted),
-            head_calls=len(watched.rows) / len(accepted),
+            hit_rates=hit_rates([event.accepted_drafts for event in rounds]),
+            round_s=sum(sum(event.seconds.values()) for event in rounds) / len(rounds),
+            head_s=sum(event.seconds.get("head", 0.0) for event in rounds) / len(rounds),
+            head_calls=len(watched.rows) / len(rounds),
             level_rows=later[len(later) // 2],
         )

@@ -79,6 +79,48 @@ class History:
         return torch.cat((self.row().expand(branch_MM.shape[0], -1), branch_MM), dim=1)
 
 
+class Unread:
+    """Committed rows that the drafter has not read: a feature [T,D] each, and the token behind it.
+
+    They are kept in pieces until the drafter is asked: to join them in every round without it took 4 to 13 ms behind
+    2,048 to 8,192 rows of SmolLM2-135M.
+    """
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def end(self) -> int:
+        """The position behind the last row."""
+        return self._first + sum(token_T.numel() for token_T, _ in self._pieces)
+
+    def restart(self, first: int, token_T: torch.Tensor, feature_TD: torch.Tensor) -> None:
+        """All before position `first` has been read."""
+        self._first, self._pieces = first, [(token_T, feature_TD)]
+
+    def add(self, token_T: torch.Tensor, feature_TD: torch.Tensor) -> None:
+        """More rows."""
+        self._pieces.append((token_T, feature_TD))
+
+    def join(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens [T] and the features [T,D] of all rows, of which there must be one at least."""
+        if len(self._pieces) > 1:
+            tokens, features = zip(*self._pieces, strict=True)
+            self._pieces = [(torch.cat(tokens), torch.cat(features))]
+        return self._pieces[0]
+
+    def cut(self, first: int, end: int) -> None:
+        """Keep the rows of the positions from `first` to before `end`."""
+        kept = slice(first - self._first, end - self._first)
+        if first < end:
+            token_T, feature_TD = self.join()
+            self._pieces = [(token_T[kept], feature_TD[kept])]
+        else:
+            self._pieces = []
+        self._first = first
+
+
 class Memory:
     """The caches of one dialogue, and the tokens they hold. Answers are the same with and without it, in float32.
 
@@ -92,23 +134,25 @@ class Memory:
         layers = target.model.config.get_text_config().num_hidden_layers
         self.cache = cache or SlotCache(layers, 0)
         self.slots = slots or Slots(0)
-        """The drafter's rows; they lag behind after plain answers."""
+        """The drafter's rows; they lag behind after plain answers, and after rounds that did not draft."""
+        self.unread = Unread()
         self.recordings: dict[Hashable, Any] = {}
         """Forwards that were recorded over these caches, if any are (recorded.py)."""
 
     def recall(self, prompt: list[int], capacity: int, draft_rows: int | None = None) -> int:
         """Keep the rows that `prompt` shares with what was said, forget the others, make room for `capacity`.
 
-        With `draft_rows`, the rows that a growing draft takes on top, the drafter will go on too: only rows that it
-        also has are kept. Returns how many are, always fewer than the prompt has.
+        With `draft_rows`, the rows that a growing draft takes on top, the drafter will go on too: only rows are kept
+        that it also has, or whose features wait for it. Returns how many are, always fewer than the prompt has.
         """
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, self.ids, strict=False)))
         kept = max(0, shared - 1)
         if draft_rows is not None:
-            kept = min(kept, self.slots.length)
+            kept = min(kept, max(self.slots.length, self.unread.end))
             self.slots.reserve(capacity + draft_rows)
         self.ids = prompt[: kept + 1]
         self.slots.truncate(min(kept, self.slots.length))
+        self.unread.cut(self.slots.length, self.slots.length if draft_rows is None else kept)
         self.cache.truncate(kept)
         self.cache.reserve(capacity)
         return kept
@@ -118,6 +162,7 @@ class Memory:
         self.ids = []
         self.cache.truncate(0)
         self.slots.truncate(0)
+        self.unread.cut(0, 0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -134,10 +179,8 @@ class Seat:
     """Who decides how much is drafted, by the number of answers that share a round."""
     drafting: Drafting | None
     """None where nothing is ever drafted."""
-    token_T: torch.Tensor
-    """The tokens that the drafter has not read yet; the last one is the root of the next tree."""
-    feature_TD: torch.Tensor
-    """The target's features before these tokens."""
+    root_1: torch.Tensor
+    """The last token, and the root of the next tree."""
     error: DataError | None = None
     """Why the answer ended before its time."""
 

@@ -15,7 +15,6 @@ import torch
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.drafting import PREFILL_ROWS, BatchDrafting, DraftInput
-from coral_core.decoding.policy.copying import Copying
 from coral_core.decoding.policy.plan import Plan
 from coral_core.decoding.rounds import Clock, Round
 from coral_core.decoding.sampling import Picker, Sampler, pick_together
@@ -58,6 +57,8 @@ def _read(engine: "Engine", memory: Memory, prompt: list[int], sampler: Picker, 
     if history:
         history.extend(root_1)
     memory.ids = [*prompt, *root_1.tolist()]
+    if engine.drafter is not None:
+        memory.unread.add(torch.cat((prompt_T[kept + 1 :], root_1)), feature_TD)
     return Seat(
         memory=memory,
         sampler=sampler,
@@ -65,8 +66,7 @@ def _read(engine: "Engine", memory: Memory, prompt: list[int], sampler: Picker, 
         history=history,
         plans={1: plan},
         drafting=engine.drafting(plan, memory),
-        token_T=torch.cat((prompt_T[kept + 1 :], root_1)),
-        feature_TD=feature_TD[:0] if engine.drafter is None else feature_TD,
+        root_1=root_1,
     )
 
 
@@ -105,10 +105,10 @@ def prefill(target: Target, ids_T: torch.Tensor, cache: SlotCache) -> torch.Tens
 def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
     """One round of each seat. Several seats are the first ones of one cache, in order (table.py)."""
     clock.restart()
-    copying, copied = _copy(seats)
+    copied = _copy(seats)
     plans = [None if copied else _plan(engine, seat, len(seats)) for seat in seats]
     with clock.phase("draft"):
-        drafts = [tree.chain(seats[0].token_T[-1:], copied)] if copied else _draft(engine, seats, plans, clock)
+        drafts = [tree.chain(seats[0].root_1, copied)] if copied else _draft(engine, seats, plans, clock)
     with clock.phase("verify"):
         features, logits_NV = _verify(engine, seats, drafts)
         if logits_NV.device.type == "cpu" and any(feature_MD.isnan().any() for feature_MD in features):
@@ -121,8 +121,6 @@ def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
                 seat.memory.cache.keep(verdict.path_A, seat.rows - rows)
     found = zip(seats, plans, drafts, verdicts, features, strict=True)
     emitted = [_commit(*parts) for parts in found]
-    if copying and copied:
-        copying.learn(len(copied), verdicts[0].accepted_drafts)
     seconds = {phase: value / len(seats) for phase, value in clock.take().items()}
     kinds: list[Literal["draft", "copy", "plain"]] = [
         "draft" if plan else "copy" if copied else "plain" for plan in plans
@@ -133,12 +131,10 @@ def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
     ]
 
 
-def _copy(seats: Sequence[Seat]) -> tuple[Copying | None, list[int]]:
+def _copy(seats: Sequence[Seat]) -> list[int]:
     """What an answer that is alone repeats of its own text, where that is worth more than a draft; [] where not."""
     copying = seats[0].plans[1].copying if len(seats) == 1 else None
-    if copying is None:
-        return None, []
-    return copying, copying.copy(seats[0].memory.ids, seats[0].stop.remaining - 1)
+    return copying.copy(seats[0].memory.ids, seats[0].stop.remaining - 1) if copying else []
 
 
 def _plan(engine: "Engine", seat: Seat, seats: int) -> Plan | None:
@@ -154,14 +150,14 @@ def _draft(engine: "Engine", seats: Sequence[Seat], plans: Sequence[Plan | None]
     if len(seats) == 1 and plans[0] is not None:
         (seat,) = seats
         assert seat.drafting is not None
-        return [seat.drafting.draft(seat.token_T, seat.feature_TD, seat.sampler, clock)]
+        return [seat.drafting.draft(*seat.memory.unread.join(), seat.sampler, clock)]
     inputs = [
-        DraftInput(seat.drafting, number, seat.token_T, seat.feature_TD, seat.sampler, plan)
+        DraftInput(seat.drafting, number, *seat.memory.unread.join(), seat.sampler, plan)
         for number, (seat, plan) in enumerate(zip(seats, plans, strict=True))
         if plan is not None and seat.drafting is not None
     ]
     grown = iter(BatchDrafting(inputs).draft() if inputs else ())
-    return [next(grown) if plan else tree.root_only(seat.token_T[-1:]) for seat, plan in zip(seats, plans, strict=True)]
+    return [next(grown) if plan else tree.root_only(seat.root_1) for seat, plan in zip(seats, plans, strict=True)]
 
 
 def _verify(
@@ -258,12 +254,11 @@ def _commit(seat: Seat, plan: Plan | None, draft: Draft, verdict: Verdict, featu
     if seat.history:
         seat.history.extend(verdict.new_A)
     seat.memory.ids += verdict.new_ids
+    seat.root_1 = verdict.new_A[-1:]
     if plan:
         plan.learn(draft, verdict)
-        seat.token_T, seat.feature_TD = verdict.new_A, feature_MD[verdict.path_A]
-    elif seat.drafting is None:
-        seat.token_T = verdict.new_A
-    else:  # the drafter is fed when it is next asked
-        seat.token_T = torch.cat((seat.token_T, verdict.new_A))
-        seat.feature_TD = torch.cat((seat.feature_TD, feature_MD[verdict.path_A]))
+    if seat.drafting:
+        new = verdict.new_A, feature_MD[verdict.path_A]
+        unread, read = seat.memory.unread, seat.drafting.slots.length
+        unread.restart(read, *new) if plan else unread.add(*new)
     return seat.stop.cut(verdict.new_ids)

@@ -70,7 +70,7 @@ class Table:
         for cache in (self.cache, self.drafted):
             cache.move(len(self.seats), place)
         memory = self._memory(place)
-        memory.ids, last.memory = last.memory.ids, memory
+        memory.ids, memory.unread, last.memory = last.memory.ids, last.memory.unread, memory
         if last.drafting is not None:
             last.drafting.slots = memory.slots
         self.seats[place] = last

@@ -10,6 +10,7 @@ import torch
 from coral_core.decoding import tree
 from coral_core.decoding.cache import Slots
 from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.policy.costs import Costs
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
@@ -75,7 +76,7 @@ def forwarded(target: Target) -> tuple[Target, list[int]]:
 
 
 def test_history_is_not_forwarded_again() -> None:
-    """The last answer token was never forwarded, and one row is forwarded again for its feature."""
+    """The last answer token was never forwarded."""
     target, rows = forwarded(endless("llama"))
     engine, memory = tiny_engine(target), Memory(target)
     said = words(1, 30)
@@ -84,7 +85,7 @@ def test_history_is_not_forwarded_again() -> None:
     rows.clear()
     said = [*said, *answer, *words(2, 5)]
     ids_of(engine.decode(said, Sampler(), 10, memory))
-    assert rows[0] == 5 + 2
+    assert rows[0] == 5 + 1
     rows.clear()
     ids_of(plain(target, [*said[:20], said[20] ^ 1], Sampler(), 4, memory))
     assert rows == [2, 1, 1, 1], "another history: what it shares with the last is kept"
@@ -160,6 +161,28 @@ def test_the_drafter_goes_on_from_the_rows_it_would_have(monkeypatch: pytest.Mon
     ids_of(engine.decode(said, Sampler(), 5, memory))
     ids_of(engine.decode(said, Sampler(), 5, fresh))
     torch.testing.assert_close(drafted_rows(memory), drafted_rows(fresh), rtol=0, atol=1e-5)
+
+
+def test_rows_that_wait_for_the_drafter_are_not_forwarded_again() -> None:
+    """Rounds that do not draft leave their features; the next turn, and a shorter one, go on from them."""
+    target, rows = forwarded(endless("llama"))
+    tiny, memory = tiny_engine(target), Memory(target)
+    engine = dataclasses.replace(tiny, costs=Costs(step_s=0.01, verify={1: 1.0, 2: 2.0}, level={1: 1.0}, base=1.0))
+    said = words(1, 30)
+    answer = ids_of(engine.decode(said, Sampler(), 60, memory))
+    assert memory.slots.length < 70, "most rounds were plain steps"
+    rows.clear()
+    said = [*said, *answer, *words(2, 5)]
+    ids_of(engine.decode(said, Sampler(), 1, memory))
+    assert rows == [5 + 1] and memory.slots.length < 70
+    for history in (said[:80], [*said[:75], *words(3, 9)], said[:10], said):
+        rows.clear()
+        ids_of(tiny.decode(history, Sampler(), 4, memory))
+        assert rows[0] < 12 or history is said
+        fresh = Memory(target)
+        ids_of(tiny.decode(history, Sampler(), 4, fresh))
+        assert memory.ids == fresh.ids
+        torch.testing.assert_close(drafted_rows(memory), drafted_rows(fresh), rtol=0, atol=1e-5)
 
 
 def test_reserve_keeps_what_is_held() -> None:

@@ -15,7 +15,8 @@ class Trials:
     def __init__(self) -> None:
         self.tokens, self.spent = RATE * SPENT, SPENT
         self.pause = PAUSE
-        self.plain_left = 0
+        self.plain_left, self.idle = 0, 0
+        """Plain steps before the next draft, as planned; rounds since the last one."""
         self.small = False
         """Whether the next draft should be a small one: the last did not pay."""
 
@@ -27,9 +28,14 @@ class Trials:
     def drafts(self) -> bool:
         """Whether the next round drafts."""
         if self.plain_left:
-            self.plain_left -= 1
+            self.rest()
             return False
+        self.idle = 0
         return True
+
+    def rest(self) -> None:
+        """The next round is one without a draft, a copy too."""
+        self.plain_left, self.idle = max(0, self.plain_left - 1), self.idle + 1
 
     def learn(self, tokens: int, spent: float) -> None:
         """A drafted round brought so many tokens for so many plain steps."""
