@@ -79,18 +79,22 @@ PICO = {
     "rms_norm_eps": 1e-5,
 }
 
-# What each model's own config.json says, and the drafter's parameters: fc 2D·D, q and o D·D each, k and v D·(kv heads·
-# head size) each, gate, up and down D·I each, one norm D. The embedding and the LM head are the target's.
+# What each model's own config.json says, and the drafter's parameters. EAGLE-2's shape: fc 2D·D, q and o D·D each, k and
+# v D·(kv heads·head size) each, gate, up and down D·I each, one norm D. EAGLE-3.1's: fc 3D·D, q, k and v of 2D inputs,
+# six more norms D. The embedding and the LM head are the target's.
 TARGETS = {
     "pico": ("pico", PICO, 131_072 + 2 * 65_536 + 2 * 32_768 + 3 * 180_224 + 256),
     "demo": ("pico", PICO, 868_608),
-    "llama-3-8b-instruct": ("meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, 251_662_336),
-    "llama-2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", LLAMA_2, 235_933_696),
-    "qwen2.5-7b-instruct": ("Qwen/Qwen2.5-7B-Instruct", QWEN_2_5, 258_739_712),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2, 4_203_072),
-    "qwen2.5-coder-0.5b": ("Qwen/Qwen2.5-Coder-0.5B-Instruct", QWEN_CODER, 16_515_968),
-    "vicuna-7b": ("lmsys/vicuna-7b-v1.5", LLAMA_2, 235_933_696),
+    "llama-3-8b-instruct": ("meta-llama/Meta-Llama-3-8B-Instruct", LLAMA_3, 293_629_952),
+    "llama-2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", LLAMA_2, 303_067_136),
+    "qwen2.5-7b-instruct": ("Qwen/Qwen2.5-7B-Instruct", QWEN_2_5, 288_121_344),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2, 5_091_264),
+    "qwen2.5-coder-0.5b": ("Qwen/Qwen2.5-Coder-0.5B-Instruct", QWEN_CODER, 18_356_352),
+    "vicuna-7b": ("lmsys/vicuna-7b-v1.5", LLAMA_2, 303_067_136),
 }
+
+
+SHAPES: dict[str, dict] = {"eagle2": {}, "eagle3.1": {"taps": (1, 2, 3), "norm_output": True, "fc_norm": True}}
 
 
 def test_every_recipe_is_in_the_table():
@@ -104,7 +108,7 @@ def test_a_shipped_recipe_builds_a_drafter_of_the_right_size(name):
     assert (recipe.name, recipe.target.model) == (name, model)
     config = transformers.AutoConfig.for_model(**values)
     with torch.device("meta"):
-        drafter = Drafter(DrafterConfig(**drafter_shape(config)))
+        drafter = Drafter(DrafterConfig(**drafter_shape(config), **SHAPES[recipe.train.shape]))
     assert sum(weight.numel() for weight in drafter.parameters()) == parameters
     assert drafter.rope.inv_freq_E.shape == (config.hidden_size // config.num_attention_heads // 2,)
     assert config.vocab_size % recipe.head.groups == 0, "the recipe's comment promises groups of equal size"
