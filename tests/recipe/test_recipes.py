@@ -79,9 +79,9 @@ PICO = {
     "rms_norm_eps": 1e-5,
 }
 
-# What each model's own config.json says, and the drafter's parameters. EAGLE-2's shape: fc 2D·D, q and o D·D each, k and
-# v D·(kv heads·head size) each, gate, up and down D·I each, one norm D. EAGLE-3.1's: fc 3D·D, q, k and v of 2D inputs,
-# six more norms D. The embedding and the LM head are the target's.
+# What each model's own config.json says, and the drafter's parameters. EAGLE-2's shape: fc 2D·D, q and o D·D each, k
+# and v D·(kv heads·head size) each, gate, up and down D·I each, one norm D. EAGLE-3.1's: fc 3D·D, q, k and v of 2D
+# inputs, six more norms D. The embedding and the LM head are the target's.
 TARGETS = {
     "pico": ("pico", PICO, 131_072 + 2 * 65_536 + 2 * 32_768 + 3 * 180_224 + 256),
     "demo": ("pico", PICO, 868_608),
