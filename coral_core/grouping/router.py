@@ -123,9 +123,9 @@ def gather(source: Source, store: Store, *, seed: int, progress: Progress = sile
     for done, rows in enumerate(collect(source, samples), start=1):
         kept.append(rows)
         size_bytes += sum(tensor.nbytes for tensor in vars(rows).values())
-        progress("router data", done, total, {})
-        if size_bytes >= BUFFER_BYTES:
-            progress("router data", total, total, {})
+        full = size_bytes >= BUFFER_BYTES
+        progress("router data", done, done if full else min(total, -(-done * BUFFER_BYTES // size_bytes)), {})
+        if full:
             break
     return _concat(kept)
 

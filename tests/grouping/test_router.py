@@ -89,6 +89,16 @@ def test_labels_are_the_drafters_mass_per_group(tmp_path: Path) -> None:
     assert torch.equal(drafted(unseen, 1), best_SN == p_NV.argmax(1))
 
 
+def test_the_rows_that_fit_are_the_whole_of_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 41 dialogues in batches of eight, rows of some two batches are kept: it is never said that six will come."""
+    store = make_store(tmp_path / "data", some_samples(41), lent=tiny_lent())
+    source, told = Source(tiny_drafter().requires_grad_(False), tiny_lent(), 1), []
+    one = sum(tensor.nbytes for tensor in vars(gather(source, store, seed=0)).values()) / 6
+    monkeypatch.setattr(router, "BUFFER_BYTES", int(1.5 * one))
+    rows = gather(source, store, seed=0, progress=lambda *said: told.append(said[1:3]))
+    assert told == [(1, 2), (2, 2)] and rows.feature_ND.shape[0] == 2 * 8 * 7
+
+
 def test_recall_by_hand() -> None:
     """A router that always ranks group 0 first, then group 1; four tokens in groups 0, 0, 1, 2."""
 
