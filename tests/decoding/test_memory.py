@@ -167,7 +167,7 @@ def test_rows_that_wait_for_the_drafter_are_not_forwarded_again() -> None:
     """Rounds that do not draft leave their features; the next turn, and a shorter one, go on from them."""
     target, rows = forwarded(endless("llama"))
     tiny, memory = tiny_engine(target), Memory(target)
-    engine = dataclasses.replace(tiny, costs=Costs(step_s=0.01, verify={1: 1.0, 2: 2.0}, level={1: 1.0}, base=1.0))
+    engine = dataclasses.replace(tiny, costs=NOTHING_PAYS)
     said = words(1, 30)
     answer = ids_of(engine.decode(said, Sampler(), 60, memory))
     assert memory.slots.length < 70, "most rounds were plain steps"
@@ -183,6 +183,47 @@ def test_rows_that_wait_for_the_drafter_are_not_forwarded_again() -> None:
         ids_of(tiny.decode(history, Sampler(), 4, fresh))
         assert memory.ids == fresh.ids
         torch.testing.assert_close(drafted_rows(memory), drafted_rows(fresh), rtol=0, atol=1e-5)
+
+
+NOTHING_PAYS = Costs(step_s=0.01, verify={1: 1.0, 2: 2.0}, level={1: 1.0}, base=1.0)
+COPIES_PAY = Costs(step_s=0.01, verify={1: 1.0, 2: 1.0}, level={1: 1.0}, base=9.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_drafter_goes_on_after_any_turns(seed: int) -> None:
+    """Turns that draft, copy, mostly step, or have no drafter; histories that go on, end before, or say another thing."""
+    target, rng = endless("llama"), random.Random(seed)
+    tiny, memory = tiny_engine(target), Memory(target)
+    engines = [tiny, dataclasses.replace(tiny, costs=NOTHING_PAYS), dataclasses.replace(tiny, costs=COPIES_PAY)]
+    said, kinds = words(seed, 12), set()
+    for _ in range(12):
+        engine, new = rng.choice([*engines, Engine(target)]), rng.choice([1, 3, 14])
+        rounds = list(engine.decode(said, Sampler(), new, memory))
+        kinds |= {event.kind for event in rounds}
+        if rounds[-1].kind == "draft":
+            fresh = Memory(target)
+            ids_of(tiny.decode(memory.ids, Sampler(), 3, fresh))
+            rows = memory.slots.length
+            torch.testing.assert_close(drafted_rows(memory), drafted_rows(fresh)[:, :, :rows], rtol=0, atol=1e-5)
+        said = [*said, *ids_of(iter(rounds))]
+        if rng.random() < 0.5 or len(said) > 60:
+            said = said[: rng.randrange(5, len(said))]
+        said += words(rng.randrange(99), rng.randrange(1, 4))
+    assert kinds >= {"draft", "plain"}
+
+
+def test_a_turn_that_copied_is_not_forwarded_again() -> None:
+    target, rows = forwarded(endless("llama"))
+    tiny, memory, fresh = tiny_engine(target), Memory(target), Memory(target)
+    said = words(1, 9)
+    rounds = list(dataclasses.replace(tiny, costs=COPIES_PAY).decode(said, Sampler(), 50, memory))
+    assert [event.kind for event in rounds].count("copy") > 3
+    said = [*said, *ids_of(iter(rounds)), *words(2, 5)]
+    rows.clear()
+    ids_of(tiny.decode(said, Sampler(), 4, memory))
+    assert rows[0] == 5 + 1
+    ids_of(tiny.decode(said, Sampler(), 4, fresh))
+    torch.testing.assert_close(drafted_rows(memory), drafted_rows(fresh), rtol=0, atol=1e-5)
 
 
 def test_reserve_keeps_what_is_held() -> None:

@@ -188,7 +188,7 @@ def test_an_answer_that_is_left_gives_its_memory_back() -> None:
     assert target.idle == []
     rounds.close()
     (memory,) = target.idle
-    assert (memory.ids, memory.cache.length, memory.slots.length) == ([], 0, 0)
+    assert (memory.ids, memory.cache.length, memory.slots.length, memory.unread.end) == ([], 0, 0, 0)
     eager = dataclasses.replace(target, graphs=False)
     assert ids_of(plain(target, words(2, 5), Sampler(), 8)) == ids_of(plain(eager, words(2, 5), Sampler(), 8))
 

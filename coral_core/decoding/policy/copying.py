@@ -71,7 +71,7 @@ class Copying:
             self.pause, self.trials.plain_left = min(2 * self.pause, LONGEST_PAUSE), 0
             return []
         self.trials.rest()
-        return follow(ids, begin, len(ids), best)
+        return repeat(ids, begin, best)
 
     def _learn(self, ids: Sequence[int]) -> None:
         """What the last copy would have brought, of the tokens that came since."""
@@ -79,8 +79,7 @@ class Copying:
             return
         kind, begin, end = self._found
         came = ids[end : end + LONGEST]
-        copied = follow(ids, begin, end, len(came))
-        hits = next((place for place, token in enumerate(came) if token != copied[place]), len(came))
+        hits = next((place for place, token in enumerate(came) if token != ids[begin + place]), len(came))
         tries = min(hits + 1, len(came))
         self.hits[kind] = FORGET**tries * self.hits[kind] + hits
         self.tries[kind] = FORGET**tries * self.tries[kind] + tries
@@ -92,9 +91,9 @@ class Copying:
         self._indexed = len(ids)
 
 
-def follow(ids: Sequence[int], begin: int, end: int, count: int) -> list[int]:
+def repeat(ids: Sequence[int], begin: int, count: int) -> list[int]:
     """So many tokens from `begin` on, over and over where the text ends before."""
-    return [ids[begin + place % (end - begin)] for place in range(count)]
+    return [ids[begin + place % (len(ids) - begin)] for place in range(count)]
 
 
 def agreeing(ids: Sequence[int], begin: int) -> int:
