@@ -31,7 +31,7 @@ ABOUT = {
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data and initial weights.",
     "methods-pico": "EAGLE-2 and CORAL on pico in equal time, three seeds, two budgets.",
     "methods-smollm2": "EAGLE-2, HASS and, on EAGLE-3.1's shape, CORAL on SmolLM2-135M in equal time.",
-    "methods-qwen": "EAGLE-2 and, on EAGLE-3.1's shape, CORAL on Qwen2.5-Coder-0.5B in equal time, 19 minutes, one seed.",
+    "methods-qwen": "EAGLE-2 and, on EAGLE-3.1's shape, CORAL on Qwen2.5-Coder-0.5B in equal time, one seed.",
     "eagle3": "The EAGLE-3 shape against today's, step by step, on SmolLM2-135M.",
     "eagle3-pico": "The same on pico; stopped before equal time and the routed head.",
     "head": "The grouped head: what it keeps of tau, and what it gains.",

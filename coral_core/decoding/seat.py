@@ -148,7 +148,7 @@ class Memory:
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, self.ids, strict=False)))
         kept = max(0, shared - 1)
         if draft_rows is not None:
-            kept = min(kept, max(self.slots.length, self.unread.end))
+            kept = min(kept, self.unread.end)
             self.slots.reserve(capacity + draft_rows)
         self.ids = prompt[: kept + 1]
         self.slots.truncate(min(kept, self.slots.length))

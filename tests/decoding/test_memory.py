@@ -191,7 +191,7 @@ COPIES_PAY = Costs(step_s=0.01, verify={1: 1.0, 2: 1.0}, level={1: 1.0}, base=9.
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_drafter_goes_on_after_any_turns(seed: int) -> None:
-    """Turns that draft, copy, mostly step, or have no drafter; histories that go on, end before, or say another thing."""
+    """Turns that draft, copy, step, or have no drafter; histories that go on, end before, or say another thing."""
     target, rng = endless("llama"), random.Random(seed)
     tiny, memory = tiny_engine(target), Memory(target)
     engines = [tiny, dataclasses.replace(tiny, costs=NOTHING_PAYS), dataclasses.replace(tiny, costs=COPIES_PAY)]
