@@ -152,7 +152,7 @@ class Memory:
             self.slots.reserve(capacity + draft_rows)
         self.ids = prompt[: kept + 1]
         self.slots.truncate(min(kept, self.slots.length))
-        self.unread.cut(self.slots.length, self.slots.length if draft_rows is None else kept)
+        self.unread.cut(self.slots.length, min(kept, self.unread.end))
         self.cache.truncate(kept)
         self.cache.reserve(capacity)
         return kept

@@ -194,22 +194,37 @@ def test_the_drafter_goes_on_after_any_turns(seed: int) -> None:
     """Turns that draft, copy, step, or have no drafter; histories that go on, end before, or say another thing."""
     target, rng = endless("llama"), random.Random(seed)
     tiny, memory = tiny_engine(target), Memory(target)
-    engines = [tiny, dataclasses.replace(tiny, costs=NOTHING_PAYS), dataclasses.replace(tiny, costs=COPIES_PAY)]
-    said, kinds = words(seed, 12), set()
+    said, kinds, accepted = words(seed, 12), set(), 0
     for _ in range(12):
-        engine, new = rng.choice([*engines, Engine(target)]), rng.choice([1, 3, 14])
-        rounds = list(engine.decode(said, Sampler(), new, memory))
+        costs, new = rng.choice([None, None, NOTHING_PAYS, COPIES_PAY]), rng.choice([1, 3, 14])
+        expected = ids_of(plain(target, said, Sampler(), new))
+        drafting, head = oracle_engine(target, expected)
+        engine = rng.choice([dataclasses.replace(drafting, costs=costs)] * 3 + [Engine(target)])
+        rounds = [head.follow(event) for event in engine.decode(said, Sampler(), new, memory)]
+        assert ids_of(iter(rounds)) == expected
         kinds |= {event.kind for event in rounds}
+        accepted += sum(event.accepted_drafts for event in rounds if event.kind == "draft")
         if rounds[-1].kind == "draft":
             fresh = Memory(target)
             ids_of(tiny.decode(memory.ids, Sampler(), 3, fresh))
             rows = memory.slots.length
             torch.testing.assert_close(drafted_rows(memory), drafted_rows(fresh)[:, :, :rows], rtol=0, atol=1e-5)
-        said = [*said, *ids_of(iter(rounds))]
+        said = [*said, *expected]
         if rng.random() < 0.5 or len(said) > 60:
             said = said[: rng.randrange(5, len(said))]
         said += words(rng.randrange(99), rng.randrange(1, 4))
-    assert kinds >= {"draft", "plain"}
+    assert kinds >= {"draft", "plain"} and accepted
+
+
+def test_a_plain_turn_leaves_what_waits_for_the_drafter() -> None:
+    target, rows = forwarded(endless("llama"))
+    engine, memory = dataclasses.replace(tiny_engine(target), costs=NOTHING_PAYS), Memory(target)
+    said = words(1, 30)
+    said += ids_of(engine.decode(said, Sampler(), 60, memory))
+    said += ids_of(plain(target, said, Sampler(), 2, memory))
+    rows.clear()
+    ids_of(engine.decode([*said, *words(2, 5)], Sampler(), 1, memory))
+    assert rows == [5 + 2 + 1], "the plain answer's tokens, whose features nobody kept, the last one before, and five"
 
 
 def test_a_turn_that_copied_is_not_forwarded_again() -> None:

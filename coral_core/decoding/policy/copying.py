@@ -87,7 +87,8 @@ class Copying:
     def _index(self, ids: Sequence[int]) -> None:
         """Where each run of tokens ended when it was there last, the present end left out."""
         for end in range(max(GRAMS[-1], self._indexed), len(ids)):
-            self._after |= {tuple(ids[end - size : end]): end for size in GRAMS if size <= end}
+            for size in GRAMS:
+                self._after[tuple(ids[max(0, end - size) : end])] = end
         self._indexed = len(ids)
 
 
