@@ -5,8 +5,8 @@ FORGET = 0.95
 RATE, SPENT = 1.5, 2.0
 """The rate before the first draft, and the plain steps that it weighs."""
 PAUSE, LONGEST_PAUSE = 4, 64
-"""Plain steps before a draft is tried again: at first, and at most. Each trial that does not pay doubles them; one
-that does halves them, so that a drafter that is right now and then is not tried all the time."""
+"""Rounds without a draft before one is tried again: at first, and at most. Each trial that does not pay doubles
+them; one that does halves them, so that a drafter that is right now and then is not tried all the time."""
 
 
 class Trials:
@@ -16,7 +16,7 @@ class Trials:
         self.tokens, self.spent = RATE * SPENT, SPENT
         self.pause = PAUSE
         self.plain_left, self.idle = 0, 0
-        """Plain steps before the next draft, as planned; rounds since the last one."""
+        """Rounds to go until the next draft, unless a copy gives way to one; rounds since the last draft."""
         self.small = False
         """Whether the next draft should be a small one: the last did not pay."""
 
@@ -34,7 +34,7 @@ class Trials:
         return True
 
     def rest(self) -> None:
-        """The next round is one without a draft, a copy too."""
+        """The next round is a plain step or a copy."""
         self.plain_left, self.idle = max(0, self.plain_left - 1), self.idle + 1
 
     def learn(self, tokens: int, spent: float) -> None:
