@@ -74,6 +74,8 @@ def _standing_text(job: Job, found: Standing) -> str:
         return f"{job.folder} is finished already, with this recipe and target"
     if found.words:
         return f"the answers in {job.folder} are kept; they are tapped anew, since {'; '.join(found.changed)}"
+    if found.count:
+        return f"what {job.folder} shares with the new data is kept, since only {'; '.join(found.changed)}"
     if found.changed:
         return f"{job.folder} is made anew, and replaced at the end, since {'; '.join(found.changed)}"
     if MANIFEST in found.damaged:

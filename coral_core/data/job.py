@@ -22,6 +22,8 @@ INDIFFERENT = ("batch_size", "endpoint", "endpoint_requests")
 """Keys of `data` that say how it is made, not what: a server may move, or give way to the target itself."""
 TAPPED = ("features", "feature_dtype")
 """Keys of `data` that say what is kept of the target's states: the words do not depend on them."""
+COUNTED = ("max_samples", "holdout")
+"""Keys of `data` that say how many dialogues there are: a shard that both have is the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Standing:
     """Damaged files of a store that is this job's otherwise."""
     words: bool = False
     """Whether only what was tapped differs: the answers are kept."""
+    count: bool = False
+    """Whether only the number of dialogues differs: the shards that both have are kept."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -139,7 +143,7 @@ def standing(job: Job) -> Standing:
         inputs["taps"] = manifest.inputs["taps"]
     if manifest.fingerprint != job.fingerprint(inputs):
         changes = tuple(_changes(manifest, job, inputs))
-        return Standing(None, changed=changes, words=_same_words(manifest, job))
+        return Standing(None, changed=changes, words=_same_words(manifest, job), count=_same_but_count(manifest, job))
     damaged = manifest.damaged(job.folder)
     return Standing(None if damaged else Store.open(job.folder, COMMAND), damaged=tuple(damaged))
 
@@ -155,15 +159,32 @@ def standing_words(job: Job) -> Words | None:
     return Words(Store(job.folder, manifest, COMMAND), frozenset(manifest.damaged(job.folder)))
 
 
+def standing_of_other_count(job: Job) -> Store | None:
+    """The store in the folder, when it is this job's but for the number of dialogues."""
+    try:
+        manifest = Manifest.read(job.folder, "data", COMMAND)
+    except ArtifactError:
+        return None
+    return Store(job.folder, manifest, COMMAND) if _same_but_count(manifest, job) else None
+
+
 def _same_words(manifest: Manifest, job: Job) -> bool:
     """Whether both come from the same prompts, target and seed, answered alike."""
+    inputs = [{key: value for key, value in given.items() if key != "taps"} for given in (manifest.inputs, job.inputs)]
+    return inputs[0] == inputs[1] and _without(manifest.recipe, TAPPED) == _without(job.sections, TAPPED)
 
-    def words(sections: dict[str, Any], inputs: dict[str, str]) -> Any:
-        found = _determining(sections)
-        data = {key: value for key, value in found["data"].items() if key not in TAPPED}
-        return found["seed"], data, {key: value for key, value in inputs.items() if key != "taps"}
 
-    return words(manifest.recipe, manifest.inputs) == words(job.sections, job.inputs)
+def _same_but_count(manifest: Manifest, job: Job) -> bool:
+    """Whether one has more dialogues than the other, or holds out more, and nothing else differs."""
+    if manifest.inputs != job.inputs or _determining(manifest.recipe) == _determining(job.sections):
+        return False
+    return _without(manifest.recipe, COUNTED) == _without(job.sections, COUNTED)
+
+
+def _without(sections: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """What determines the content, without some keys of `data`."""
+    found = _determining(sections)
+    return found["seed"], {key: value for key, value in found["data"].items() if key not in keys}
 
 
 def _changes(manifest: Manifest, job: Job, inputs: dict[str, str]) -> list[str]:

@@ -205,12 +205,21 @@ class Fit:
         return total
 
 
-def make_plan(target: Target, spec: DataSpec, *, seed: int, work: Path, progress: Progress) -> Plan:
+def make_plan(
+    target: Target,
+    spec: DataSpec,
+    *,
+    seed: int,
+    work: Path,
+    now: datetime.datetime | None = None,
+    progress: Progress,
+) -> Plan:
     """Find the dialogues, from files, the Hub or the target itself. Raises DataError when they are too few.
 
-    `work` is a folder on the disk that may hold them meanwhile.
+    `work` is a folder on the disk that may hold them meanwhile, `now` the time that templates show, today's noon if
+    it is not given.
     """
-    skipped, now = Skipped(), _today()
+    skipped, now = Skipped(), now or _today()
     named = shares(spec.prompts)
     total = sum(share.weight for share in named)
     streams = []

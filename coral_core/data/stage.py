@@ -16,7 +16,7 @@ from coral_core.artifacts import COMPATIBILITY, Manifest, file_sha256, partial, 
 from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
 from coral_core.data.endpoint import Endpoint
-from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name, standing_words
+from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name, standing_of_other_count, standing_words
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
 from coral_core.data.shards import answer, tap_all, words_only
@@ -69,7 +69,12 @@ def _plan(job: Job, name: str, work: Path, progress: Progress) -> None:
     spec = job.recipe.data
     if spec.prompts == SELF:
         check_room(job, tokens_at_most(job, spec.max_samples))
-    make_plan(job.target, spec, seed=job.recipe.seed, work=work, progress=progress).save(work)
+    stood = _of_other_count(job)
+    now = stood[1].now if stood else None
+    plan = make_plan(job.target, spec, seed=job.recipe.seed, work=work, now=now, progress=progress)
+    if stood:
+        _take_over(*stood, plan, len(plan.dialogues) - spec.holdout, work)
+    plan.save(work)
 
 
 def check_job(job: Job) -> None:
@@ -203,6 +208,28 @@ def _salvage(job: Job, source: Path, work: Path, name: str) -> None:
             if facts.file not in damaged:
                 _link(source / facts.file, work / facts.file)
                 _finish(work, facts)
+
+
+def _of_other_count(job: Job) -> tuple[Store, Plan] | None:
+    """A store in the folder that differs in its number of dialogues alone, and its plan; None where that is damaged."""
+    store = standing_of_other_count(job)
+    if store is None or store.manifest.damaged(job.folder, PROMPTS, PLAN):
+        return None
+    plan = Plan.load(job.folder)
+    return (store, plan) if plan else None
+
+
+def _take_over(store: Store, stood: Plan, plan: Plan, held_from: int, work: Path) -> None:
+    """Take over the shards that hold the same dialogues under the same number, and none that is to be held out.
+
+    A file of prompts is drawn in one order whatever the number, so that these are all but a store's last ones.
+    """
+    for number, (rows, before) in enumerate(zip(plan.shards, stood.shards, strict=False)):
+        facts = store.shard_facts(number)
+        same = rows == before and all(plan.dialogues[row] == stood.dialogues[row] for row in rows)
+        if same and rows.stop <= held_from and not store.manifest.damaged(store.folder, facts.file):
+            _link(store.folder / facts.file, work / facts.file)
+            _finish(work, dataclasses.replace(facts, holdout_samples=0))
 
 
 def _link(source: Path, copy: Path) -> None:

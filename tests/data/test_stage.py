@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from coral_core.artifacts import Manifest, fingerprint
+from coral_core.data import plan
 from coral_core.data import stage as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import INDIFFERENT, standing
+from coral_core.data.sources import Source
 from coral_core.data.stage import prepare
 from coral_core.data.written import PromptWriter
 from coral_core.errors import ArtifactError
@@ -202,6 +204,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from coral_core.data import plan
+from coral_core.data.sources import Source
 from coral_core.data.stage import prepare
 from coral_core.processes import part
 from tests.data.helpers import make_job
@@ -327,6 +330,54 @@ def test_only_what_is_damaged_is_made_again(
     assert len(made) == (1 if "shard" in name else 0)
     assert contents(store.folder) == whole
     assert store.manifest.damaged(store.folder) == []
+
+
+@pytest.mark.parametrize("damage", [None, "shard-00001.safetensors", "prompts.jsonl"])
+def test_more_dialogues_go_on_from_those_that_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None
+) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"what is {number}?"} for number in range(60)])
+    more = {"prompts": path, "max_samples": 30, "holdout": 4}
+    fresh = contents(prepare(make_job(tmp_path / "fresh", **more)).folder)
+    old = prepare(make_job(tmp_path, prompts=path, max_samples=18))
+    shared = old.manifest.facts["shards"][:-1]  # the last one is not full
+    assert len(shared) >= 3
+    if damage:
+        (old.folder / damage).write_bytes(b"")
+    found = standing(make_job(tmp_path, **more))
+    assert (found.store, found.count, found.words) == (None, True, False)
+    assert found.changed == ("data.max_samples was 18, is 30", "data.holdout was 3, is 4")
+    made = []
+    monkeypatch.setattr(module, "answer", lambda *rest, answer=module.answer: made.append(rest) or answer(*rest))
+    store = prepare(make_job(tmp_path, **more))
+    assert contents(store.folder) == fresh
+    kept = {None: len(shared), "prompts.jsonl": 0}.get(damage, len(shared) - 1)
+    assert len(made) == len(store.manifest.facts["shards"]) - kept
+    assert not standing(make_job(tmp_path, **more | {"seed": 1})).count
+
+
+def test_more_of_a_stream_are_those_of_a_fresh_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub dataset is read only as far as it must be, so that a larger number draws other dialogues from the start."""
+    rows = [(f"row {number}", {"prompt": f"what is {number:03}?"}) for number in range(99)]
+    monkeypatch.setattr(plan, "open_source", lambda name, seed: Source(rows, ordered=False))
+    more = {"prompts": "owner/name", "max_samples": 30}
+    fresh = contents(prepare(make_job(tmp_path / "fresh", **more)).folder)
+    prepare(make_job(tmp_path, prompts="owner/name", max_samples=18))
+    assert standing(make_job(tmp_path, **more)).count
+    assert contents(prepare(make_job(tmp_path, **more)).folder) == fresh
+
+
+def test_fewer_dialogues_keep_what_is_still_learnt_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"what is {number}?"} for number in range(60)])
+    fewer = {"prompts": path, "max_samples": 16, "holdout": 3}
+    fresh = prepare(make_job(tmp_path / "fresh", **fewer))
+    prepare(make_job(tmp_path, prompts=path, max_samples=30))
+    made = []
+    monkeypatch.setattr(module, "answer", lambda *rest, answer=module.answer: made.append(rest) or answer(*rest))
+    store = prepare(make_job(tmp_path, **fewer))
+    assert contents(store.folder) == contents(fresh.folder)
+    learnt_from = [shard for shard in store.manifest.facts["shards"] if not shard["holdout_samples"]]
+    assert len(made) == len(store.manifest.facts["shards"]) - len(learnt_from)
 
 
 def test_a_disk_without_room_is_refused_before_the_first_prompt(
