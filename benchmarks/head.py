@@ -1,11 +1,11 @@
 """The grouped head: how fast a step is, how much of tau it keeps, what it gains end to end.
 
-    python -m benchmarks.head --corpora DIR --questions DIR [--part micro --part pico --part large] [--work DIR]
+    python -m benchmarks.head --questions DIR --corpora DIR [--part micro] [--part pico] [--run runs/NAME ...]
 
 micro: the head step alone at the shapes of Llama-2-7B, Llama-3-8B and Qwen2.5-7B, on the CPU and on a GPU where there
-is one. pico: every head on the embedded target with its own drafter. large: the same on a target of 32,768 tokens and a
-drafter that are made here, in --work, where a second run finds them. Each part replaces its own rows of
-results/head.json, so that one that fails loses nothing; then `python -m benchmarks.head_figure` draws docs/head.svg.
+is one. pico: every way to group on the embedded target with its own drafter. --run: a real model's run with its data
+and drafter, in numbers of groups and of active ones. Each replaces its own rows of results/head.json, so that one that
+fails loses nothing; then `python -m benchmarks.head_figure` draws docs/head.svg.
 
 `seen` prompts are of the kind that the frequency count, the groups, the router and the drafter learnt from; `unseen`
 ones are of other domains.
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import head_micro, head_race, head_target
+from benchmarks import head_micro, head_race
 from benchmarks.record import RESULTS, record
 from coral_cli.console import progress_bars
 from coral_core.bench.probe import Probe
@@ -40,10 +40,13 @@ from coral_core.store.store import Store
 from coral_core.target.load import load_target
 from coral_core.target.target import Target
 from coral_core.target.template import prompt_ids
-from coral_core.training.stage import train_drafter
+from recipes.pico import corpora
 
-ROUTED = ("cooccurrence", "kmeans", "frequency")
-"""The methods of which the best is quoted; id order is the control."""
+TREE = ["decode.tree=fixed", "decode.draft_depth=6", "decode.draft_nodes=16", "decode.draft_topk=4"]
+CONTROLS = ("full", "static", "id")
+"""What the best of the others is quoted beside: all rows, a list of equal size, and groups in the order of ids."""
+UNSEEN = ("fairytaleqa", "flan_cot_creak", "flan_cot_ecqa", "flan_cot_qasc", "sgd")
+"""Corpora of which the real models' prompts (recipes/real/prompts.py) hold nothing."""
 
 
 def micro(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
@@ -61,45 +64,27 @@ def pico(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, 
     questions = [from_file(options.questions / f"{name}.jsonl") for name in ("mt-bench", "humaneval-80", "gsm8k-80")]
     asked = [question for row in zip(*questions, strict=False) for question in row]
     unseen = [first_prompt(target, question) for question in asked]
-    yield from compare("pico", Parts(recipe, target, store, drafter, unseen), options, progress)
+    parts = Parts(recipe, target, store, drafter, unseen)
+    yield from compare("pico", parts, head_race.by_clustering, options, progress)
 
 
-def large(options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
-    folder = options.work / "large"
-    made = folder / "target.json"
-    if not made.exists():
-        base = load_target(load_recipe(None, ["target.device=cpu", "target.dtype=float32"]).target)
-        facts = head_target.build(base, options.corpora, folder / "target", options.minutes)
-        made.write_text(json.dumps(facts))
-    facts = json.loads(made.read_text())
-    asked = folder / "prompts.jsonl"
-    chosen = head_target.prompts(options.corpora, head_target.SEEN, 0, options.samples + 200)
-    asked.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chosen))
-    keys = [f"data.prompts={asked}", f"data.max_samples={options.samples}", f"train.steps={options.steps}"]
-    recipe = recipe_of(options, "large", folder / "target", *keys, "train.preset=coral", "train.learning_rate=3e-3")
-    target = load_target(recipe.target)
-    run = folder / "run"
-    store = prepare(Job(recipe, target, run / "data"), progress)
-    train_drafter(recipe, run, progress)
-    drafter = load_drafter(run / "drafter").float()
-    other = head_target.prompts(options.corpora, head_target.UNSEEN, 0, 2 * options.tau_prompts)
-    unseen = [prompt_ids(target.tokenizer, messages) for messages in other]
-    yield {"part": "large", "method": "target", **facts, "samples": len(store), "drafter_steps": options.steps}
-    yield from compare("large", Parts(recipe, target, store, drafter, unseen), options, progress)
+def real(folder: Path, options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
+    recipe = load_recipe(folder / "recipe.yaml", [*TREE, f"decode.max_new_tokens={options.tokens}"])
+    target, store = load_target(recipe.target), Store.open(folder / "data")
+    drafter = load_drafter(folder / "drafter").float()
+    dialogues = (corpora.read(options.corpora, name) for name in UNSEEN)
+    asked = [dialogue[:1] for row in zip(*dialogues, strict=False) for dialogue in row][: 2 * options.tau_prompts]
+    unseen = [prompt_ids(target.tokenizer, messages) for messages in asked]
+    parts = Parts(recipe, target, store, drafter, unseen)
+    yield from compare(recipe.name, parts, head_race.by_groups, options, progress)
 
 
 def recipe_of(options: argparse.Namespace, name: str, folder: Path, *keys: str) -> Recipe:
     """A recipe for one target of the benchmark; float32 on the CPU unless there is a GPU."""
-    tree = [
-        "decode.tree=fixed",
-        "decode.draft_depth=6",
-        "decode.draft_nodes=16",
-        "decode.draft_topk=4",
-    ]
     head = ["head.groups=256", "head.active=32", "head.router_steps=600"]
     data = ["data.holdout=48", "data.max_new_tokens=64", "data.max_length=256", "data.batch_size=32"]
     limit = f"decode.max_new_tokens={options.tokens}"
-    return load_recipe(None, [f"name={name}", f"target.model={folder}", *tree, *head, *data, limit, *keys])
+    return load_recipe(None, [f"name={name}", f"target.model={folder}", *TREE, *head, *data, limit, *keys])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +98,13 @@ class Parts:
     unseen: list[list[int]]
 
 
-def compare(part: str, parts: Parts, options: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
+def compare(
+    part: str, parts: Parts, routed: head_race.Routed, options: argparse.Namespace, progress: Progress
+) -> Iterator[dict[str, Any]]:
     """Rows of every head on prompts of the known kind and of other domains."""
     recipe, target, store = parts.recipe, parts.target, parts.store
     trial = Trial.of(recipe, store, parts.drafter, progress)
-    racers = list(head_race.entries(trial, target.lent))
+    racers = [*head_race.controls(trial, target.lent), *routed(trial, target.lent)]
     room = target.max_positions - options.tokens
     for domain, prompts in (("seen", store.holdout_prompts), ("unseen", parts.unseen)):
         many = [prompt for prompt in prompts if len(prompt) < min(room, 400)][: options.tau_prompts]
@@ -141,14 +128,14 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
             suffix = "" if dtype == "float32" else f"_{dtype}"
             found[f"head_time_ratio_eighth{suffix}"] = max(row["of_full"] for row in steps)
             found[f"head_time_over_floor_eighth{suffix}"] = max(row["over_floor"] for row in steps)
-    for part in ("large", "pico"):
-        suffix = "" if part == "large" else f"_{part}"
+    for part in sorted({row["part"] for row in rows} - {"micro"}):
+        suffix = f"_{part}"
         raced = [row for row in rows if row["part"] == part and "tau_kept" in row]
         for share, name in ((8, "eighth"), (16, "sixteenth")):
             best = pooled(raced, share)
             if not best:
                 continue
-            routed = max(ROUTED, key=lambda method, best=best: best[method]["tau_kept"])  # type: ignore[misc]
+            routed = max(best.keys() - CONTROLS, key=lambda method, best=best: best[method]["tau_kept"])  # type: ignore[misc]
             found[f"tau_kept_{name}{suffix}"] = best[routed]["tau_kept"]
             found[f"tau_kept_static_{name}{suffix}"] = best["static"]["tau_kept"]
             found[f"tau_kept_static_{name}_unseen{suffix}"] = best["static"]["unseen"]
@@ -178,34 +165,28 @@ def pooled(raced: list[dict[str, Any]], share: int) -> dict[str, dict[str, float
     return found
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Progress], Iterator[dict[str, Any]]]] = {
-    "micro": micro,
-    "pico": pico,
-    "large": large,
-}
+PARTS: dict[str, Callable[[argparse.Namespace, Progress], Iterator[dict[str, Any]]]] = {"micro": micro, "pico": pico}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--questions", type=Path, required=True)
-    parser.add_argument("--part", action="append", choices=list(PARTS))
-    parser.add_argument("--work", type=Path, help="where the large target is kept; by default a temporary folder")
+    parser.add_argument("--part", action="append", choices=list(PARTS), default=[])
+    parser.add_argument("--run", action="append", type=Path, default=[], help="runs/NAME, with data and drafter")
     parser.add_argument("--shape", action="append", choices=list(head_micro.SHAPES), help="of micro; all by default")
     parser.add_argument("--prompts", type=int, default=10, help="of each kind, to time rounds on")
     parser.add_argument("--tau-prompts", type=int, default=48, help="of each kind, to count rounds on")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
-    parser.add_argument("--samples", type=int, default=800, help="dialogues to learn from")
-    parser.add_argument("--steps", type=int, default=400, help="of the large target's drafter")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of the large target's training")
+    parser.add_argument("--samples", type=int, default=800, help="dialogues of pico to learn from")
     options = parser.parse_args()
     old = json.loads((RESULTS / "head.json").read_text())["rows"] if (RESULTS / "head.json").exists() else []
     with tempfile.TemporaryDirectory() as scratch, progress_bars() as progress:
-        options.work = (options.work or Path(scratch)).absolute()
-        options.work.mkdir(parents=True, exist_ok=True)
-        for part in options.part or PARTS:
-            rows = list(PARTS[part](options, progress))
-            old = [row for row in old if row["part"] != part] + rows
+        options.work = Path(scratch)
+        wanted = [PARTS[part](options, progress) for part in options.part]
+        for found in [*wanted, *(real(run, options, progress) for run in options.run)]:
+            rows = list(found)
+            old = [row for row in old if row["part"] != rows[0]["part"]] + rows
             print(record("head", figures(old), old))
 
 

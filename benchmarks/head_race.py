@@ -7,7 +7,7 @@ Axes: N row (of the drafter's outputs, or a racer), P prompt, D hidden, V vocabu
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,12 @@ from coral_core.grouping.router import first_router, recall, train_router
 from coral_core.grouping.stage import Trial
 from coral_core.head.groups import Groups
 from coral_core.head.heads import FullHead, GroupedHead, Head, StaticHead
+from coral_core.lent import Lent
 from coral_core.run import sampler, tree_shape
 
 GROUPS = 256
-"""At equal rows read, finer groups keep more: of 64, 128 and 256 the last, for 17 % of a call on a CPU (LOG.md)."""
+"""Where ways to group are compared."""
+COUNTS = (64, 128, 256)
 SHARES = (4, 8, 16)
 CLUSTERINGS = ("cooccurrence", "kmeans", "frequency", "id")
 """coral's own; by the head's rows; by how frequent a token is; by its number (the control)."""
@@ -42,18 +44,33 @@ class Entry:
     facts: dict[str, Any]
 
 
-def entries(trial: Trial, lent: Any) -> Iterator[Entry]:
-    """The full head, static lists, and every clustering, at every share of the vocabulary."""
+Routed = Callable[[Trial, Lent], Iterator[Entry]]
+"""The routed heads of a comparison."""
+
+
+def controls(trial: Trial, lent: Lent) -> Iterator[Entry]:
+    """The full head, and static lists at every share of the vocabulary."""
     vocabulary = lent.head_VD.shape[0]
     yield Entry("full", 1, FullHead(lent), {"rows_read": vocabulary})
     order_V = frequency_order(trial.count_V)
     for share in SHARES:
-        yield Entry(
-            "static", share, StaticHead(lent, order_V[: vocabulary // share]), {"rows_read": vocabulary // share}
-        )
+        rows_read = vocabulary // share
+        yield Entry("static", share, StaticHead(lent, order_V[:rows_read]), {"rows_read": rows_read})
+
+
+def by_clustering(trial: Trial, lent: Lent) -> Iterator[Entry]:
+    """Every way to group, at every share; coral's own with the paper's router too."""
     for clustering in CLUSTERINGS:
-        for inner in (False, True) if clustering == "cooccurrence" else (False,):
-            yield from _routed(trial, lent, clustering, inner)
+        groups = _clustered(trial, clustering)
+        yield from _routed(clustering, trial, lent, groups, inner=False)
+        if clustering == "cooccurrence":
+            yield from _routed(f"{clustering}, the paper's router", trial, lent, groups, inner=True)
+
+
+def by_groups(trial: Trial, lent: Lent) -> Iterator[Entry]:
+    """coral's own way, in numbers of groups, at every share."""
+    for count in COUNTS:
+        yield from _routed(f"{count} groups", trial, lent, trial.cluster(count), inner=False)
 
 
 def _clustered(trial: Trial, clustering: str) -> Groups:
@@ -65,18 +82,17 @@ def _clustered(trial: Trial, clustering: str) -> Groups:
     return Groups.from_order(order_V if clustering == "frequency" else order_V.sort().values, GROUPS)
 
 
-def _routed(trial: Trial, lent: Any, clustering: str, inner: bool) -> Iterator[Entry]:
-    groups, spec = _clustered(trial, clustering), trial.recipe.head
+def _routed(method: str, trial: Trial, lent: Lent, groups: Groups, *, inner: bool) -> Iterator[Entry]:
+    count = len(groups.start_G) - 1
     router = first_router(groups, trial.lent, inner=inner)
-    train_router(router, trial.rows, groups, spec, seed=0, progress=trial.progress)
+    train_router(router, trial.rows, groups, trial.recipe.head, seed=0, progress=trial.progress)
     head = GroupedHead(lent, groups, copy.deepcopy(router), 1)
     for share in SHARES:
-        active = GROUPS // share
+        active = count // share
         sized = copy.copy(head)  # one copy of the rows serves all sizes
         sized.active = active
         found = recall(router, trial.unseen, groups, active, trial.drafted_SN)
-        name = f"{clustering}, the paper's router" if inner else clustering
-        yield Entry(name, share, sized, {"rows_read": groups.start_G[active], "recall": found})
+        yield Entry(method, share, sized, {"rows_read": groups.start_G[active], "recall": found})
 
 
 def taus(probe: Probe, trial: Trial, racers: list[Entry], prompts: list[list[int]]) -> list[dict[str, Any]]:
@@ -86,7 +102,7 @@ def taus(probe: Probe, trial: Trial, racers: list[Entry], prompts: list[list[int
     picks, limit, shape = sampler(recipe), recipe.decode.max_new_tokens, tree_shape(recipe.decode)
     tokens_NP, rounds_NP = np.zeros((len(racers), len(prompts))), np.zeros((len(racers), len(prompts)))
     for number, answer in enumerate(replay.plain_answers(target, prompts, picks, limit)):
-        repeating = replay.repeating(target, prompts[number], answer)
+        repeating = replay.repeating(target, prompts[number], answer, trial.drafter.config.taps)
         for place, racer in enumerate(racers):
             engine = Engine(repeating, drafter, racer.head, shape)
             (emitted,) = emitted_by_prompt(engine, prompts[number : number + 1], picks, limit)
