@@ -38,6 +38,7 @@ import torch
 
 from benchmarks import replay
 from benchmarks.clock import busy_s
+from benchmarks.curve import curve
 from benchmarks.paired import Counts, ratio, ratio_ci95, tau, tau_ci95
 from benchmarks.record import record
 from coral_cli.options import read_recipe
@@ -399,28 +400,42 @@ def compare(found: list[Row], part: str) -> dict[str, Any]:
         if both := sorted({*seen[one]} & {*seen[other]}):
             pair = counts(found, part, one, both), counts(found, part, other, both)
             ratios |= {f"{one}_over_{other}": ratio(*pair), f"{one}_over_{other}_ci95": ratio_ci95(*pair)}
-    if not ratios:
+    if not own:
         return {}
     trained = {method: len(seen[method]) for method in own}
     return told | ratios | {"seeds": trained, "prompts": next(iter(own.values()))[0].shape[1]}
 
 
 def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
-    """Equal steps; `early`; `equal_time` of the longest budget that is complete, and all budgets; what a step costs."""
+    """Equal steps; `early`; `equal_time` of the longest budget that is complete, and all budgets; what a step costs.
+
+    Of three budgets and more, CORAL's curve over them too.
+    """
     parts = [part for part in dict.fromkeys(row["part"] for row in found) if part.startswith("equal time")]
     costs = step_costs(bench)
     budgets = {}
-    for part in parts:
+    for part in sorted(parts, key=lambda part: int(part.split()[2])):
         compared = compare(found, part)
         if "coral" in compared.get("tau", {}):
             coral = next(row for row in found if (row["part"], row["name"]) == (part, "coral"))
             *_, variant = timed(bench, costs, coral["steps"], coral["seed"])
             seconds = training_seconds(bench.spec(variant), coral["seed"], costs)
             budgets[part.removeprefix("equal time, ")] = {"seconds": seconds, **compared}
-    longest = list(budgets.values())[-1:] or [{}]
-    equal_time = {"equal_time": longest[0], "equal_time_budgets": budgets}
+    longest = [budget for budget in budgets.values() if "coral_over_eagle2" in budget][-1:] or [{}]
+    equal_time: dict[str, Any] = {"equal_time": longest[0], "equal_time_budgets": budgets}
+    if len(budgets) > 2:
+        answers = answer_tokens_a_step(bench)
+        steps = [int(name.split()[0]) for name in budgets]
+        taus = [budget["tau"]["coral"] for budget in budgets.values()]
+        equal_time["coral_curve"] = curve([round(answers * count) for count in steps], taus)
     early = {"early": compare(found, "early")}
     return compare(found, "methods") | early | equal_time | {"step_s": costs}
+
+
+def answer_tokens_a_step(bench: Bench) -> float:
+    """What a training step reads of the target's answers, on the mean."""
+    facts, spec = bench.store.manifest.facts, bench.recipe.train
+    return float(facts["answer_tokens"] / facts["samples"] * spec.batch_size * spec.accumulate)
 
 
 def shown(found: list[Row]) -> list[Row]:

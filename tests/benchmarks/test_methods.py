@@ -1,6 +1,7 @@
 """The rows of the methods benchmark: none is measured twice, and all come in the order asked for."""
 
 import dataclasses
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,6 +118,30 @@ def test_a_budget_tells_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     without_hass = methods.figures(bench, [found[0], found[2]])["equal_time"]
     assert without_hass["coral_over_eagle2"] == 1 and "coral_over_hass" not in without_hass
     assert methods.figures(bench, found[:2])["equal_time_budgets"] == {}
+
+
+def test_three_budgets_make_a_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """600 answer tokens in 60 samples, two of them a step: 20 a step. Each doubling brings half a token per round."""
+    monkeypatch.setattr(methods, "step_costs", lambda bench: COSTS)
+    manifest = Namespace(facts={"answer_tokens": 600, "samples": 60})
+    recipe = dataclasses.replace(QUICK, train=dataclasses.replace(QUICK.train, batch_size=2))
+    bench = Bench(recipe, Path(), Namespace(manifest=manifest), None, [], [])  # type: ignore[arg-type]
+    found = [
+        {"part": f"equal time, {steps} steps of coral", "name": "coral", "seed": 0, "steps": steps, **counts}
+        for steps, counts in (
+            (100, {"tokens": [20], "rounds": [10]}),
+            (25, {"tokens": [10], "rounds": [10]}),
+            (50, {"tokens": [15], "rounds": [10]}),
+        )
+    ]
+    told = methods.figures(bench, found)
+    assert list(told["equal_time_budgets"]) == ["25 steps of coral", "50 steps of coral", "100 steps of coral"]
+    assert told["equal_time"] == {}
+    drawn = told["coral_curve"]
+    assert drawn["tau_by_answer_tokens"] == {"500": 1.0, "1000": 1.5, "2000": 2.0}
+    assert drawn["tau_per_doubling"] == pytest.approx(0.5)
+    assert drawn["answer_tokens_for_tau_3"] == pytest.approx(8000, abs=1)
+    assert "coral_curve" not in methods.figures(bench, found[:2])
 
 
 def test_a_ratio_takes_the_seeds_that_both_methods_have() -> None:
