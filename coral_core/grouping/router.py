@@ -37,6 +37,8 @@ DIALOGUES = 8
 """Dialogues per forward pass of the drafter."""
 BUFFER_BYTES = 1 << 30
 """Rows are computed once and kept, up to this; the vocabulary-sized probabilities are what costs, not the router."""
+HELD_OUT = 48
+"""Dialogues that settings are judged by, at most: some 8,000 rows of each pass. More take as long as the training."""
 ROWS = 1024
 """Rows of one router step."""
 CHUNK = 2048
@@ -131,12 +133,16 @@ def gather(source: Source, store: Store, *, seed: int, progress: Progress = sile
 
 
 @torch.no_grad()
-def held_out_rows(source: Source, store: Store) -> Rows:
-    """Rows of the dialogues that nothing was trained on."""
-    indices = list(store.holdout_indices)
+def held_out_rows(source: Source, store: Store, *, progress: Progress = silent) -> Rows:
+    """Rows of the first HELD_OUT dialogues that nothing was trained on."""
+    indices = list(store.holdout_indices)[:HELD_OUT]
     firsts = range(0, len(indices), DIALOGUES)
     samples = (batch_of(store, indices[first : first + DIALOGUES]) for first in firsts)
-    return _concat(list(collect(source, samples)))
+    kept: list[Rows] = []
+    for done, rows in enumerate(collect(source, samples), start=1):
+        kept.append(rows)
+        progress("held-out rows", done, len(firsts), {})
+    return _concat(kept)
 
 
 def _concat(parts: list[Rows]) -> Rows:

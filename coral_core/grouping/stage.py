@@ -157,7 +157,7 @@ class Trial:
         source = Source(drafter, lent, recipe.train.unroll_steps)
         count_V = store.answer_counts()
         rows = gather(source, store, seed=recipe.seed, progress=progress)
-        unseen = held_out_rows(source, store) if store.holdout_indices else rows
+        unseen = held_out_rows(source, store, progress=progress) if store.holdout_indices else rows
         found_SN = drafted(unseen, recipe.decode.draft_topk)
         return cls(recipe, drafter, lent, count_V, rows, unseen, found_SN, progress)
 

@@ -99,6 +99,13 @@ def test_the_rows_that_fit_are_the_whole_of_the_progress(tmp_path: Path, monkeyp
     assert told == [(1, 2), (2, 2)] and rows.feature_ND.shape[0] == 2 * 8 * 7
 
 
+def test_held_out_rows_are_shown_and_have_an_end(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "data", some_samples(81), lent=tiny_lent(), holdout=80)
+    source, told = Source(tiny_drafter().requires_grad_(False), tiny_lent(), 1), []
+    rows = held_out_rows(source, store, progress=lambda *said: told.append(said[1:3]))
+    assert told == [(done, 6) for done in range(1, 7)] and rows.feature_ND.shape[0] == 48 * 7
+
+
 def test_recall_by_hand() -> None:
     """A router that always ranks group 0 first, then group 1; four tokens in groups 0, 0, 1, 2."""
 
