@@ -77,7 +77,7 @@ PAPERS_TREE: dict[str, Any] = {
 }
 """EAGLE-2's, on which HASS and CORAL are compared too. A CPU's small trees rarely reach the depths that the unroll
 trains: on pico's (10 nodes, cut at a confidence of 0.05), seed 0, HASS was 1.006 times EAGLE-2."""
-TURNS = 3
+TURNS = 12
 """Times that each kind of step is timed."""
 CHECKED = 10
 """Prompts on which a replay is compared with real decoding, in the rows that are compared."""
