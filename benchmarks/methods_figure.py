@@ -1,4 +1,4 @@
-"""docs/methods.svg from results/methods-*.json: tokens per round of drafters trained for the same time, by that time.
+"""docs/methods.svg from results/methods*.json: tokens per round of drafters trained for the same time, by that time.
 
 pip install matplotlib; python -m benchmarks.methods_figure
 """
@@ -15,7 +15,7 @@ from benchmarks.record import RESULTS
 
 METHODS = {"eagle2": ("EAGLE-2", "#457b9d"), "hass": ("HASS", "#f4a261"), "coral": ("CORAL", "#e76f51")}
 """Colours that hold on a white and on a dark page."""
-PANELS = {"methods-pico": "pico", "methods-smollm2": "SmolLM2-135M"}
+PANELS = {"methods": "pico", "methods-smollm2": "SmolLM2-135M"}
 
 
 def main() -> None:
