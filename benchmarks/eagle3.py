@@ -30,15 +30,14 @@ from benchmarks.llamacpp import Answer, LlamaCpp, rewritten
 from benchmarks.methods import (
     PAPERS_TREE,
     Bench,
-    Row,
     Rows,
     Variant,
     _begin,
     _step_seconds,
-    counts,
     identity,
     open_bench,
 )
+from benchmarks.methods_table import Row, counts
 from benchmarks.paired import ratio, ratio_ci95, tau, tau_ci95
 from benchmarks.record import record
 from coral_cli.options import read_recipe

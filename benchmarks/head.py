@@ -43,8 +43,9 @@ from coral_core.target.template import prompt_ids
 from recipes.pico import corpora
 
 TREE = ["decode.tree=fixed", "decode.draft_depth=6", "decode.draft_nodes=16", "decode.draft_topk=4"]
-CONTROLS = ("full", "static", "id")
-"""What the best of the others is quoted beside: all rows, a list of equal size, and groups in the order of ids."""
+CONTROLS = ("full", "static", "id", "cooccurrence, the paper's router")
+"""What the best of the others is quoted beside: all rows, a list of equal size, groups in the order of ids, and the
+paper's router, which coral does not train."""
 UNSEEN = ("fairytaleqa", "flan_cot_creak", "flan_cot_ecqa", "flan_cot_qasc", "sgd")
 """Corpora of which the real models' prompts (recipes/real/prompts.py) hold nothing."""
 
@@ -180,6 +181,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
     parser.add_argument("--samples", type=int, default=800, help="dialogues of pico to learn from")
     options = parser.parse_args()
+    if not options.part and not options.run:
+        parser.error("name a --part or a --run")
     old = json.loads((RESULTS / "head.json").read_text())["rows"] if (RESULTS / "head.json").exists() else []
     with tempfile.TemporaryDirectory() as scratch, progress_bars() as progress:
         options.work = Path(scratch)

@@ -83,12 +83,11 @@ def _clustered(trial: Trial, clustering: str) -> Groups:
 
 
 def _routed(method: str, trial: Trial, lent: Lent, groups: Groups, *, inner: bool) -> Iterator[Entry]:
-    count = len(groups.start_G) - 1
     router = first_router(groups, trial.lent, inner=inner)
     train_router(router, trial.rows, groups, trial.recipe.head, seed=0, progress=trial.progress)
     head = GroupedHead(lent, groups, copy.deepcopy(router), 1)
     for share in SHARES:
-        active = count // share
+        active = groups.count // share
         sized = copy.copy(head)  # one copy of the rows serves all sizes
         sized.active = active
         found = recall(router, trial.unseen, groups, active, trial.drafted_SN)

@@ -17,7 +17,6 @@ on with the rows it was at, and its training where it was. Each training is a ru
 results/NAME.json (--record) is written anew after each. `--workers` rows are measured at a time, each on its share of
 the cores. Rounds are found by replay (benchmarks/replay.py), which gives real decoding's
 number at a fraction of its cost; the rows of seed 0 check that on the first prompts by real decoding.
-Axes: N row: a seed, P prompt.
 """
 
 import argparse
@@ -33,13 +32,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import replay
 from benchmarks.clock import busy_s
 from benchmarks.curve import curve
-from benchmarks.paired import Counts, ratio, ratio_ci95, tau, tau_ci95
+from benchmarks.methods_table import METHODS, Row, compare, is_comparison, shown
 from benchmarks.record import record
 from coral_cli.options import read_recipe
 from coral_core.artifacts import fingerprint, write_text
@@ -61,7 +59,6 @@ from coral_core.training.loop import CLIP_NORM, make_accelerator
 from coral_core.training.stage import open_data, train_drafter
 from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps
 
-METHODS = ("eagle2", "hass", "coral")
 AS_PUBLISHED: dict[str, Any] = {"shape": "eagle2", "through_steps": False, "step_decay": 1.0}
 AS_PUBLISHED |= {"regression_weight": 1.0, "distill_weight": 0.1}
 """What the three methods take for these keys, whatever the recipe says."""
@@ -81,8 +78,6 @@ TURNS = 12
 """Times that each kind of step is timed."""
 CHECKED = 10
 """Prompts on which a replay is compared with real decoding, in the rows that are compared."""
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +102,6 @@ def identity(spec: TrainSpec) -> dict[str, Any]:
     """The spec's keys, without the one that was added since rows were first measured, at what it was then."""
     keys = dataclasses.asdict(spec)
     return keys if keys["unroll_drawn"] else {key: value for key, value in keys.items() if key != "unroll_drawn"}
-
-
-def is_comparison(part: str) -> bool:
-    """Whether a part measures all three methods; the others change one choice of CORAL."""
-    return part in ("methods", "early") or part.startswith("equal time")
 
 
 def ablations(spec: TrainSpec) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -379,33 +369,6 @@ def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: Process
     )
 
 
-def counts(found: list[Row], part: str, name: str, seeds: list[int]) -> Counts:
-    """(tokens_NP, rounds_NP) of a method's rows, in the order of `seeds`."""
-    by_seed = {row["seed"]: row for row in found if (row["part"], row["name"]) == (part, name)}
-    tokens_NP, rounds_NP = (np.array([by_seed[seed][what] for seed in seeds], float) for what in ("tokens", "rounds"))
-    return tokens_NP, rounds_NP
-
-
-def compare(found: list[Row], part: str) -> dict[str, Any]:
-    """The figures of one comparison: each method on its own seeds, each ratio on the seeds that both methods have."""
-    seen = {
-        method: sorted(row["seed"] for row in found if (row["part"], row["name"]) == (part, method))
-        for method in METHODS
-    }
-    own = {method: counts(found, part, method, seeds) for method, seeds in seen.items() if seeds}
-    told: dict[str, Any] = {"tau": {method: tau(mine) for method, mine in own.items()}}
-    told["tau_ci95"] = {method: tau_ci95(mine) for method, mine in own.items()}
-    ratios: dict[str, Any] = {}
-    for one, other in (("coral", "eagle2"), ("hass", "eagle2"), ("coral", "hass")):
-        if both := sorted({*seen[one]} & {*seen[other]}):
-            pair = counts(found, part, one, both), counts(found, part, other, both)
-            ratios |= {f"{one}_over_{other}": ratio(*pair), f"{one}_over_{other}_ci95": ratio_ci95(*pair)}
-    if not own:
-        return {}
-    trained = {method: len(seen[method]) for method in own}
-    return told | ratios | {"seeds": trained, "prompts": next(iter(own.values()))[0].shape[1]}
-
-
 def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
     """Equal steps; `early`; `equal_time` of the longest budget that is complete, and all budgets; what a step costs.
 
@@ -436,20 +399,6 @@ def answer_tokens_a_step(bench: Bench) -> float:
     """What a training step reads of the target's answers, on the mean."""
     facts, spec = bench.store.manifest.facts, bench.recipe.train
     return float(facts["answer_tokens"] / facts["samples"] * spec.batch_size * spec.accumulate)
-
-
-def shown(found: list[Row]) -> list[Row]:
-    """Rows for the results: counts summed over prompts, and an ablation's ratio to CORAL's early row of its seed."""
-    table = []
-    for row in found:
-        own = counts([row], row["part"], row["name"], [row["seed"]])
-        line = {key: value for key, value in row.items() if key not in ("tokens", "rounds")}
-        line |= {"tokens": sum(row["tokens"]), "rounds": sum(row["rounds"]), "tau": tau(own), "tau_ci95": tau_ci95(own)}
-        if not is_comparison(row["part"]):
-            coral = counts(found, "early", "coral", [row["seed"]])
-            line |= {"over_coral": ratio(own, coral), "over_coral_ci95": ratio_ci95(own, coral)}
-        table.append(line)
-    return table
 
 
 def parse() -> argparse.Namespace:

@@ -33,7 +33,7 @@ ABOUT = {
     "methods-qwen": "EAGLE-2 and, on EAGLE-3.1's shape, CORAL on Qwen2.5-Coder-0.5B in equal time, one seed.",
     "eagle3": "The EAGLE-3 shape against today's, step by step, on SmolLM2-135M.",
     "eagle3-pico": "The same on pico; stopped before equal time and the routed head.",
-    "head": "The grouped head: what it keeps of tau, and what it gains.",
+    "head": "The grouped head on pico: what it keeps of tau, and what it gains.",
     "train": "Training: tokens per second and memory against the eager reference.",
     "data": "Data: tapping, writing, bytes per token, fp8 against bfloat16.",
     "sampling": "Drafts that know the sampling noise, against drafts that do not.",

@@ -75,7 +75,7 @@ def _standing_text(job: Job, found: Standing) -> str:
     if found.words:
         return f"the answers in {job.folder} are kept; they are tapped anew, since {'; '.join(found.changed)}"
     if found.count:
-        return f"what {job.folder} shares with the new data is kept, since only {'; '.join(found.changed)}"
+        return f"what {job.folder} shares with the new data is kept: {'; '.join(found.changed)}"
     if found.changed:
         return f"{job.folder} is made anew, and replaced at the end, since {'; '.join(found.changed)}"
     if MANIFEST in found.damaged:

@@ -1,6 +1,7 @@
 """What a prepare-data run is to make, and how it compares with what stands in its folder already."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ class Job:
         mapping = dataclasses.asdict(self.recipe)
         return {name: mapping[name] for name in ("seed", "target", "data")}
 
-    @property
+    @functools.cached_property
     def inputs(self) -> dict[str, str]:
-        """Fingerprints of what is read."""
+        """Fingerprints of what is read; prompt files may be large, and are read once for them."""
         inputs = {"target": self.target.fingerprint, "target_dtype": dtype_name(self.target.dtype)}
         named = [share.name for share in shares(self.recipe.data.prompts) if share.name != SELF]
         sums = [file_sha256(path) for path in map(find_file, named) if path]
@@ -138,7 +139,7 @@ def standing(job: Job) -> Standing:
         manifest = Manifest.read(job.folder, "data", COMMAND)
     except ArtifactError:
         return Standing(None, damaged=(MANIFEST,))
-    inputs = job.inputs
+    inputs = dict(job.inputs)
     if not job.taps and "taps" in manifest.inputs:  # more than is asked for
         inputs["taps"] = manifest.inputs["taps"]
     if manifest.fingerprint != job.fingerprint(inputs):

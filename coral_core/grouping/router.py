@@ -38,7 +38,8 @@ DIALOGUES = 8
 BUFFER_BYTES = 1 << 30
 """Rows are computed once and kept, up to this; the vocabulary-sized probabilities are what costs, not the router."""
 HELD_OUT = 48
-"""Dialogues that settings are judged by, at most: some 8,000 rows of each pass. More take as long as the training."""
+"""Dialogues that settings are judged by, at most. With seven passes over 151,936 rows, eight dialogues take 25 s of a
+processor core."""
 ROWS = 1024
 """Rows of one router step."""
 CHUNK = 2048

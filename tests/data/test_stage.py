@@ -204,7 +204,6 @@ KILLED = """
 import sys
 from pathlib import Path
 from coral_core.data import plan
-from coral_core.data.sources import Source
 from coral_core.data.stage import prepare
 from coral_core.processes import part
 from tests.data.helpers import make_job
