@@ -22,6 +22,7 @@ as one).
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -70,8 +71,9 @@ class Layout:
     mask_BTK: torch.Tensor | None
     """Additive, in float32, over positions, as many as there are columns. None where all is seen, or where
     rows of one answer are causal."""
-    cuts_B: tuple[tuple[int, ...], ...]
-    """For each answer the columns at which its blocks begin, 0 left out."""
+    ends_B: tuple[tuple[int, ...], ...]
+    """For each answer the columns at which its blocks end, its own last one included. One for all of them where every
+    column is at its own position."""
     tree: Tree | None
     """None where every column is at its own position."""
 
@@ -87,8 +89,8 @@ def layout(position_BT: torch.Tensor, mask_B1TK: torch.Tensor | None) -> Layout:
     last = max(past) + rows if mask_BTK is None else mask_BTK.shape[-1]
     step_BT = position_BT - position_BT[:, :1]
     if rows == 1 or mask_BTK is None or bool((step_BT == torch.arange(rows)).all()):
-        return Layout(rows, mask_BTK, (tuple(range(BLOCK, last, BLOCK)),), None)
-    cuts_B = tuple(cuts(positions) for positions in position_BT.tolist())
+        return Layout(rows, mask_BTK, ((*range(BLOCK, last, BLOCK), last),), None)
+    ends_B = tuple(ends(positions) for positions in position_BT.tolist())
     start, answers = min(past), len(past)
     column_BT = position_BT[:, :1] + torch.arange(rows)
     position_BK = torch.arange(last).repeat(answers, 1).scatter_(1, column_BT, position_BT)[:, start:] - start
@@ -98,13 +100,13 @@ def layout(position_BT: torch.Tensor, mask_B1TK: torch.Tensor | None) -> Layout:
     found_BTK.scatter_reduce_(2, position_BK[:, None].expand_as(number_BTK), number_BTK, "amax")
     near_BTK = torch.zeros(found_BTK.shape).masked_fill_(found_BTK == 0, -torch.inf)
     mask_BTK = torch.cat((mask_BTK[:, :, :start].expand(answers, -1, -1), near_BTK), dim=2)
-    return Layout(rows, mask_BTK, cuts_B, Tree(start, (found_BTK - 1).clamp_min_(0), position_BK, sees_BTK.float()))
+    return Layout(rows, mask_BTK, ends_B, Tree(start, (found_BTK - 1).clamp_min_(0), position_BK, sees_BTK.float()))
 
 
-def cuts(positions: list[int]) -> tuple[int, ...]:
-    """The columns at which blocks begin, for new rows at these positions behind columns in their natural order.
+def ends(positions: list[int]) -> tuple[int, ...]:
+    """The columns at which blocks end, for new rows at these positions behind columns in their natural order.
 
-    With blocks of 4 and rows at the positions 2 3 3 4 4 5, a block begins at column 5:
+    With blocks of 4 and rows at the positions 2 3 3 4 4 5, the blocks end at the columns 5 and 8:
 
         column    0 1 2 3 4 5 6 7
         position  0 1 2 3 3 4 4 5
@@ -113,7 +115,7 @@ def cuts(positions: list[int]) -> tuple[int, ...]:
     found = list(range(BLOCK, past + 1, BLOCK))
     for border in range((past // BLOCK + 1) * BLOCK, max(positions) + 1, BLOCK):
         found.append(past + next(row for row, position in enumerate(positions) if position >= border))
-    return tuple(found)
+    return *found, past + len(positions)
 
 
 def attention(
@@ -225,20 +227,20 @@ def _over_heads(index_BTX: torch.Tensor, like_BHTK: torch.Tensor) -> torch.Tenso
 
 def _values(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, layout: Layout, shared: bool) -> torch.Tensor:
     """[X,N,E]: the values, weighted and added block by block."""
-    answers = layout.cuts_B
-    longest = max(answers, key=len)
-    if any(own != longest[: len(own)] for own in answers):
-        each = zip(weight_XNK.chunk(len(answers)), value_XKE.chunk(len(answers)), answers, strict=True)
-        return torch.cat([_blocks(weight_XNK, value_XKE, own, shared) for weight_XNK, value_XKE, own in each])
-    return _blocks(weight_XNK, value_XKE, longest, shared)
+    answers = layout.ends_B
+    longest = max(answers, key=lambda own: own[-1])
+    if all(own[:-1] == tuple(end for end in longest if end < own[-1]) for own in answers):
+        return _blocks(weight_XNK, value_XKE, longest, shared)
+    each = zip(weight_XNK.chunk(len(answers)), value_XKE.chunk(len(answers)), answers, strict=True)
+    # Not over the columns behind an answer's own: they would make its last block wider than WIDEST.
+    return torch.cat([_blocks(weight[..., : own[-1]], value[:, : own[-1]], own, shared) for weight, value, own in each])
 
 
-def _blocks(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, cuts: tuple[int, ...], shared: bool) -> torch.Tensor:
+def _blocks(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, ends: tuple[int, ...], shared: bool) -> torch.Tensor:
     columns = weight_XNK.shape[2]
-    starts = [0, *(cut for cut in cuts if cut < columns)]
-    ends = [*starts[1:], columns]
+    ends = (*(end for end in ends if end < columns), columns)
     out_XNE = torch.bmm(*_terms(weight_XNK, value_XKE, 0, ends[0], shared))
-    for start, end in zip(starts[1:], ends[1:], strict=True):
+    for start, end in itertools.pairwise(ends):
         out_XNE.baddbmm_(*_terms(weight_XNK, value_XKE, start, end, shared))
     return out_XNE
 
