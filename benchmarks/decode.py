@@ -209,7 +209,7 @@ def main() -> None:
             rows = [row for row in rows if row["part"] != part] + fresh
             for row in fresh:
                 print(json.dumps(row), flush=True)
-            print(record("decode", figures(rows), rows))
+            print(record("decode", figures(rows), rows, part))
     except CoralError as error:
         sys.exit(f"error: {error}")
     if found:

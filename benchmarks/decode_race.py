@@ -63,7 +63,7 @@ def generated(target: Target, prompt: list[int], max_new_tokens: int, model: Any
         attention_mask=torch.ones_like(ids_BT),
         max_new_tokens=min(max_new_tokens, target.max_positions - len(prompt)),
         streamer=puts,
-        **{"do_sample": False, **options},
+        **{"do_sample": False, "repetition_penalty": 1.0, **options},
     )
     ended_s = time.perf_counter()
     first_s = puts.at_s[1]  # the first call hands over the prompt

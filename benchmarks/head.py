@@ -190,7 +190,7 @@ def main() -> None:
         for found in [*wanted, *(real(run, options, progress) for run in options.run)]:
             rows = list(found)
             old = [row for row in old if row["part"] != rows[0]["part"]] + rows
-            print(record("head", figures(old), old))
+            print(record("head", figures(old), old, rows[0]["part"]))
 
 
 if __name__ == "__main__":

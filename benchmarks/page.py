@@ -66,14 +66,21 @@ def results_page() -> str:
 def section(name: str, about: str) -> str:
     """One file: what it is, where it was measured, its figures."""
     found = load(name)
-    machine, versions = found["machine"], found["versions"]
-    where = (
-        f"{machine['device']}, {machine['threads']} threads; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; commit {versions['git_commit'][:7]}; {found['date']}"
-    )
+    parts = found.get("parts", {"": found})
+    made = [provenance(part if len(parts) > 1 else "", of) for part, of in parts.items()]
     shown = [TABLES[name](found["rows"])] if name in TABLES else []
     shown += [] if name == "pico" else [table(("figure", "value"), flat(found["figures"]))]
-    return f"## {name}\n\n{about}\n\n`{found['command']}`\n\n{where}\n\n" + "\n\n".join(shown) + "\n"
+    return f"## {name}\n\n{about}\n\n" + "\n\n".join([*made, *shown]) + "\n"
+
+
+def provenance(part: str, made: dict[str, Any]) -> str:
+    """How a file, or a part of its rows, was made: the command, the machine, the versions and the date."""
+    machine, versions = made["machine"], made["versions"]
+    where = (
+        f"{machine['device']}, {machine['threads']} threads; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; commit {versions['git_commit'][:7]}; {made['date']}"
+    )
+    return (f"{part}: " if part else "") + f"`{made['command']}`\n\n{where}"
 
 
 def flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -67,6 +67,12 @@ class Drafted:
     def heads(self) -> tuple[str, ...]:
         return ("full", "grouped") if (self.folder / "head").exists() else ("full",)
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the drafter, and of its grouped head if it has one."""
+        parts = [("drafter", "coral train"), ("head", "coral group-head")][: len(self.heads)]
+        return [Manifest.read(self.folder / kind, kind, command).fingerprint for kind, command in parts]
+
     def engine(self, target: Target, head: str, tree: str) -> Engine:
         """The run's own recipe on this target; the tree is the one that pays (auto), or always as large (fixed)."""
         keys = [f"decode.tree={tree}", f"head.kind={head}", *PAPERS_TREE]
@@ -97,7 +103,7 @@ def lanes(options: argparse.Namespace) -> Iterator[tuple[str, Answer]]:
             return generate_lane(target, prompt, sampler(temperature), tokens)
 
         def lookup(prompt: list[int], temperature: float, target: Target = target) -> Lane:
-            sampled = {"do_sample": True, "temperature": temperature} if temperature else {}
+            sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
             return generated(target, prompt, tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS, **sampled)
 
         yield f"plain {dtype}", own
@@ -164,7 +170,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     racers = dict(lanes(options))
     target = load_target(dataclasses.replace(options.spec, dtype=options.dtypes[0]))
     racers |= dict(llama_lanes(options, target.tokenizer))
-    made = [Manifest.read(one.folder / "drafter", "drafter", "coral train").fingerprint for one in options.drafters]
+    made = [fingerprint_of for one in options.drafters for fingerprint_of in one.fingerprints]
     settings = fingerprint([target.fingerprint, made, sorted(racers), options.tokens])
     rows = [row for row in read(options.rows) if row["settings"] == settings]
     done = {(row["bench"], row["question"], row["temperature"]) for row in rows}
@@ -174,12 +180,13 @@ def measure(options: argparse.Namespace) -> list[Row]:
         for bench, question in asked(options, target)
         if (bench, question.name, temperature) not in done
     ]
-    heat = options.heat * len(options.benches)
+    heat, everyone = options.heat * len(options.benches), set(racers)
     options.rows.parent.mkdir(parents=True, exist_ok=True)
     for number, (bench, question, temperature) in enumerate(todo):
         prompt = first_prompt(target, question)
-        if len(rows) >= heat:
-            kept = ahead(rows[:heat])
+        whole = [row for row in rows if row["lanes"].keys() >= everyone]
+        if len(whole) >= heat:
+            kept = ahead(whole)
             racers = {name: answer for name, answer in racers.items() if name in kept}
         if number == 0:
             for answer in racers.values():
@@ -320,7 +327,7 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
         found[options.model]["assisted_generation"] = NO_SIBLING[options.model]
     others = [row for row in old["rows"] if row["model"] != options.model]
     print(json.dumps(found[options.model], indent=1))
-    print(f"written to {record('real', found, others + rows)}")
+    print(f"written to {record('real', found, others + rows, options.model)}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

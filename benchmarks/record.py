@@ -29,17 +29,22 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(name: str, figures: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Write {figures, rows, machine, versions, command, date}; `figures` are what the README quotes."""
+def record(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], part: str = "") -> Path:
+    """Write {figures, rows, machine, versions, command, date}; `figures` are what the README quotes.
+
+    Where only a part of the rows is new, and others stay as they were, `parts` says the last four of each part.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    value = {
-        "figures": figures,
-        "rows": rows,
+    made = {
         "machine": machine(),
         "versions": versions() | {"git_commit": git_commit()},
         "command": shlex.join(["python", *(Path(part).name if part == sys.argv[0] else part for part in sys.argv)]),
         "date": datetime.date.today().isoformat(),
     }
+    value = {"figures": figures, "rows": rows, **made}
+    if part:
+        before = json.loads(path.read_text(encoding="utf-8")).get("parts", {}) if path.exists() else {}
+        value["parts"] = before | {part: made}
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     return path

@@ -208,7 +208,7 @@ def main() -> None:
     models = dict.fromkeys(row["model"] for row in rows)
     found = {model: figures([row for row in rows if row["model"] == model]) for model in models}
     print(json.dumps(found, indent=1))
-    print(record(options.name, {**found.pop("pico", {}), **found}, rows))
+    print(record(options.name, {**found.pop("pico", {}), **found}, rows, recipe.name))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
-from coral_core.errors import RecipeError
 from coral_core.head.heads import FullHead, Head, StaticHead
 from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
-from coral_core.kernels.exact import MOST_NODES
 from coral_core.lent import Lent
 from coral_core.lock import published
 from coral_core.recipe.schema import DecodeSpec, Recipe
@@ -49,7 +47,10 @@ class Run:
 
     def target(self, *, dialogues: bool = False) -> Target:
         """The recipe's target, loaded, as `load_target` does; exact if the recipe decodes so."""
-        target = load_target(self.recipe.target, dialogues=dialogues)
+        return self.own(load_target(self.recipe.target, dialogues=dialogues))
+
+    def own(self, target: Target) -> Target:
+        """A loaded target; exact if the recipe decodes so."""
         return dataclasses.replace(target, exact=target.exact and self.recipe.decode.exact)
 
     def manifest(self, target: Target) -> Manifest:
@@ -78,7 +79,7 @@ class Run:
             drafter = self.drafter(target)
             own = drafter.config.draft_vocab_size
             head = whole_head(drafter, target.lent) if own else self.head(target)
-            engine = Engine(target, drafter, head, checked_shape(self.recipe.decode, target))
+            engine = Engine(target, drafter, head, tree_shape(self.recipe.decode))
         if self.recipe.decode.tree != "auto":
             return engine
         head_of = {"kind": "own", "rows": own} if own else self._head_of()
@@ -108,16 +109,6 @@ def whole_head(drafter: Drafter, lent: Lent) -> Head:
     if not drafter.config.draft_vocab_size:
         return FullHead(lent)
     return StaticHead(lent, drafter.draft_tokens, drafter.lm_head.weight)
-
-
-def checked_shape(decode: DecodeSpec, target: Target) -> TreeShape:
-    """The recipe's tree. Raises RecipeError for one that is too large to be verified exactly."""
-    if target.exact and decode.draft_nodes > MOST_NODES:
-        raise RecipeError(
-            f"decode.draft_nodes is {decode.draft_nodes}; on a CPU, forwards are exact with {MOST_NODES} at most. "
-            f"Set decode.draft_nodes={MOST_NODES}, or decode.exact=false"
-        )
-    return tree_shape(decode)
 
 
 def sampler(recipe: Recipe) -> Sampler:

@@ -39,7 +39,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     """Measure tokens per round and speed against plain decoding, and check that not a word differs."""
     from coral_cli.console import print_json, print_markdown, progress_bars, tell
     from coral_core.bench.contenders import contenders
-    from coral_core.bench.questions import Bench, check_names, load_bench
+    from coral_core.bench.questions import HELD_OUT, Bench, check_names, load_bench
 
     recipe = read_recipe(arguments)
     names = check_names(bench or [], questions)
@@ -48,7 +48,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
 
     from coral_core.bench.evaluate import Plan, interrupted  # torch, seconds: a slip above is answered before
     from coral_core.bench.evaluate import evaluate as run_evaluation
-    from coral_core.bench.methods import load_method
+    from coral_core.bench.methods import learnt_elsewhere, load_method
     from coral_core.report.tables import markdown
 
     with open_run(arguments, runs) as run:
@@ -56,6 +56,8 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
         methods = [load_method(contender, target) for contender in compared]
         for folder in dict.fromkeys(method.folder for method in methods):
             tell(f"drafter and head from {folder}")
+        for method in methods if HELD_OUT in names else ():
+            tell(learnt_elsewhere(method, run.folder))
         plan = Plan(
             recipe=recipe,
             target=target,

@@ -11,7 +11,9 @@ from coral_cli.options import RUNS, Arguments, RunsOption, open_run
 
 
 def import_drafter(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub id: EAGLE-1, EAGLE-2, HASS, or coral's.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Folder or Hub id: EAGLE-1, EAGLE-2, EAGLE-3, HASS, or coral's.")
+    ],
     arguments: Arguments = None,
     runs: RunsOption = RUNS,
 ) -> None:

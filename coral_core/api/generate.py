@@ -95,7 +95,8 @@ class Speculate:
         there, or was made for another model.
         """
         recipe = load_recipe(run / "recipe.yaml" if run else None, [])
-        return cls(Run(recipe, run or Path("runs") / recipe.name).engine(wrap(model, tokenizer)))
+        found = Run(recipe, run or Path("runs") / recipe.name)
+        return cls(found.engine(found.own(wrap(model, tokenizer))))
 
     def __call__(
         self,

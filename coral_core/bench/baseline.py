@@ -44,7 +44,7 @@ def generate_lane(target: Target, prompt: list[int], sampler: Sampler, max_new_t
     """`model.generate`, timed like our own decoders. Its draws at temperature > 0 are its own, not ours."""
     greedy = sampler.temperature == 0
     names = ("temperature", "top_p", "top_k", "min_p")
-    sampling = {} if greedy else {name: getattr(sampler, name) for name in names if getattr(sampler, name)}
+    sampling = {} if greedy else {name: getattr(sampler, name) for name in names}  # 0 too: a model's own top_k is 50
     streamer = _FirstToken()
     ids_BT = torch.tensor([prompt], device=target.device)
     begun = time.perf_counter()

@@ -56,6 +56,8 @@ class Plan:
             "decode": dataclasses.asdict(self.recipe.decode),
             "target": self.target.fingerprint,
             "dtype": str(self.target.dtype),
+            "device": device_name(self.target.device),
+            "threads": torch.get_num_threads(),
             "methods": {method.name: method.facts for method in self.methods},
             "questions": {
                 bench.name: f"{len(bench.questions)} with fingerprint {_fingerprint(bench)}" for bench in self.benches
@@ -196,7 +198,9 @@ def _publish(
     write_text(work / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(work / "results.md", markdown(results))
     write_text(work / "results.tex", latex(results))
-    write_text(work / "report.html", page(plan.recipe.name, results, charts, run / "log.jsonl"))
+    trained_here = any(method.folder == run and method.facts["drafter"]["data"] for method in plan.methods)
+    log = run / "log.jsonl" if trained_here else None
+    write_text(work / "report.html", page(plan.recipe.name, results, charts, log))
     Manifest(
         kind="eval",
         fingerprint=fingerprint(settings),

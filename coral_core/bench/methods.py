@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from coral_core.artifacts import Manifest
+from coral_core.artifacts import MANIFEST, Manifest
 from coral_core.bench.contenders import Contender
 from coral_core.bench.probe import Watched
 from coral_core.decoding.engine import Engine
@@ -48,6 +48,7 @@ def load_method(contender: Contender, target: Target) -> Method:
             "run": contender.owner,
             "preset": manifest.recipe.get("train", {}).get("preset"),
             "fingerprint": manifest.fingerprint,
+            "data": manifest.inputs.get("data"),
         },
         "head": head,
         "tree": {"kind": contender.recipe.decode.tree, **dataclasses.asdict(engine.shape)},
@@ -55,6 +56,19 @@ def load_method(contender: Contender, target: Target) -> Method:
     if engine.costs is not None:
         facts["costs"] = dataclasses.asdict(engine.costs)
     return Method(contender.name, engine, run.made, facts)
+
+
+def learnt_elsewhere(method: Method, run: Path) -> str:
+    """What to tell where a method's drafter was not trained on the data whose held-out prompts are asked; '' else."""
+    learnt, folder = method.facts["drafter"]["data"], run / "data"
+    if not learnt or not (folder / MANIFEST).exists():
+        return ""
+    if learnt == Manifest.read(folder, "data", "coral prepare-data").fingerprint:
+        return ""
+    return (
+        f"{method.name} was trained on other data than {folder} holds: the held-out prompts may be among what it "
+        "learnt. Run coral train first, or name a --bench"
+    )
 
 
 def rows_read(engine: Engine, prompt: list[int]) -> float:

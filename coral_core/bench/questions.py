@@ -127,7 +127,7 @@ def _where_to_get(bench: str, folder: Path) -> str:
 def from_file(path: Path) -> list[Question]:
     """One question per line: `turns`, `prompt` or `question`. Raises DataError naming the line that is not one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a line of JSON may hold what splitlines breaks at
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the questions file {path}: {error}. Pass a JSONL file to --questions") from error
     questions = []

@@ -38,7 +38,10 @@ def write(
     sampling: Sampling,
     advance: Advance = lambda rows, tokens: None,
 ) -> list[list[int]]:
-    """Continue each prompt until `ends(new ids)`, or `limits` tokens; the token that ends it is kept."""
+    """Continue each prompt until `ends(new ids)`, or `limits` tokens; the token that ends it is kept.
+
+    Raises DataError where the target's numbers overflow: the answer would be cut there.
+    """
     assert all(limit >= 1 for limit in limits) and all(prompts), "every prompt has a token, and room for one more"
     engine = Engine(dataclasses.replace(target, stop_ids=frozenset()))  # where a row ends is for `ends` to say
     table = Table(engine, max(1, min(sampling.batch_size, len(prompts))))
@@ -47,7 +50,9 @@ def write(
     waiting = deque(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
 
     def ended(seat: Seat, new_ids: list[int]) -> bool:
-        """Whether a seat's row has ended with these tokens, which are kept."""
+        """Whether a seat's row has ended with these tokens, which are kept. Raises DataError where numbers overflow."""
+        if seat.error:
+            raise seat.error
         ids = written[row_of[seat]]
         ids += new_ids
         if seat in table.seats and ends(ids):

@@ -23,7 +23,9 @@ from coral_core.decoding.seat import Memory
 from coral_core.decoding.step import sit, step
 from coral_core.decoding.tree import Draft
 from coral_core.drafter.model import Drafter
+from coral_core.errors import RecipeError
 from coral_core.head.heads import Head
+from coral_core.kernels.exact import MOST_NODES
 from coral_core.target.target import Target
 
 
@@ -84,7 +86,15 @@ class Engine:
     forwards: Forwards = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """The target gives what this drafter reads of it."""
+        """The target gives what this drafter reads of it.
+
+        Raises RecipeError for a tree that is too large to be verified exactly.
+        """
+        if self.target.exact and self.shape.nodes > MOST_NODES:
+            raise RecipeError(
+                f"decode.draft_nodes is {self.shape.nodes}; on a CPU, forwards are exact with {MOST_NODES} at most. "
+                f"Set decode.draft_nodes={MOST_NODES}, or decode.exact=false"
+            )
         if self.drafter is not None:
             object.__setattr__(self, "target", self.target.tapping(self.drafter.config.taps))
         object.__setattr__(self, "forwards", Recorded() if self.target.graphs else Eager())

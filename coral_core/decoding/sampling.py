@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from coral_core.decoding.noise import NoiseRows, gumbel
+from coral_core.decoding.noise import NoiseRows
 from coral_core.decoding.tree import Draft, Verdict, judge
 from coral_core.errors import DataError
 
@@ -82,8 +82,8 @@ class Sampler:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise DataError(f"temperature is {self.temperature:g}; it must be 0 (greedy) or a finite number above 0")
-        if self.temperature < LEAST_TEMPERATURE:
-            object.__setattr__(self, "temperature", 0.0)
+        temperature = 0.0 if self.temperature < LEAST_TEMPERATURE else float(self.temperature)  # JSON says 2 for 2.0
+        object.__setattr__(self, "temperature", temperature)
 
     @property
     def looks_back(self) -> bool:
@@ -119,10 +119,8 @@ class Sampler:
         """Logits of the distribution that is sampled from, by transformers' own processors."""
         return self._processors(past_NT, logits_NV.float())
 
-    def pick(
-        self, logits_NV: torch.Tensor, position: int | torch.Tensor, past_NT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """One token id per row [N]; `position` is the absolute one that the picked token will take, or each row's [N].
+    def pick(self, logits_NV: torch.Tensor, position: int, past_NT: torch.Tensor | None = None) -> torch.Tensor:
+        """One token id per row [N]; `position` is the absolute one that the picked token will take.
 
         `past_NT` holds the tokens before each row's pick, prompt included, in any order and as often as one likes
         (History in seat.py); wanted when the sampler `looks_back`. An unnormalised log p serves as well: a constant per
@@ -166,13 +164,9 @@ class Sampler:
         """
         return self.temperature / max(self.temperature, GAP_SCALE) if self.temperature else 1 / GAP_SCALE
 
-    def _noise(self, position: int | torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
-        """[1,V] for all rows or [N,V]. Nodes of one depth share a position: each distinct one is hashed once."""
-        vocab, device = logits_NV.shape[-1], logits_NV.device
-        if isinstance(position, int):
-            return self._rows.at(position, 1, vocab, device)
-        distinct_T, row_N = position.unique(return_inverse=True)
-        return gumbel(self.seed, distinct_T, torch.arange(vocab, device=device))[row_N]
+    def _noise(self, position: int, logits_NV: torch.Tensor) -> torch.Tensor:
+        """[1,V]: one position's, for all rows."""
+        return self._rows.at(position, 1, logits_NV.shape[-1], logits_NV.device)
 
 
 def pick_together(samplers: Sequence[Sampler], logits_BV: torch.Tensor, position: Sequence[int]) -> torch.Tensor:

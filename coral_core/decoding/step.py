@@ -213,10 +213,10 @@ def _verify_roots(
 
 def _no_numbers(target: Target, position: int) -> DataError:
     dtype = str(target.dtype).removeprefix("torch.")
-    return DataError(
-        f"after {position} tokens the target computes no numbers in {dtype}: they overflow, or its weights are "
-        "damaged. Set target.dtype=float32 or bfloat16"
-    )
+    what = f"after {position} tokens the target computes no numbers in {dtype}"
+    if dtype == "float16":
+        return DataError(f"{what}: they overflow, or its weights are damaged. Set target.dtype=float32 or bfloat16")
+    return DataError(f"{what}: its weights are damaged. Restore its files, then start again")
 
 
 def _judge(seats: Sequence[Seat], drafts: Sequence[Draft], logits_NV: torch.Tensor) -> list[Verdict]:

@@ -1,4 +1,4 @@
-"""The Triton kernel behind `kernel.grouped_best`; imported only where it is used, since Triton is on few machines.
+"""The Triton kernel behind `blocks.grouped_best`; imported only where it is used, since Triton is on few machines.
 
 One program multiplies all rows of a route with one tile of one active group's rows, and keeps the tile's best, so that
 the other logits never reach memory. Axes: N row, D hidden, V vocabulary in permuted order, G group, C candidate, R

@@ -91,8 +91,8 @@ class TrainSpec:
     through them, the words' loss alone; coral3: eagle3 with CSRA."""
     shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle2"
     """What the drafter reads of the target. eagle2: its last hidden state; eagle3: the inputs of three layers;
-    eagle3.1: these under norms of their own, and the drafter's normed output is fed back. vLLM and SGLang load eagle2
-    and eagle3, llama.cpp eagle3."""
+    eagle3.1: these under norms of their own, and the drafter's normed output is fed back. vLLM and SGLang load all
+    three, llama.cpp eagle3."""
     steps: int = 600
     """Optimizer steps."""
     batch_size: int = 8

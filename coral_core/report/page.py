@@ -31,11 +31,11 @@ LOG_POINTS = 240
 """Points of a training curve, at most."""
 
 
-def page(name: str, results: dict[str, Any], charts: dict[str, Any], log: Path) -> str:
+def page(name: str, results: dict[str, Any], charts: dict[str, Any], log: Path | None) -> str:
     """The report of an evaluation of run `name`.
 
     `results` is results.json's object; `charts` holds per bench {speedups{method: {question: ratio}}, samples[]};
-    `log` is the run's log.jsonl, which may be absent.
+    `log` is the run's log.jsonl, which may be absent; None where no drafter here was trained in this run.
     """
     width = "half" if len(results["benches"]) == 1 else "whole"  # a single chart does not fill a line
     sections = [
@@ -219,8 +219,8 @@ def _rows_read(results: dict[str, Any]) -> str:
     return _legend(_names(results), "s") + _figures(drawn) + ("" if results["others"] else hint)
 
 
-def _training(log: Path) -> str:
-    lines = _read_log(log)
+def _training(log: Path | None) -> str:
+    lines = _read_log(log) if log else []
     steps = [line for line in lines if line["stage"] == "train"]
     if not steps:
         return '<p class="hint">This run holds no training log: its drafter came ready-made.</p>'
@@ -252,16 +252,24 @@ def _curve(lines: Sequence[dict[str, Any]], key: str) -> list[svg.Point]:
 
 
 def _read_log(log: Path) -> list[dict[str, Any]]:
-    """The log's lines; one that an interruption cut is left out."""
-    found = []
+    """The log's lines of the last training; one that an interruption cut is left out."""
+    found: list[dict[str, Any]] = []
     for text in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
             continue
         if isinstance(line, dict) and {"stage", "step"} <= line.keys():
+            while found and _again(found[-1], line):
+                found.pop()
             found.append(line)
     return found
+
+
+def _again(before: dict[str, Any], line: dict[str, Any]) -> bool:
+    """Whether a line says that training began anew, or went on from a checkpoint, no later than an earlier line."""
+    earlier, now = before["step"], line["step"]
+    return bool(earlier > now or (earlier == now and before["stage"] == line["stage"]))
 
 
 def _answers(results: dict[str, Any], charts: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -178,13 +178,13 @@ async def _body(request: Request) -> bytes:
         # Also what keeps a web page from making its visitor's browser ask: this type needs leave from the server.
         raise Refusal("send the body as JSON, with the header Content-Type: application/json", status=415)
     body = bytearray()
-    with anyio.move_on_after(BODY_S):
+    with anyio.move_on_after(BODY_S), contextlib.suppress(ClientDisconnect):
         async for part in request.stream():
             body += part
             if len(body) > BODY_BYTES:
                 raise Refusal(f"the body is larger than {BODY_BYTES:,} bytes", status=413)
         return bytes(body)
-    raise Refusal(f"the body did not arrive within {BODY_S:g} s", status=408)
+    raise Refusal(f"the body did not arrive whole, within {BODY_S:g} s", status=408)
 
 
 def _no_model(service: Service, name: str) -> Refusal:

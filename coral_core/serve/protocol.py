@@ -175,7 +175,7 @@ def _refuse_unknown(fields: Fields, own: set[str]) -> None:
         raise Refusal("'model' must be the name of a model; GET /v1/models lists them", param="model")
     for name, value in fields.items():
         if name in NEUTRAL:
-            if value not in NEUTRAL[name]:
+            if not any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in NEUTRAL[name]):
                 raise Refusal(f"'{name}' is {_shown(value)}, which coral cannot do; leave it out", param=name)
         elif name not in KNOWN | own:
             raise Refusal(f"unknown field '{name[:60]}'", param=name[:60])
@@ -198,7 +198,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "presence_penalty": (0,),
@@ -211,7 +211,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-"""Fields that coral does not have, with the values that ask for nothing."""
+"""Fields that coral does not have, with the values that ask for nothing. 0 is not False: `logprobs: 0` of a completion
+asks for the chosen tokens' own."""
 
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields that do not change an answer; they are accepted and not read."""

@@ -41,7 +41,7 @@ class Target:
     taps: tuple[int, ...] = ()
     """Layers whose inputs `forward` gives before the features (`tapping`)."""
     idle: list[Any] = dataclasses.field(default_factory=list, repr=False, compare=False)
-    """Memories with recordings that no answer is using (decoding/memory.py)."""
+    """Memories with recordings that no answer is using (decoding/recorded.py)."""
 
     @classmethod
     def from_pretrained(cls, model: str, **options: Any) -> "Target":

@@ -51,7 +51,7 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     """By "weight name/what", as in "fc.weight/exp_avg"."""
     numbers: dict[str, Any]
-    """Counters of the loop: micro-batches and tokens consumed, seconds."""
+    """The state of float16's gradient scaler, where there is one."""
 
 
 class Checkpoints:

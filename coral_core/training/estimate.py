@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
+import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 from coral_core.recipe.schema import TrainSpec
@@ -68,4 +69,4 @@ def _seconds(trainer: Trainer, micro: MicroBatch) -> float:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

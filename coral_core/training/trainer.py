@@ -94,10 +94,8 @@ class Trainer:
         weights: dict[str, Any] = distributed_state.get_model_state_dict(self.model, options=WHOLE)
         adam: Any = distributed_state.get_optimizer_state_dict(self.model, self._adam(), options=WHOLE)
         flat = {f"{name}/{what}": value.cpu() for name, part in adam["state"].items() for what, value in part.items()}
-        position = self.step * self.spec.accumulate * self.accelerator.num_processes
-        numbers = {"micro_batches": position, "seed": self.seed}
-        if scaler := self.accelerator.scaler:
-            numbers["scaler"] = scaler.state_dict()
+        scaler = self.accelerator.scaler
+        numbers = {"scaler": scaler.state_dict()} if scaler else {}
         return Checkpoint(self.step, {name: value.cpu() for name, value in weights.items()}, flat, numbers)
 
     def restore(self, checkpoint: Checkpoint | None) -> None:

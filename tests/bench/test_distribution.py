@@ -63,8 +63,8 @@ class Urn:
         self.target = self.lent = self
 
     def decode(self, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[Round]:
-        position_N = torch.arange(len(prompt), len(prompt) + max_new_tokens)
-        yield Round(sampler.pick(self.logits_V.expand(max_new_tokens, -1), position_N).tolist(), "draft")
+        positions = range(len(prompt), len(prompt) + max_new_tokens)
+        yield Round([int(sampler.pick(self.logits_V[None], position)) for position in positions], "draft")
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         return ids_BT

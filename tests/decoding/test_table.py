@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from coral_core.decoding.engine import Engine, plain
-from coral_core.decoding.reference import reference
 from coral_core.decoding.sampling import Sampler, pick_together
 from coral_core.decoding.seat import Seat
 from coral_core.decoding.table import Request, Table
 from coral_core.target.target import Target
 from tests.decoding.policy.test_adaptive import DEAR
+from tests.decoding.reference import reference
 from tests.decoding.test_lossless import ids_of, some_prompt
 from tests.tiny import FAMILIES, tiny_engine, tiny_target
 
