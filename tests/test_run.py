@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from coral_core.api.generator import Generator
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.policy.plan import TreeShape
 from coral_core.errors import ArtifactError, RecipeError
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
-from tests.tiny import tiny_target
+from tests.tiny import tiny_drafter, tiny_target
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -26,6 +28,12 @@ def test_a_tree_that_is_too_large_to_be_exact_is_refused(tmp_path: Path) -> None
         engine("decode.draft_nodes=64")
     assert engine("decode.draft_nodes=63").target.exact
     assert not engine("decode.draft_nodes=64", "decode.exact=false").target.exact
+
+
+def test_so_is_one_in_python() -> None:
+    target = tiny_target()
+    with pytest.raises(RecipeError, match="draft_nodes is 64"):
+        Generator(target, tiny_drafter(target), TreeShape(depth=8, nodes=64, topk=8))
 
 
 def test_a_drafter_of_another_target_is_refused_with_a_run_that_keeps_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +181,12 @@ def test_as_a_user_types_it() -> None:
         model.generate(**inputs, max_new_tokens=20, do_sample=False, **own) for own in ({}, {"custom_generate": coral})
     )
     assert ours.tolist() == plain.tolist()
+
+
+def test_the_runs_recipe_says_whether_forwards_are_exact(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: mine\ntarget: {model: pico}\ndecode: {exact: false, draft_nodes: 100, tree: fixed}\n"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(PICO / "target", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(PICO / "target")
+    assert not Speculate.from_run(model, tokenizer, tmp_path).engine.target.exact

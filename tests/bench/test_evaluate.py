@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from coral_core.artifacts import Manifest
 from coral_core.bench.evaluate import Plan, evaluate, interrupted
-from coral_core.bench.methods import Method
+from coral_core.bench.methods import Method, learnt_elsewhere
 from coral_core.bench.questions import Bench, Question
 from coral_core.bench.race import PLAIN, Racers, fitting, race
 from coral_core.bench.samples import depths
@@ -94,6 +95,16 @@ def test_several_methods_in_one_run(tmp_path: Path, temperature: float) -> None:
     for name in ("results.md", "results.tex", "report.html", "mine.jsonl", "manifest.json"):
         assert (tmp_path / "eval" / name).stat().st_size > 100
     assert "deep full" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_held_out_prompts_of_other_data_are_told(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    Manifest(kind="data", fingerprint="new", inputs={}, recipe={}, facts={}).sealed(data).write(data)
+    for learnt, told in (("new", ""), (None, ""), ("old", "shallow full was trained on other data than")):
+        facts = {"drafter": {"data": learnt}}
+        found = learnt_elsewhere(dataclasses.replace(method("shallow full", 2), facts=facts), tmp_path)
+        assert found[:42] == told[:42] and bool(found) == bool(told)
 
 
 def test_two_runs_have_the_same_tau_and_another_seed_other_answers(tmp_path: Path) -> None:

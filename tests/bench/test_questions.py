@@ -47,6 +47,14 @@ def test_a_malformed_line_is_named_with_its_reason(tmp_path: Path, line: str, re
         from_file(path)
 
 
+def test_a_line_may_hold_what_else_breaks_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": "one\u2028two\u0085three"}, {"prompt": "four"}]
+    (tmp_path / "q.jsonl").write_text(
+        "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    assert [question.turns for question in from_file(tmp_path / "q.jsonl")] == [(rows[0]["prompt"],), ("four",)]
+
+
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read the questions file .*absent"):
         from_file(tmp_path / "absent.jsonl")

@@ -1,8 +1,11 @@
 """The page of results and the README's table say what the files say."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from benchmarks import page
+from benchmarks import page, record
 from tests.benchmarks.test_real import row
 
 
@@ -79,3 +82,13 @@ def real_row(bench, question):
 
 def test_nested_figures_have_dotted_names():
     assert page.flat({"tau": {"coral": 3.5}, "gain": 1.25}) == [("tau.coral", "3.5"), ("gain", "1.25")]
+
+
+def test_a_part_keeps_the_command_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (page, record):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    for model in ("one", "two"):
+        monkeypatch.setattr(sys, "argv", ["race.py", model])
+        record.record("race", {"speedup": 2.0}, [], model)
+    shown = page.section("race", "A race.")
+    assert "one: `python race.py one`" in shown and "two: `python race.py two`" in shown

@@ -1,10 +1,13 @@
 """The target's batched writing: the words of `model.generate`, whoever the neighbours are."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 
 from coral_core.data.answer import Sampling, derive_seed, write
+from coral_core.errors import DataError
 from coral_core.target.target import Target
 from tests.tiny import FAMILIES, VOCAB, tiny_target
 
@@ -73,6 +76,14 @@ def test_progress_counts_each_row_and_token_once() -> None:
     )
     assert sum(rows for rows, _ in calls) == 10
     assert sum(tokens for _, tokens in calls) == sum(map(len, written))
+
+
+def test_an_answer_that_overflows_is_no_short_answer() -> None:
+    bad = dataclasses.replace(tiny_target.__wrapped__(), stop_ids=frozenset())
+    with torch.no_grad():
+        bad.lent.embed_VD[write(bad, [[5, 6, 7]], [4], lambda ids: False, Sampling())[0][2]] = torch.nan
+    with pytest.raises(DataError, match="computes no numbers in float32"):
+        write(bad, [[5, 6, 7]], [9], lambda ids: False, Sampling())
 
 
 def test_seeds_of_parts_differ() -> None:

@@ -173,3 +173,9 @@ def test_a_greedy_pick_is_surer_than_a_draw(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ranked_NC.exp(), torch.tensor([[1.0, 4.0, 16.0]] * 2) / 21, rtol=0, atol=1e-2)
     unknown_NC = Ahead(None, None).rank(0, logit_NC, torch.arange(3))
     torch.testing.assert_close(unknown_NC.exp(), torch.tensor([[1.0, 2.0, 4.0]] * 2) / 7, rtol=0, atol=1e-2)
+
+
+def test_a_temperature_may_be_a_whole_number() -> None:
+    """JSON's 2 is no float, which transformers' own warper insists on."""
+    logits_1V = LOGITS_V[None]
+    assert Sampler(temperature=2).pick(logits_1V, 3) == Sampler(temperature=2.0).pick(logits_1V, 3)

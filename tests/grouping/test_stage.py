@@ -1,15 +1,17 @@
 """The group-head stage: what it tries, what it chooses, what it publishes. Timings are made up, one ms a row read."""
 
 import dataclasses
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from coral_core.errors import RecipeError
+from coral_core.errors import ArtifactError, RecipeError
 from coral_core.grouping import stage
 from coral_core.grouping.cost import RoundCost
-from coral_core.grouping.stage import group_head, open_active, open_groups
+from coral_core.grouping.stage import _refuse_unusable, group_head, open_active, open_groups
 from coral_core.head.heads import FullHead, GroupedHead
 from coral_core.head.load import load_head
 from coral_core.lent import Lent
@@ -95,6 +97,17 @@ def test_a_recipe_that_fixes_both_needs_no_target(run: Path) -> None:
     assert manifest.facts["round"] is None
     assert manifest.facts["rows_read"] == 20, "48 tokens in groups of 10, 10, 10, 9, 9"
     assert manifest.facts["head_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("taps", "remedy"),
+    [((), "Run: coral prepare-data train.shape=eagle3"), ((0, 1, 2), "No data can be made for it. Run: coral eval")],
+)
+def test_a_drafter_that_reads_other_layers(taps: tuple[int, ...], remedy: str) -> None:
+    drafter = SimpleNamespace(config=SimpleNamespace(draft_vocab_size=0, taps=(0, 1, 3)))
+    store = SimpleNamespace(taps=taps, folder=Path("data"))
+    with pytest.raises(ArtifactError, match=re.escape(remedy)):
+        _refuse_unusable(drafter, store, Path("drafter"))  # type: ignore[arg-type]
 
 
 def test_slips_in_the_recipe_are_one_line(run: Path) -> None:

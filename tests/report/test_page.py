@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from coral_core.report import svg
-from coral_core.report.page import page
+from coral_core.report.page import _read_log, page
 from coral_core.report.svg import ticks
 from tests.report.example import charts, results, write_log
 
@@ -103,6 +103,14 @@ def test_what_models_and_users_write_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in text
     assert "&lt;How&gt; much?" in text
     assert "<b>keeps" not in text
+
+
+def test_the_curve_is_the_last_trainings(tmp_path: Path) -> None:
+    """Steps after 100 are there twice, as the training was killed at 150; those of a longer one before not at all."""
+    steps = [*range(10, 1610, 10), *range(10, 160, 10), *range(110, 210, 10)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f'{{"stage": "train", "step": {step}, "loss": 1.0}}\n' for step in steps))
+    assert [line["step"] for line in _read_log(log)] == list(range(10, 210, 10))
 
 
 def test_a_run_without_a_log_says_so(tmp_path: Path) -> None:

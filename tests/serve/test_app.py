@@ -1,6 +1,8 @@
 """The server as OpenAI's own client sees it."""
 
+import socket
 import time
+import urllib.parse
 from collections.abc import Iterator
 
 import openai
@@ -186,6 +188,18 @@ def test_a_body_that_never_comes_is_given_up(address: str, monkeypatch: pytest.M
         time.sleep(1)
 
     assert ask(address, "/v1/completions", slowly(), headers=JSON)[0] == 408
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_bug(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = urllib.parse.urlsplit(address).netloc.split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode() + b'{"model": ')
+    time.sleep(0.5)
+    assert ask(address, "/health", None)[0] == 200
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_bug_in_one_answer_is_500_and_the_next_one_is_answered(

@@ -111,6 +111,13 @@ def test_a_prompt_that_is_none(prompt: object) -> None:
         read_completion({"model": "tiny", "prompt": prompt})
 
 
+@pytest.mark.parametrize("logprobs", [0, 5])
+def test_log_probabilities_are_refused_and_not_left_out(logprobs: int) -> None:
+    """A completion's 0 asks for the chosen tokens' own."""
+    with pytest.raises(Refusal, match="'logprobs' is"):
+        read_completion({"model": "tiny", "prompt": "x", "logprobs": logprobs})
+
+
 def test_what_belongs_to_the_other_kind_is_unknown() -> None:
     with pytest.raises(Refusal, match="unknown field 'messages'"):
         read_completion({**HELLO, "prompt": "x"})
