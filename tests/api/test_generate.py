@@ -47,7 +47,7 @@ class Notes(BaseStreamer, LogitsProcessor, StoppingCriteria):
 def speculate(family: str = "llama") -> Speculate:
     """A wide tree over a small vocabulary: a random drafter's guesses are then accepted often."""
     target = tiny_target(family)
-    shape = TreeShape(depth=3, nodes=90, topk=30)
+    shape = TreeShape(depth=3, nodes=60, topk=30)
     return Speculate(Engine(target, tiny_drafter(target), PlainHead(target), shape))
 
 
