@@ -68,6 +68,8 @@ def read_recipe(arguments: list[str] | None) -> Recipe:
     overrides = [text for text in arguments or [] if _OVERRIDE.match(text)]
     if len(files) > 1:
         raise typer.BadParameter(f"one recipe file at most, got {', '.join(files)}; overrides are section.key=value")
+    if files and re.fullmatch(r"(target|data|train|head|decode)\.\w+", files[0]) and not Path(files[0]).exists():
+        raise CoralError(f"{files[0]} is no recipe file, and a key wants a value: {files[0]}=VALUE")
     return load_recipe(Path(files[0]) if files else None, overrides)
 
 
@@ -120,9 +122,22 @@ def look_at_run(arguments: list[str] | None, runs: Path) -> Run:
 
 def engine_of(run: Run, target: Target) -> Engine:
     """The run's engine; its folder is made where it is missing, to keep what the engine measured on this device."""
+    from coral_cli.console import tell
+
     with contextlib.suppress(OSError):
         run.folder.mkdir(parents=True, exist_ok=True)
-    return run.engine(target)
+    engine = run.engine(target)
+    tell(hints.pasteable(drafter_from(run.made, run)), "dim")
+    return engine
+
+
+def drafter_from(made: Path, run: Run) -> str:
+    """Where drafter and head come from, for the user."""
+    from coral_core import embedded
+
+    if made != embedded.FOLDER or run.recipe.name == embedded.NAME:
+        return f"drafter and head from {made}"
+    return f"{run.folder} has no drafter yet: this one ships with coral, for pico. Your own: coral prepare-data"
 
 
 @contextlib.contextmanager

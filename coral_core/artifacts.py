@@ -233,15 +233,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def stage(final: Path, stage_fingerprint: str, *, leftovers: Sequence[str] = ()) -> Iterator[Path]:
+def stage(
+    final: Path, stage_fingerprint: str, *, leftovers: Sequence[str] = (), work: Path | None = None
+) -> Iterator[Path]:
     """Yield the folder to work in; on success it is renamed to `final`, on any exception what is in it stays for the
     next run.
 
     A partial folder left by an interrupted run is handed back when its fingerprint is the same, and cleared when not.
     An older `final` is replaced only at the end; `leftovers`, folders that only an unfinished stage needs, are removed
-    after that, so that a kill at any moment costs nothing. Raises ArtifactError when the disk is full.
+    after that, so that a kill at any moment costs nothing. `work` is the folder, if it is not the usual one. Raises
+    ArtifactError when the disk is full.
     """
-    work = partial(final)
+    work = work or partial(final)
     mark = work / MARK
     if work.exists() and (not mark.exists() or mark.read_text(encoding="utf-8") != stage_fingerprint):
         shutil.rmtree(work)

@@ -51,7 +51,7 @@ def _run(path: Path, progress: Progress) -> dict[str, Any]:
             damaged += [f"{name}/{file}" for file in stages[name]["damaged"]]
         except ArtifactError:
             damaged.append(f"{name}/{MANIFEST}")
-    unfinished = [name for name in STAGES if partial(path / name).exists()]
+    unfinished = [name for name in STAGES if partial(path / name).exists() or any(path.glob(f".{name}-*.partial"))]
     if not (stages or damaged or unfinished):
         return {}
     return {"path": str(path), "kind": "run", "stages": stages, "unfinished": unfinished, "damaged": damaged}

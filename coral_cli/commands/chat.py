@@ -40,9 +40,9 @@ def chat(
         while True:
             try:
                 line = keyboard.read_line()
-                if line is None or line.strip() == "/exit":
+                if line is None or line.split()[:1] == ["/exit"]:
                     return
-                _do(session, line.strip(), show_drafts)
+                _do(session, line, show_drafts)
             except CoralError as error:
                 tell(str(error))
             except KeyboardInterrupt:  # pressed once more, after the answer had ended
@@ -56,18 +56,17 @@ def _tell(text: str) -> None:
     err.print(text, style="dim", markup=False, soft_wrap=not err.is_terminal)
 
 
-def _do(session: Session, words: str, show_drafts: bool) -> None:
+def _do(session: Session, line: str, show_drafts: bool) -> None:
     """Do what a line asks for: a command, an answer, or nothing."""
     from coral_cli.talk import commands
 
-    if words.startswith("/"):
-        _tell(commands.run(session, words))
-    elif words:
+    if line.startswith("/"):
+        _tell(commands.run(session, line.strip()))
+    elif words := line.strip():
         _turn(session, words, show_drafts)
 
 
 def _session(run: Run, speculative: bool) -> Session:
-    from coral_cli.console import tell
     from coral_cli.talk.session import Session
     from coral_core.decoding.engine import Engine
 
@@ -75,11 +74,9 @@ def _session(run: Run, speculative: bool) -> Session:
 
     def engine() -> Engine:
         try:
-            found = engine_of(run, target)
+            return engine_of(run, target)
         except ArtifactError as error:
             raise ArtifactError(f"{error}, or chat without a drafter: --no-speculative") from error
-        tell(f"drafter and head from {run.made}", "dim")
-        return found
 
     return Session(target, run.sampler, run.recipe.decode.max_new_tokens, engine, drafted=speculative)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from coral_cli.options import RUNS, Arguments, RunsOption, open_run, read_recipe
+from coral_cli import hints
+from coral_cli.options import RUNS, Arguments, RunsOption, drafter_from, open_run, read_recipe
 
 
 def evaluate(  # noqa: PLR0913  # one parameter per option
@@ -55,7 +56,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
         target = run.target(dialogues=any(not one.ids for bench in found for one in bench.questions))
         methods = [load_method(contender, target) for contender in compared]
         for folder in dict.fromkeys(method.folder for method in methods):
-            tell(f"drafter and head from {folder}")
+            tell(hints.pasteable(drafter_from(folder, run)))
         for method in methods if HELD_OUT in names else ():
             tell(learnt_elsewhere(method, run.folder))
         plan = Plan(

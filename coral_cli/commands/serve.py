@@ -14,6 +14,8 @@ from coral_cli.options import RUNS, Arguments, RunsOption, engine_of, look_at_ru
 from coral_core.errors import CoralError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from coral_core.run import Run
     from coral_core.serve.answer import Service
 
@@ -62,8 +64,15 @@ def serve(
     config = uvicorn.Config(
         app, log_config=_log_config(uvicorn.config.LOGGING_CONFIG), timeout_graceful_shutdown=SHUTDOWN_S, ws="none"
     )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if not self.should_exit and self.server_state.tasks:
+                tell(f"waits {SHUTDOWN_S} s at most for answers under way; Ctrl-C again ends them now")
+            super().handle_exit(sig, frame)
+
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
     except KeyboardInterrupt:  # uvicorn passes it on when it has shut down
         tell("stopped")
 

@@ -19,7 +19,8 @@ def run(session: Session, line: str) -> str:
     """Do what the line asks; /exit is the caller's. Raises CoralError for what is no command, with the nearest."""
     name, _, argument = line.partition(" ")
     if name not in COMMANDS:
-        raise CoralError(f"unknown command {name}; {did_you_mean(name, COMMANDS) or 'there are ' + ' '.join(COMMANDS)}")
+        known = did_you_mean(name, COMMANDS) or f"there are {' '.join(COMMANDS)}; a message may begin with a space"
+        raise CoralError(f"unknown command {name}; {known}")
     return COMMANDS[name](session, argument.strip())
 
 
@@ -59,7 +60,8 @@ def _temperature(session: Session, argument: str) -> str:
     if not (math.isfinite(value) and value >= 0):
         raise CoralError(f"temperature '{argument}' must be a number from 0 (the most likely words) up, such as 0.7")
     session.sampler = dataclasses.replace(session.sampler, temperature=value)
-    return f"temperature {value:g} from now on"
+    session.forget_numbers()
+    return f"temperature {value:g} from now on; the numbers begin anew"
 
 
 def _speculative(session: Session, argument: str) -> str:

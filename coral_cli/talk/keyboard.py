@@ -21,7 +21,10 @@ def prepare() -> None:
         sys.stdin.reconfigure(errors="replace")
     if _edited():
         with contextlib.suppress(ImportError):  # Windows has none, and edits lines by itself
-            import readline  # noqa: F401  # `input` uses it once it is loaded
+            import readline  # `input` uses it once it is loaded
+
+            # A pasted text of several lines is one message. Python turns this off for its own prompt.
+            readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 def _edited() -> bool:

@@ -96,7 +96,7 @@ class Session:
         self._assemble = assemble
         self._engine: Engine | None = None
         self.system = ""
-        self.plain, self.drafted, self.sampled = Tally(), Tally(), Tally()
+        self.forget_numbers()
         self.last: Answer | None = None
         self.speculative = False
         self.clear()
@@ -111,6 +111,10 @@ class Session:
         self.memory = Memory(self.target)
         self._said: list[int] = []
         """The dialogue's tokens as they were read and written."""
+
+    def forget_numbers(self) -> None:
+        """Count anew: at another temperature drafts are accepted more often, or less."""
+        self.plain, self.drafted, self.sampled = Tally(), Tally(), Tally()
 
     def draft(self, wanted: bool) -> None:
         """Decode with the drafter from now on, or without. Raises ArtifactError when there is none to load."""

@@ -35,7 +35,7 @@ SCHEMA = 1
 PROBES = 3
 """Questions on which what stands beside the race is measured."""
 SETTINGS = "settings.json"
-"""What an evaluation is of; beside the rows, so that `interrupted` can say what differs."""
+"""What an evaluation is of; beside the rows, for who looks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,11 @@ def _fingerprint(bench: Bench) -> str:
 def evaluate(plan: Plan, run: Path, progress: Progress) -> dict[str, Any]:
     """Race every bench and publish RUN/eval; results.json's object is returned.
 
-    An interrupted evaluation of the same thing goes on behind its last finished question; one of another thing is
-    dropped (`interrupted` tells).
+    An interrupted evaluation of the same thing goes on behind its last finished question (`interrupted` tells). It
+    works in a folder of its own, so that one of other things leaves it as it is.
     """
     settings = plan.settings()
-    with stage(run / "eval", fingerprint(settings)) as work:
+    with stage(run / "eval", fingerprint(settings), work=_work(run, settings)) as work:
         write_text(work / SETTINGS, json.dumps(settings, indent=1) + "\n")
         sections: dict[str, dict[str, Any]] = {method.name: {} for method in plan.methods}
         charts: dict[str, Any] = {}
@@ -92,14 +92,12 @@ def evaluate(plan: Plan, run: Path, progress: Progress) -> dict[str, Any]:
 
 def interrupted(plan: Plan, run: Path) -> str:
     """What `evaluate` will do with an interrupted evaluation in RUN, for the user; '' where there is none."""
-    try:
-        kept = json.loads((run / ".eval.partial" / SETTINGS).read_text(encoding="utf-8"))
-        differ = [key for key, value in plan.settings().items() if kept.get(key) != json.loads(json.dumps(value))]
-    except (OSError, ValueError, AttributeError):
-        return ""
-    if not differ:
-        return f"goes on with the interrupted evaluation in {run}"
-    return f"starts anew: the interrupted evaluation in {run} had other {' and '.join(differ)}"
+    kept = (_work(run, plan.settings()) / SETTINGS).exists()
+    return f"goes on with the interrupted evaluation in {run}" if kept else ""
+
+
+def _work(run: Path, settings: dict[str, Any]) -> Path:
+    return run / f".eval-{fingerprint(settings)}.partial"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,9 +141,11 @@ def _limit(service: Service, ask: Ask, prompt: int) -> int:
     context = service.target.max_positions
     wanted = ask.max_new_tokens or 1
     if prompt == 0 or prompt + wanted > context:
+        asked = "" if ask.max_new_tokens is None else f", max_tokens is {wanted}"
+        long = prompt == 0 or prompt >= context
         raise Refusal(
-            f"the prompt has {prompt} tokens, {wanted} at least are asked for, and the context holds {context}",
-            param="prompt" if ask.messages is None else "messages",
+            f"the prompt has {prompt} tokens{asked}, and the context holds {context}",
+            param=("prompt" if ask.messages is None else "messages") if long else "max_tokens",
             code="context_length_exceeded" if prompt else None,
         )
     return ask.max_new_tokens or min(service.max_new_tokens, context - prompt)

@@ -88,6 +88,7 @@ class Reply(Response):
         seed = ask.sampling.get("seed", secrets.randbits(SEED_BITS))
         ask = dataclasses.replace(ask, sampling={**ask.sampling, "seed": seed})
         self.worker, self.service, self.ask = worker, service, ask
+        self.streaming = False
         self.form = Form(
             chat=ask.messages is not None,
             id=("chatcmpl-" if ask.messages is not None else "cmpl-") + secrets.token_hex(12),
@@ -110,6 +111,8 @@ class Reply(Response):
                 group.start_soon(_until_gone, receive, group.cancel_scope)
                 await self._reply(told, scope, receive, send)
                 group.cancel_scope.cancel()
+        except asyncio.CancelledError:  # by the server, which waits no longer; passed on, it is logged as a bug
+            await self._break_off(scope, receive, send)
         finally:
             self.worker.cancel(job)
 
@@ -133,6 +136,15 @@ class Reply(Response):
         else:
             await (await self._whole(told, usage))(scope, receive, send)
 
+    async def _break_off(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What a client is told whose answer the server's end cuts off."""
+        refusal = _SHUTTING_DOWN
+        if self.streaming:
+            data = f"data: {_json(refusal.body)}\n\ndata: [DONE]\n\n"
+            await send({"type": "http.response.body", "body": data.encode(), "more_body": False})
+        else:
+            await JSONResponse(refusal.body, refusal.status)(scope, receive, send)
+
     async def _whole(self, told: asyncio.Queue[Any], usage: Usage) -> Response:
         text = ""
         while isinstance(piece := await told.get(), Piece):
@@ -145,6 +157,7 @@ class Reply(Response):
     async def _stream(self, told: asyncio.Queue[Any], usage: Usage, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self.streaming = True
 
         async def event(data: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
@@ -197,7 +210,7 @@ def _failed(told: Any) -> Refusal:
     if isinstance(told, Refusal):
         return told
     if isinstance(told, Ended) and isinstance(told.error, FullError):
-        return Refusal("the server is shutting down", status=503, code="shutting_down")
+        return _SHUTTING_DOWN
     if isinstance(told, Ended) and isinstance(told.error, DataError):
         return Refusal(str(told.error), status=500)
     return Refusal("the answer failed; the server's log says why", status=500)
@@ -208,6 +221,7 @@ def _failure(told: Any) -> Response:
     return JSONResponse(refusal.body, refusal.status)
 
 
+_SHUTTING_DOWN = Refusal("the server is shutting down", status=503, code="shutting_down")
 _BUSY = JSONResponse(
     Refusal("too many requests are waiting; try again", status=503, code="overloaded").body, 503, {"Retry-After": "1"}
 )

@@ -121,7 +121,7 @@ def test_two_runs_have_the_same_tau_and_another_seed_other_answers(tmp_path: Pat
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     with pytest.raises(StopHereError):
         evaluate(plan(), tmp_path, interrupt)
-    rows = tmp_path / ".eval.partial" / "mine.jsonl"
+    (rows,) = tmp_path.glob(".eval-*.partial/mine.jsonl")
     kept = rows.read_text()
     assert len(kept.splitlines()) == 2
     rows.write_text(kept + '[{"question": "q2", "tu')  # killed in the middle of a line
@@ -137,7 +137,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
 def test_a_damaged_row_is_raced_again(tmp_path: Path, damage: str) -> None:
     with pytest.raises(StopHereError):
         evaluate(plan(), tmp_path, interrupt)
-    rows = tmp_path / ".eval.partial" / "mine.jsonl"
+    (rows,) = tmp_path.glob(".eval-*.partial/mine.jsonl")
     first, _ = rows.read_text().splitlines(keepends=True)
     rows.write_text(first + damage)
     seen: list[int] = []
@@ -146,16 +146,18 @@ def test_a_damaged_row_is_raced_again(tmp_path: Path, damage: str) -> None:
     assert (tmp_path / "eval" / "mine.jsonl").read_text().startswith(first)
 
 
-def test_an_interrupted_evaluation_of_something_else_is_dropped_and_said_to_be(tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_stays_when_something_else_is_evaluated(tmp_path: Path) -> None:
+    """`coral eval --limit 1` after an hour of `coral eval` began that hour anew."""
     assert interrupted(plan(), tmp_path) == ""
     with pytest.raises(StopHereError):
         evaluate(plan(), tmp_path, interrupt)
     other = plan(1.0, seed=5)
-    said = f"starts anew: the interrupted evaluation in {tmp_path} had other seed and decode"
-    assert interrupted(other, tmp_path) == said
+    assert interrupted(other, tmp_path) == ""
     seen: list[int] = []
-    evaluate(other, tmp_path, lambda stage, done, total, numbers: seen.append(done))
-    assert seen == [0, 1, 2, 3]
+    for asked in (other, plan()):
+        evaluate(asked, tmp_path, lambda stage, done, total, numbers: seen.append(done))
+    assert seen == [0, 1, 2, 3, 2, 3]
+    assert not list(tmp_path.glob(".eval*"))
 
 
 def test_lanes_take_turns_in_going_first() -> None:

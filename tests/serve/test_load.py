@@ -29,10 +29,10 @@ LONG = {"model": "tiny", "prompt": "x", "max_tokens": 200}
 class Slow(Table):
     """Rounds that take a while, and are counted."""
 
-    rounds = 0
+    rounds, round_s = 0, 0.01
 
     def step(self) -> list[tuple[Seat, Round]]:
-        time.sleep(0.01)
+        time.sleep(self.round_s)
         type(self).rounds += 1
         return super().step()
 
@@ -110,19 +110,20 @@ def test_one_too_many_is_told_to_try_again_and_does(slow: tuple[type[Slow], str]
 
 
 def test_shutting_down_ends_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answers that are not done in time are cut; `running` itself checks that the server ends."""
+    """The answers that are not done in time are cut, and say so; `running` itself checks that the server ends."""
     monkeypatch.setattr(Slow, "rounds", 0)
+    monkeypatch.setattr(Slow, "round_s", 0.2)
     monkeypatch.setattr("coral_core.serve.app.Table", Slow)
     with running(make_service(), active=1, waiting=2) as address:
-        connections = [wire(address, asked(stream=True)) for _ in range(3)]
+        connections = [wire(address, asked(stream=stream)) for stream in (True, False, True)]
         while Slow.rounds == 0:
             time.sleep(0.005)
         begun_s = time.monotonic()
     assert time.monotonic() - begun_s < 10
     for connection in connections:
-        with contextlib.closing(connection), contextlib.suppress(ConnectionError):
-            while connection.recv(4096):
-                pass
+        with contextlib.closing(connection):
+            told = b"".join(iter(lambda: connection.recv(4096), b""))  # noqa: B023  # read at once
+        assert b"shutting_down" in told, told[-300:]
 
 
 def nonsense(rng: random.Random) -> bytes:
