@@ -67,7 +67,11 @@ def serve(
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if not self.should_exit and self.server_state.tasks:
+            if self.should_exit:  # uvicorn's own answer to a second Ctrl-C leaves threads running, and a traceback
+                for task in self.server_state.tasks:
+                    task.cancel()
+                return
+            if self.server_state.tasks:
                 tell(f"waits {SHUTDOWN_S} s at most for answers under way; Ctrl-C again ends them now")
             super().handle_exit(sig, frame)
 
