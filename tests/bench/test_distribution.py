@@ -63,8 +63,8 @@ class Urn:
         self.target = self.lent = self
 
     def decode(self, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Iterator[Round]:
-        positions = range(len(prompt), len(prompt) + max_new_tokens)
-        yield Round([int(sampler.pick(self.logits_V[None], position)) for position in positions], "draft")
+        noise_NV = sampler.ahead(len(prompt), max_new_tokens, self.logits_V.numel(), self.device).noise_TV
+        yield Round((sampler.warp(self.logits_V[None]) + noise_NV).argmax(-1).tolist(), "draft")
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         return ids_BT
