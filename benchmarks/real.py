@@ -327,7 +327,8 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
         found[options.model]["assisted_generation"] = NO_SIBLING[options.model]
     others = [row for row in old["rows"] if row["model"] != options.model]
     print(json.dumps(found[options.model], indent=1))
-    print(f"written to {record('real', found, others + rows, options.model)}")
+    part = f"{options.model}, T = {' and '.join(f'{temperature:g}' for temperature in options.temperatures)}"
+    print(f"written to {record('real', found, others + rows, part)}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
