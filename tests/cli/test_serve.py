@@ -49,8 +49,9 @@ def test_it_answers_on_this_machine_alone_and_stops_at_ctrl_c(tmp_path: Path) ->
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as server:
         assert server.stderr is not None
-        line = server.stderr.readline()
+        drafter, line = server.stderr.readline(), server.stderr.readline()
         try:
+            assert drafter == f"drafter and head from {ROOT / 'coral_core' / 'pico'}\n"
             assert line.startswith("pico answers at http://127.0.0.1:"), line
             address = line.split()[3].removesuffix("/v1,")
             status, answer = ask(address, "/v1/completions", {"model": "pico", "prompt": "Hello"})
