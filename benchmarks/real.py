@@ -170,7 +170,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     racers = dict(lanes(options))
     target = load_target(dataclasses.replace(options.spec, dtype=options.dtypes[0]))
     racers |= dict(llama_lanes(options, target.tokenizer))
-    made = [fingerprint_of for one in options.drafters for fingerprint_of in one.fingerprints]
+    made = [name for one in options.drafters for name in one.fingerprints]
     settings = fingerprint([target.fingerprint, made, sorted(racers), options.tokens])
     rows = [row for row in read(options.rows) if row["settings"] == settings]
     done = {(row["bench"], row["question"], row["temperature"]) for row in rows}

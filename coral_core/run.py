@@ -47,9 +47,9 @@ class Run:
 
     def target(self, *, dialogues: bool = False) -> Target:
         """The recipe's target, loaded, as `load_target` does; exact if the recipe decodes so."""
-        return self.own(load_target(self.recipe.target, dialogues=dialogues))
+        return self.as_decoded(load_target(self.recipe.target, dialogues=dialogues))
 
-    def own(self, target: Target) -> Target:
+    def as_decoded(self, target: Target) -> Target:
         """A loaded target; exact if the recipe decodes so."""
         return dataclasses.replace(target, exact=target.exact and self.recipe.decode.exact)
 

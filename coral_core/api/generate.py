@@ -96,7 +96,7 @@ class Speculate:
         """
         recipe = load_recipe(run / "recipe.yaml" if run else None, [])
         found = Run(recipe, run or Path("runs") / recipe.name)
-        return cls(found.engine(found.own(wrap(model, tokenizer))))
+        return cls(found.engine(found.as_decoded(wrap(model, tokenizer))))
 
     def __call__(
         self,

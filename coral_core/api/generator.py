@@ -39,7 +39,7 @@ class Generator:
 
         Without a `tree`, each round drafts what pays on this device, within a recipe's default bounds: what a round's
         parts cost is measured here, in some seconds. Raises ArtifactError when drafter or head were made for another
-        target.
+        target, RecipeError for a tree that is too large to be exact.
         """
         _refuse_stranger(target, drafter)
         head = _head(target, drafter)

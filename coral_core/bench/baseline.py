@@ -43,8 +43,9 @@ class _FirstToken(BaseStreamer):
 def generate_lane(target: Target, prompt: list[int], sampler: Sampler, max_new_tokens: int) -> Lane:
     """`model.generate`, timed like our own decoders. Its draws at temperature > 0 are its own, not ours."""
     greedy = sampler.temperature == 0
-    names = ("temperature", "top_p", "top_k", "min_p")
-    sampling = {} if greedy else {name: getattr(sampler, name) for name in names}  # 0 too: a model's own top_k is 50
+    sampling = {} if greedy else {name: getattr(sampler, name) for name in ("temperature", "top_p", "top_k")}
+    if not greedy and sampler.min_p:  # a min_p of 0 costs transformers a softmax; a top_k of 0 says: not the usual 50
+        sampling["min_p"] = sampler.min_p
     streamer = _FirstToken()
     ids_BT = torch.tensor([prompt], device=target.device)
     begun = time.perf_counter()

@@ -113,11 +113,11 @@ def _refuse_unusable(drafter: Drafter, store: Store, folder: Path) -> None:
     if drafter.config.taps and drafter.config.taps != store.taps:
         raise ArtifactError(
             f"the drafter in {folder} reads the inputs of layers {drafter.config.taps}, and the data in {store.folder} "
-            f"hold {store.taps or 'none'}. {_remedy(drafter, store)}"
+            f"hold {store.taps or 'none'}. {_remedy(store)}"
         )
 
 
-def _remedy(drafter: Drafter, store: Store) -> str:
+def _remedy(store: Store) -> str:
     """For data that hold the wrong layers: where they hold some, coral stores no others of this target."""
     if not store.taps:
         return "Run: coral prepare-data train.shape=eagle3"

@@ -72,8 +72,8 @@ class Layout:
     """Additive, in float32, over positions, as many as there are columns. None where all is seen, or where
     rows of one answer are causal."""
     ends_B: tuple[tuple[int, ...], ...]
-    """For each answer the columns at which its blocks end, its own last one included. One for all of them where every
-    column is at its own position."""
+    """For each answer the columns at which its blocks end, its own last one included. One for all of them where theirs
+    end alike, as far as each one's columns go."""
     tree: Tree | None
     """None where every column is at its own position."""
 
@@ -100,6 +100,9 @@ def layout(position_BT: torch.Tensor, mask_B1TK: torch.Tensor | None) -> Layout:
     found_BTK.scatter_reduce_(2, position_BK[:, None].expand_as(number_BTK), number_BTK, "amax")
     near_BTK = torch.zeros(found_BTK.shape).masked_fill_(found_BTK == 0, -torch.inf)
     mask_BTK = torch.cat((mask_BTK[:, :, :start].expand(answers, -1, -1), near_BTK), dim=2)
+    longest = max(ends_B, key=lambda own: own[-1])
+    if all(own[:-1] == tuple(end for end in longest if end < own[-1]) for own in ends_B):
+        ends_B = (longest,)
     return Layout(rows, mask_BTK, ends_B, Tree(start, (found_BTK - 1).clamp_min_(0), position_BK, sees_BTK.float()))
 
 
@@ -228,9 +231,8 @@ def _over_heads(index_BTX: torch.Tensor, like_BHTK: torch.Tensor) -> torch.Tenso
 def _values(weight_XNK: torch.Tensor, value_XKE: torch.Tensor, layout: Layout, shared: bool) -> torch.Tensor:
     """[X,N,E]: the values, weighted and added block by block."""
     answers = layout.ends_B
-    longest = max(answers, key=lambda own: own[-1])
-    if all(own[:-1] == tuple(end for end in longest if end < own[-1]) for own in answers):
-        return _blocks(weight_XNK, value_XKE, longest, shared)
+    if len(answers) == 1:
+        return _blocks(weight_XNK, value_XKE, answers[0], shared)
     each = zip(weight_XNK.chunk(len(answers)), value_XKE.chunk(len(answers)), answers, strict=True)
     # Not over the columns behind an answer's own: they would make its last block wider than WIDEST.
     return torch.cat([_blocks(weight[..., : own[-1]], value[:, : own[-1]], own, shared) for weight, value, own in each])
