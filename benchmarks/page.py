@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import real
-from benchmarks.paired import tau
+from benchmarks import real_figures
 from benchmarks.record import RESULTS
 from coral_core.artifacts import write_text
 from coral_core.report.tables import table
@@ -19,7 +18,7 @@ from coral_core.report.tables import table
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: real, python -m benchmarks.page -->", "<!-- end -->"
 """Between these two lines of the README stands the table of real models."""
-METHODS = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL"}
+METHODS = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL", "coral-long": "CORAL, trained longer"}
 MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 ABOUT = {
     "real": "Real chat models: EAGLE-2, HASS and CORAL, full and grouped head, against the fastest plain decoding.",
@@ -136,17 +135,21 @@ def real_table(rows: list[dict[str, Any]]) -> str:
 
 def methods_and_heads(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """In the order of METHODS; several seeds of a method are one."""
-    lanes = [name.split() for name in real.lanes_of(rows) if real.is_ours(name)]
-    found = dict.fromkeys((words[0].partition("@")[0], words[1]) for words in lanes)
+    counted, _ = real_figures.parts(rows)
+    found = dict.fromkeys((real_figures.method(row), row["head"]) for row in counted)
     return sorted(found, key=lambda one: (list(METHODS).index(one[0]) if one[0] in METHODS else len(METHODS), one[1]))
 
 
 def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
-    """Of one bench."""
-    ours = [name for name in real.lanes_of(rows) if name.split()[1:3] == [head, "auto"] and name.startswith(method)]
-    plains = [name for name in real.lanes_of(rows) if name.split()[0] in ("plain", "generate")]
-    speedup = real.fastest(rows, ours) / real.fastest(rows, plains)
-    return f"{tau(real.counts(rows, method, head)):.2f}, {speedup:.2f}x"
+    """Of one bench; a method that was counted and not raced has no speed."""
+    counted, raced = real_figures.parts(rows)
+    if not counted:
+        return "-"
+    names = real_figures.lanes_of(raced)
+    ours = [name for name in names if name.split()[:2] == [method, head]]
+    plains = [name for name in names if real_figures.is_plain(name)]
+    speedup = f", {real_figures.gain(raced, ours, plains):.2f}x" if ours else ""
+    return f"{real_figures.tau_of(counted, method, head):.2f}{speedup}"
 
 
 def eagle3_table(rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import page, record
-from tests.benchmarks.test_real import row
+from tests.benchmarks.test_real import counted, row
 
 
 def test_the_page_is_of_todays_files():
@@ -49,35 +49,17 @@ def test_a_table_typed_by_hand_is_replaced():
 
 
 def test_the_table_of_real_models():
-    rows = [real_row("mt-bench", "a"), real_row("gsm8k", "b")]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.real_table(rows).splitlines()[2:]]
-    assert lines == [
-        ["SmolLM2-135M", "0", "CORAL, full head", "4.00, 1.67x", "4.00, 1.67x"],
-        ["SmolLM2-135M", "0", "CORAL, grouped head", "3.00, 2.50x", "3.00, 2.50x"],
-    ], "tau of the fixed tree; the speed of the tree that pays over the fastest plain lane, 60 tokens in 5 s"
-
-
-def test_a_method_has_a_line_for_each_temperature_and_one_for_all_seeds():
-    warm = row("gsm8k", "b", temperature=1.0)
-    warm["lanes"]["coral full fixed float32"]["rounds"] = 30
-    cold = row("gsm8k", "a")
-    for one in (cold, warm):
-        one["lanes"]["hass full auto float32"] = one["lanes"]["coral full auto float32"]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.real_table([cold, warm]).splitlines()]
-    assert [(line[1], line[2], line[3].partition(",")[0]) for line in lines[2:]] == [
-        ("0", "HASS, full head", "3.75"),
-        ("0", "CORAL, full head", "4.00"),
-        ("0", "CORAL, grouped head", "3.00"),
-        ("1", "HASS, full head", "3.75"),
-        ("1", "CORAL, full head", "2.00"),
-        ("1", "CORAL, grouped head", "3.00"),
-    ]
-
-
-def real_row(bench, question):
-    found = row(bench, question)
-    found["lanes"] = {name: lane for name, lane in found["lanes"].items() if not name.startswith("hass")}
-    return found
+    rows = [row("mt-bench", "a"), *counted("mt-bench", "a"), *counted("mt-bench", "c"), row("gsm8k", "b")]
+    warm = [{**one, "rounds": 30} for one in counted("gsm8k", "b", temperature=1.0)]
+    lines = page.real_table([*rows, *counted("gsm8k", "b"), *warm, row("gsm8k", "b", temperature=1.0)]).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines] == [
+        ["0", "HASS, full head", "3.75", "3.75"],
+        ["0", "CORAL, full head", "4.00, 1.67x", "4.00, 1.67x"],
+        ["0", "CORAL, grouped head", "3.00, 2.50x", "3.00, 2.50x"],
+        ["1", "HASS, full head", "-", "2.00"],
+        ["1", "CORAL, full head", "-", "2.00, 1.67x"],
+        ["1", "CORAL, grouped head", "-", "2.00, 2.50x"],
+    ], "tau of the fixed tree over all seeds; the speed of the tree that pays over the fastest plain lane"
 
 
 def test_nested_figures_have_dotted_names():

@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import real
+from benchmarks import real, real_figures, real_rounds
+from coral_core.bench.race import run_lane
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.sampling import Sampler
+from coral_core.head.heads import FullHead
+from tests.tiny import tiny_drafter, tiny_target
 
 
 def lane(tokens: int, rounds: int, decode_s: float, **more: Any) -> dict[str, Any]:
@@ -15,39 +22,52 @@ def lane(tokens: int, rounds: int, decode_s: float, **more: Any) -> dict[str, An
 
 
 def row(bench: str, question: str, temperature: float = 0.0, right: bool = True) -> dict[str, Any]:
-    """CORAL drafts 4 tokens a round with the full head and 3 with the grouped one; HASS and its other seed 3 and 5."""
+    """Of the race: CORAL's grouped head is faster than its full one, and slower in float32 than in bfloat16."""
     lanes = {
         "plain float32": lane(60, 60, 6.0),
         "generate bfloat16": lane(60, 60, 5.0),
-        "coral full fixed float32": lane(60, 15, 9.0, equal=right),
-        "coral full auto float32": lane(60, 20, 3.0, equal=True),
-        "coral grouped fixed float32": lane(60, 20, 9.0, equal=True),
+        "coral full auto float32": lane(60, 20, 3.0, equal=right),
         "coral grouped auto float32": lane(60, 30, 2.0, equal=True),
-        "hass full fixed float32": lane(60, 20, 4.0, equal=True),
-        "hass@1 full fixed float32": lane(60, 12, 4.0, equal=True),
         "lookup float32": lane(60, 30, 4.0),
         "llamacpp q4": lane(60, 60, 1.0),
         "llamacpp q4 ngram": lane(60, 60, 0.5),
         "llamacpp bf16": lane(60, 60, 4.0),
         "plain bfloat16": lane(60, 60, 8.0),
     }
-    found = {"model": "smollm2", "bench": bench, "question": question, "temperature": temperature}
-    return {**found, "settings": "s", "prompt_tokens": 3, "lanes": lanes}
+    return {**named(bench, question, temperature), "settings": "s", "prompt_tokens": 3, "lanes": lanes}
+
+
+def counted(bench: str, question: str, temperature: float = 0.0) -> list[dict[str, Any]]:
+    """CORAL drafts 4 tokens a round with the full head and 3 with the grouped one; HASS and its other seed 3 and 5."""
+    found = [("coral", "full", 15), ("coral", "grouped", 20), ("hass", "full", 20), ("hass@1", "full", 12)]
+    name = named(bench, question, temperature) | {"settings": "s", "tokens": 60, "alike": True}
+    return [{**name, "method": method, "head": head, "rounds": rounds} for method, head, rounds in found]
+
+
+def named(bench: str, question: str, temperature: float) -> dict[str, Any]:
+    return {"model": "smollm2", "bench": bench, "question": question, "temperature": temperature}
 
 
 def test_figures_by_hand() -> None:
-    rows = [row("mt-bench", "a"), row("mt-bench", "b"), row("gsm8k", "c"), row("gsm8k", "c", 1.0, right=False)]
-    found = real.figures(rows)
+    asked = [("mt-bench", "a", 0.0), ("mt-bench", "b", 0.0), ("gsm8k", "c", 0.0), ("gsm8k", "c", 1.0)]
+    raced = [row(*one, right=one[2] == 0) for one in asked]
+    found = real_figures.figures([*raced, *(count for one in asked[1:] for count in counted(*one))])
+    assert found["questions"] == {"counted": {"T = 0": 2, "T = 1": 1}, "raced": {"T = 0": 3, "T = 1": 1}}
     assert found["tau"] == {"coral": 4.0, "hass": pytest.approx(120 / 32)}
     assert found["speedup_greedy"] == pytest.approx(5.0 / 2.0), "the fastest of ours over the fastest plain lane"
     assert found["lookup_speedup_greedy"] == pytest.approx(5.0 / 4.0)
-    assert found["coral_over_hass"] == pytest.approx(4.0 / (120 / 32))
+    assert found["coral_over_hass"] == pytest.approx(4.0 / 3.0), "of the seed that both have"
     assert found["grouped_tau_kept"] == pytest.approx(0.75)
     assert found["grouped_gain"] == pytest.approx(1.5)
-    assert found["lossless_share"] == pytest.approx(23 / 24), "at both temperatures"
-    llama = real.llama_figures(rows)
+    assert found["lossless_share"] == pytest.approx(7 / 8), "at both temperatures"
+    llama = real_figures.llama_figures(raced)
     assert llama["q4_tokens_per_s"] == pytest.approx(60.0) and llama["q4_ngram_tokens_per_s"] == pytest.approx(120.0)
     assert llama["plain_over_llamacpp_same_bits"] == pytest.approx(0.5)
+
+
+def test_rows_without_a_race_have_no_speeds() -> None:
+    found = real_figures.figures(counted("gsm8k", "a"))
+    assert found["tau"]["coral"] == 4.0 and found["lossless_share"] is None and "speedup_greedy" not in found
 
 
 def test_only_the_fastest_of_lanes_that_do_the_same_goes_on() -> None:
@@ -56,16 +76,52 @@ def test_only_the_fastest_of_lanes_that_do_the_same_goes_on() -> None:
     slow = row("gsm8k", "b")
     slow["lanes"] |= {"coral full auto bfloat16": lane(60, 20, 9.0, equal=True), "lookup bfloat16": lane(60, 30, 1.0)}
     assert real.ahead([slow]) == set(slow["lanes"]) - {"plain bfloat16", "coral full auto bfloat16", "lookup float32"}
-    figures = real.figures([slow, row("gsm8k", "a")])
+    figures = real_figures.figures([slow, row("gsm8k", "a")])
     assert figures["lookup_speedup_greedy"] == pytest.approx(5.0 / 4.0), "of the lanes that answered both questions"
 
 
 def test_a_row_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    assert real.read(path) == []
+    assert list(real_rounds.read(path)) == []
     whole = json.dumps(row("gsm8k", "a"))
-    path.write_text(f"{whole}\n{whole[: len(whole) // 2]}")
-    assert real.read(path) == [row("gsm8k", "a")]
+    path.write_text(f"{whole}\n{whole[: whole.rindex('}')]}")
+    assert list(real_rounds.read(path)) == [row("gsm8k", "a")]
+
+
+SHAPE = TreeShape(depth=3, nodes=6, topk=2)
+
+
+class Untrained(real_rounds.Drafted):
+    """A drafter of random weights: most of its drafts are refused."""
+
+    made_engines = 0
+
+    def made(self, head: str) -> list[str]:
+        return [self.name, head]
+
+    def engine(self, target: Any, head: str, tree: str) -> Engine:
+        Untrained.made_engines += 1
+        assert tree == "fixed"
+        torch.manual_seed(len(self.name))
+        return Engine(target, tiny_drafter(target), FullHead(target.lent), SHAPE)
+
+
+def test_rounds_are_those_of_real_decoding_and_counted_once(tmp_path: Path) -> None:
+    target, path = tiny_target("llama"), tmp_path / "rows.jsonl"
+    asked = [real_rounds.Asked("gsm8k", "a", temperature, [1, 5, 9, 4]) for temperature in (0.0, 1.0)]
+    methods = [Untrained("coral", tmp_path), Untrained("coral@1", tmp_path)]
+    rows = real_rounds.rounds(target, methods[:1], asked, 20, 3, path)
+    for one, counted in zip(asked, rows, strict=True):
+        engine = methods[0].engine(target, "full", "fixed")
+        lane = run_lane(engine.decode(one.prompt, Sampler(temperature=one.temperature, seed=3), 20))
+        assert (counted["tokens"], counted["rounds"]) == (len(lane.ids) - 1, len(lane.emitted))
+        assert counted["alike"] and counted["temperature"] == one.temperature
+    both = real_rounds.rounds(target, methods, asked, 20, 3, path)
+    assert [row for row in both if row["method"] == "coral"] == rows
+    made = Untrained.made_engines
+    assert real_rounds.rounds(target, methods, asked, 20, 3, path) == both
+    assert (Untrained.made_engines, len(path.read_text().splitlines())) == (made, 4), "nothing is made for no row"
+    assert real_rounds.rounds(target, methods, asked, 21, 3, path) != both, "longer answers are other rows"
 
 
 def test_a_drafter_is_named_with_its_run(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""What the rows of benchmarks/real.py say: `lanes` of a race, or `rounds` that were counted.
+
+Axes: N row: a seed, P prompt.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paired import Counts, ratio, ratio_ci95
+
+Row = dict[str, Any]
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """What the README quotes: means over the benches, at temperature 0 unless said otherwise."""
+    counted, raced = parts(rows)
+    found: dict[str, Any] = {"questions": {"counted": asked(counted), "raced": asked(raced)}}
+    found |= rounds_figures([row for row in counted if row["temperature"] == 0])
+    found |= speed_figures([row for row in raced if row["temperature"] == 0])
+    equal = [lane["equal"] for row in raced for lane in row["lanes"].values() if "equal" in lane]
+    return found | {"lossless_share": fmean(equal) if equal else None}
+
+
+def parts(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows with rounds that were counted, and those of the race."""
+    return [row for row in rows if "rounds" in row], [row for row in rows if "lanes" in row]
+
+
+def asked(rows: Sequence[Row]) -> dict[str, int]:
+    """Questions by temperature."""
+    every = {(f"T = {row['temperature']:g}", row["bench"], row["question"]) for row in rows}
+    return {name: sum(one[0] == name for one in every) for name in sorted({one[0] for one in every})}
+
+
+# ---- rounds
+
+
+def rounds_figures(counted: Sequence[Row]) -> dict[str, Any]:
+    """Tau of the methods, CORAL's over HASS's, and what a grouped head keeps of it."""
+    methods = sorted({method(row) for row in counted})
+    found: dict[str, Any] = {"tau": {name: by_bench(counted, functools.partial(tau_of, name=name)) for name in methods}}
+    if {"coral", "hass"} <= set(methods):
+        pair = paired(counted, ("coral", "full"), ("hass", "full"))
+        found |= {"coral_over_hass": ratio(*pair), "coral_over_hass_ci95": ratio_ci95(*pair)}
+    for name in sorted({method(row) for row in counted if row["head"] == "grouped"}):
+        found["grouped_tau_kept"] = ratio(*paired(counted, (name, "grouped"), (name, "full")))
+    return found
+
+
+def method(row: Row) -> str:
+    """Without its seed."""
+    name: str = row["method"]
+    return name.partition("@")[0]
+
+
+def tau_of(counted: Sequence[Row], name: str, head: str = "full") -> float:
+    """Tokens per round of a method, over its seeds."""
+    own = [row for row in counted if (method(row), row["head"]) == (name, head)]
+    return sum(row["tokens"] for row in own) / sum(row["rounds"] for row in own)
+
+
+def paired(counted: Sequence[Row], *pair: tuple[str, str]) -> list[Counts]:
+    """Tokens and rounds [N,P] of two methods with a head each, on the seeds and the questions that both have."""
+    by_seed = [seeds(counted, *one) for one in pair]
+    common = sorted(set.intersection(*(set(found) for found in by_seed)))
+    prompts = sorted(set.intersection(*(set(found[seed]) for found in by_seed for seed in common)))
+    cells = [[[found[seed][prompt] for prompt in prompts] for seed in common] for found in by_seed]
+    return [(np.array(one)[..., 0], np.array(one)[..., 1]) for one in cells]
+
+
+def seeds(counted: Sequence[Row], name: str, head: str) -> dict[str, dict[tuple[str, str], tuple[int, int]]]:
+    """Tokens and rounds of a method by seed, then by question."""
+    found: dict[str, dict[tuple[str, str], tuple[int, int]]] = {}
+    for row in counted:
+        if (method(row), row["head"]) == (name, head):
+            seed = row["method"].partition("@")[2]
+            found.setdefault(seed, {})[row["bench"], row["question"]] = row["tokens"], row["rounds"]
+    return found
+
+
+# ---- the race
+
+
+def speed_figures(raced: Sequence[Row]) -> dict[str, float]:
+    """The fastest drafted lane and prompt lookup over the fastest plain lane; the grouped head over the full one."""
+    names = lanes_of(raced)
+    coral = [name for name in names if is_ours(name) and name.startswith("coral")]
+    plains = [name for name in names if is_plain(name)]
+    lookups = [name for name in names if name.startswith("lookup")]
+    grouped = [name for name in coral if " grouped " in name]
+    both = {name.split()[0] for name in grouped}
+    full = [name for name in coral if name.split()[0] in both and name not in grouped]
+    found = {}
+    for figure, ahead, behind in (
+        ("speedup_greedy", coral, plains),
+        ("lookup_speedup_greedy", lookups, plains),
+        ("grouped_gain", grouped, full),
+    ):
+        if ahead and behind:
+            over = functools.partial(gain, ahead=ahead, behind=behind)
+            found[figure] = by_bench(raced, over)
+    return found
+
+
+def gain(raced: Sequence[Row], ahead: Sequence[str], behind: Sequence[str]) -> float:
+    """The fastest of some lanes over the fastest of others."""
+    return fastest(raced, ahead) / fastest(raced, behind)
+
+
+def lanes_of(raced: Sequence[Row]) -> list[str]:
+    """The lanes that answered every question."""
+    return [name for name in raced[0]["lanes"] if all(name in row["lanes"] for row in raced)] if raced else []
+
+
+def is_ours(name: str) -> bool:
+    """Whether a lane drafts with a drafter of ours, and must say what plain decoding says."""
+    return name.split()[1] in ("full", "grouped")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a lane drafts nothing: coral's own loop, or `generate`."""
+    return name.split()[0] in ("plain", "generate")
+
+
+def fastest(raced: Sequence[Row], names: Sequence[str]) -> float:
+    """The speed of the fastest of some lanes."""
+    return max(speed(raced, name) for name in names)
+
+
+def by_bench(rows: Sequence[Row], number: Callable[[Sequence[Row]], float]) -> float:
+    """The mean of a number over the benches."""
+    return fmean(
+        number([row for row in rows if row["bench"] == name]) for name in dict.fromkeys(r["bench"] for r in rows)
+    )
+
+
+def speed(raced: Sequence[Row], name: str) -> float:
+    """Tokens after the first, per second after the prefill."""
+    found = [row["lanes"][name] for row in raced]
+    return sum(lane["tokens"] - 1 for lane in found) / sum(lane["decode_s"] for lane in found)
+
+
+def llama_figures(rows: Sequence[Row]) -> dict[str, float]:
+    """llama.cpp's speed, and coral's plain loop over it in the same bits."""
+    greedy = [row for row in parts(rows)[1] if row["temperature"] == 0 and "llamacpp q4" in row["lanes"]]
+    if not greedy:
+        return {}
+    found = {}
+    for kind in ("q4", "q4 ngram", "bf16"):
+        rate = functools.partial(speed, name=f"llamacpp {kind}")
+        found[f"{kind.replace(' ', '_')}_tokens_per_s"] = by_bench(greedy, rate)
+    if "plain bfloat16" in lanes_of(greedy):
+        found["plain_over_llamacpp_same_bits"] = by_bench(
+            greedy, lambda part: speed(part, "plain bfloat16") / speed(part, "llamacpp bf16")
+        )
+    return found

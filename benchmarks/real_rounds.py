@@ -1,0 +1,118 @@
+"""Tokens and rounds of each drafter on the questions of benchmarks/real.py, with EAGLE-2's tree of a fixed size.
+
+They are found by replay (benchmarks/replay.py), at the price of drafting: a processor's tree is never so large, so that
+no race needs these rounds. They are counts, which a busy machine does not change. A row is one answer of one method.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import replay
+from coral_core.artifacts import Manifest, fingerprint
+from coral_core.bench.race import run_lane
+from coral_core.decoding.engine import Engine
+from coral_core.decoding.sampling import Sampler
+from coral_core.recipe.loader import load_recipe
+from coral_core.run import Run
+from coral_core.target.target import Target
+
+PAPERS_TREE = ("decode.draft_depth=6", "decode.draft_nodes=60", "decode.draft_topk=10")
+"""EAGLE-2's, which HASS and CORAL are compared on: methods' tau is that of fixed trees, speeds are those of `auto`."""
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """A method's run on disk: `name` is METHOD or METHOD@SEED."""
+
+    name: str
+    folder: Path
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return ("full", "grouped") if (self.folder / "head").exists() else ("full",)
+
+    def made(self, head: str) -> list[str]:
+        """Fingerprints of the drafter, and of the grouped head where that is used."""
+        kinds = {"drafter": "coral train"} | ({"head": "coral group-head"} if head == "grouped" else {})
+        return [Manifest.read(self.folder / kind, kind, command).fingerprint for kind, command in kinds.items()]
+
+    def engine(self, target: Target, head: str, tree: str) -> Engine:
+        """The run's own recipe on this target; the tree is the one that pays (auto), or always as large (fixed)."""
+        keys = [f"decode.tree={tree}", f"head.kind={head}", *PAPERS_TREE]
+        return Run(load_recipe(self.folder / "recipe.yaml", keys), self.folder).engine(target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One question at one temperature."""
+
+    bench: str
+    question: str
+    temperature: float
+    prompt: list[int]
+
+    @property
+    def row(self) -> Row:
+        """What names it in a row."""
+        return {"bench": self.bench, "question": self.question, "temperature": self.temperature}
+
+
+def rounds(
+    target: Target, drafters: Sequence[Drafted], asked: Sequence[Asked], tokens: int, seed: int, path: Path
+) -> list[Row]:
+    """The rows of all questions, methods and heads; those in the file are taken from there, new ones are appended."""
+    made = [(one, head, one.made(head)) for one in drafters for head in one.heads]
+    settings = [fingerprint(["rounds", target.fingerprint, prints, tokens, seed]) for *_, prints in made]
+    done = {key(row): row for row in read(path) if "rounds" in row}
+
+    @functools.cache
+    def engines() -> list[Engine]:
+        return [one.engine(target, head, "fixed") for one, head, _ in made]
+
+    found = []
+    for number, one in enumerate(asked, start=1):
+        rows = [
+            one.row | {"method": drafter.name, "head": head, "settings": own}
+            for (drafter, head, _), own in zip(made, settings, strict=True)
+        ]
+        missing = [place for place, row in enumerate(rows) if key(row) not in done]
+        if missing:
+            fresh = counted(target, [engines()[place] for place in missing], one, tokens, seed)
+            with path.open("a", encoding="utf-8") as file:
+                for place, counts in zip(missing, fresh, strict=True):
+                    done[key(rows[place])] = rows[place] | counts
+                    file.write(json.dumps(rows[place] | counts) + "\n")
+            print(f"rounds {number}/{len(asked)}: {one.bench} {one.question}, T={one.temperature:g}", file=sys.stderr)
+        found += [done[key(row)] for row in rows]
+    return found
+
+
+def counted(target: Target, engines: Sequence[Engine], asked: Asked, tokens: int, seed: int) -> Iterator[Row]:
+    """Tokens after the first and rounds of each engine; `alike`: whether the replay said the target's own answer."""
+    picks = Sampler(temperature=asked.temperature, seed=seed)
+    (answer,) = replay.plain_answers(target, [asked.prompt], picks, tokens)
+    taps = tuple(sorted({layer for engine in engines for layer in engine.target.taps}))
+    repeating = replay.repeating(target, asked.prompt, answer, taps)
+    for engine in engines:
+        lane = run_lane(dataclasses.replace(engine, target=repeating).decode(asked.prompt, picks, tokens))
+        yield {"tokens": sum(lane.emitted), "rounds": len(lane.emitted), "alike": lane.ids == answer}
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row is of."""
+    return tuple(row[name] for name in ("bench", "question", "temperature", "method", "head", "settings"))
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows that are there; a last line that was cut off is left out."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
