@@ -49,7 +49,7 @@ from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
 from coral_core.head.heads import FullHead
 from coral_core.recipe.loader import dump_yaml
-from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
+from coral_core.recipe.schema import PRESETS, UNSET, Recipe, TrainSpec
 from coral_core.run import sampler, tree_shape
 from coral_core.store.store import Store
 from coral_core.target.capture import tap
@@ -59,8 +59,7 @@ from coral_core.training.loop import CLIP_NORM, make_accelerator
 from coral_core.training.stage import open_data, train_drafter
 from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps
 
-AS_PUBLISHED: dict[str, Any] = {"shape": "eagle2", "through_steps": False, "step_decay": 1.0}
-AS_PUBLISHED |= {"regression_weight": 1.0, "distill_weight": 0.1}
+AS_PUBLISHED: dict[str, Any] = {key: value for key, value in UNSET.items() if key != "feature_noise"}
 """What the three methods take for these keys, whatever the recipe says."""
 PASSES = ("unroll_growth", "unroll_drawn")
 WEIGHTS = ("step_decay", "regression_weight", "distill_weight", "topk_weight", "csra_weight")

@@ -35,7 +35,7 @@ from coral_cli.options import read_recipe
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.lent import Lent
-from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
+from coral_core.recipe.schema import PRESETS, UNSET, Recipe, TrainSpec
 from coral_core.store.batches import Batch
 from coral_core.target.load import drafter_shape, load_target
 from coral_core.training import losses
@@ -49,7 +49,7 @@ from tests.training.reference import attend_eager, distill, topk
 
 LENGTHS = (512, 2048, 8192)
 PROMPT = 8
-SPEC = TrainSpec(**{"preset": "coral", **PRESETS["coral"]})  # type: ignore[arg-type]
+SPEC = TrainSpec(**{"preset": "coral", **UNSET, **PRESETS["coral"]})  # type: ignore[arg-type]
 LLAMA_3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,

@@ -19,6 +19,7 @@ PAPERS = {
     "coral": "CORAL (arXiv 2502.16880)",
     "eagle3": "EAGLE-3 (arXiv 2503.01840)",
     "coral3": "EAGLE-3 with CORAL's alignment (arXiv 2503.01840, 2502.16880)",
+    "coral3.1": "EAGLE-3.1 with CORAL's alignment (arXiv 2503.01840, 2502.16880)",
 }
 
 

@@ -19,7 +19,7 @@ import yaml
 from coral_core import embedded
 from coral_core.artifacts import Manifest, fingerprint, first_difference
 from coral_core.errors import RecipeError
-from coral_core.recipe.schema import ADDED, FORGOTTEN, PRESETS, REMOVED, Recipe
+from coral_core.recipe.schema import ADDED, FORGOTTEN, PRESETS, REMOVED, UNSET, Recipe
 
 _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*")
@@ -43,7 +43,7 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
         given.update({f"train.{key}": value for key, value in PRESETS[preset].items()})
     given.update(said)
     preset = given.get("train.preset", Recipe().train.preset)
-    for key, value in PRESETS[preset].items():
+    for key, value in {**UNSET, **PRESETS[preset]}.items():
         given.setdefault(f"train.{key}", value)
     recipe: Recipe = _build(Recipe, given, "")
     if recipe.name == embedded.NAME != recipe.target.model:

@@ -85,11 +85,12 @@ class DataSpec:
 class TrainSpec:
     """The drafter's training. `preset` sets the method's keys; a key written in the recipe wins over it."""
 
-    preset: Literal["quick", "drawn", "coral", "hass", "eagle2", "eagle3", "coral3"] = "drawn"
+    preset: Literal["quick", "drawn", "coral", "hass", "eagle2", "eagle3", "coral3", "coral3.1"] = "coral3.1"
     """eagle2: one unroll step; hass: three, with the top-K loss; coral: hass with alignment across steps (CSRA);
     quick: coral with passes that grow; drawn: quick with one pass an update; eagle3: its shape, seven steps, gradients
-    through them, the words' loss alone; coral3: eagle3 with CSRA."""
-    shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle2"
+    through them, the words' loss alone; coral3: eagle3 with CSRA; coral3.1: coral3 on the shape of EAGLE-3.1, three
+    passes that grow."""
+    shape: Literal["eagle2", "eagle3", "eagle3.1"] = "eagle3.1"
     """What the drafter reads of the target. eagle2: its last hidden state; eagle3: the inputs of three layers;
     eagle3.1: these under norms of their own, and the drafter's normed output is fed back. vLLM and SGLang load all
     three, llama.cpp eagle3."""
@@ -103,24 +104,24 @@ class TrainSpec:
     """Peak rate of AdamW, after warm-up; it then falls to a tenth along a cosine."""
     warmup_steps: int = 20
     """Optimizer steps of linear warm-up."""
-    feature_noise: float = 0.2
+    feature_noise: float = 0.0
     """Width of the uniform noise on the input features, scaled by 512 / T as EAGLE does; 0 turns it off."""
     unroll_steps: int = 3
     """Training passes n: pass F sees what the F-th drafted token sees when decoding."""
-    unroll_drawn: bool = True
+    unroll_drawn: bool = False
     """Whether each optimizer step draws its number of passes, and the losses are those of the last one alone: an update
     then costs little more than with one pass. Otherwise all passes have their losses in every update."""
     unroll_growth: float = 0.75
     """Share of the steps over which the passes grow from 1 to `unroll_steps`, in equal parts; 0: all from the first."""
-    through_steps: bool = False
+    through_steps: bool = True
     """Whether gradients run through the fed-back outputs of earlier steps (EAGLE-3), or these are constants (HASS)."""
-    step_decay: float = 1.0
+    step_decay: float = 0.8
     """The losses on words of a step weigh this much of the step's before it: 0.8 in EAGLE-3."""
-    regression_weight: float = 1.0
+    regression_weight: float = 0.0
     """Weight of the smooth-L1 distance between drafted and true features."""
-    distill_weight: float = 0.1
+    distill_weight: float = 1.0
     """Weight of the cross-entropy against the target's whole distribution."""
-    topk_weight: float = 0.1
+    topk_weight: float = 0.0
     """Weight of HASS's loss on the target's ten most likely tokens. HASS's own 1.0 is for a second stage, after 40
     epochs without (`init_from`); from the first step on it costs 4 % of tau, all that the unroll gains (LOG.md)."""
     candidates: int = 6144
@@ -248,6 +249,7 @@ _EAGLE3: dict[str, int | float | str] = {
 }
 _WHOLE = {"candidates": 0, "unroll_growth": 0.0, "unroll_drawn": False}
 _CORAL = {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.1}
+_GROWING3 = {"csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": False}
 PRESETS: dict[str, dict[str, int | float | str]] = {
     "drawn": {**_CORAL, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": True},
     "quick": {**_CORAL, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": False},
@@ -255,9 +257,20 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
     "hass": {"unroll_steps": 3, "topk_weight": 0.1, "csra_weight": 0.0, **_WHOLE},
     "eagle2": {"unroll_steps": 1, "topk_weight": 0.0, "csra_weight": 0.0, **_WHOLE},
     "eagle3": {**_EAGLE3, "csra_weight": 0.0, **_WHOLE},
-    "coral3": {**_EAGLE3, "csra_weight": 0.1, "candidates": 6144, "unroll_growth": 0.75, "unroll_drawn": False},
+    "coral3": {**_EAGLE3, **_GROWING3},
+    "coral3.1": {**_EAGLE3, **_GROWING3, "shape": "eagle3.1", "unroll_steps": 3},
 }
 """The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""
+
+UNSET: dict[str, int | float | str] = {
+    "shape": "eagle2",
+    "feature_noise": 0.2,
+    "through_steps": False,
+    "step_decay": 1.0,
+    "regression_weight": 1.0,
+    "distill_weight": 0.1,
+}
+"""What a preset that does not set a key leaves to the recipe, and what it means where the recipe does not say it."""
 
 ADDED: dict[str, dict[str, int | float | str]] = {
     "train": {**_WHOLE, "shape": "eagle2", "through_steps": False, "step_decay": 1.0},

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from benchmarks import eagle3
-from coral_core.recipe.schema import PRESETS, TrainSpec
+from coral_core.recipe.schema import PRESETS, UNSET, TrainSpec
 
 
 class FakeBench:
@@ -18,7 +18,7 @@ def row(name: str, tokens: int, part: str = "shape", seed: int = 0) -> dict:
 
 def test_every_row_is_a_training() -> None:
     for name in eagle3.ROWS:
-        keys = {**PRESETS["coral"], **dict(eagle3.variant(name, 0, 9).changes)}
+        keys = {**UNSET, **PRESETS["coral"], **dict(eagle3.variant(name, 0, 9).changes)}
         spec = dataclasses.replace(TrainSpec(), **keys)  # type: ignore[arg-type]
         assert (spec.shape != "eagle2") == (name in eagle3.WIDE)
         assert spec.unroll_growth == 0

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import methods
 from benchmarks.methods import Bench, Rows, Variant, timed, training_seconds
-from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
+from coral_core.recipe.schema import PRESETS, UNSET, Recipe, TrainSpec
 
 
 class FakeBench:
@@ -67,7 +67,7 @@ def test_a_row_that_was_measured_is_kept_when_a_later_one_fails(
     assert len(Rows(path).done) == 1
 
 
-QUICK = Recipe(train=TrainSpec(**PRESETS["quick"]))  # type: ignore[arg-type]
+QUICK = Recipe(train=TrainSpec(**UNSET, **PRESETS["quick"]))  # type: ignore[arg-type]
 COSTS = {"eagle2 1": 1.0, "hass 1": 1.0, "hass 2": 2.0, "hass 3": 3.0, "coral 1": 1.0, "coral 2": 2.0, "coral 3": 4.0}
 
 
@@ -86,7 +86,7 @@ def test_equal_time_by_hand() -> None:
 
 def test_equal_time_counts_the_passes_that_were_drawn() -> None:
     """Of 1,000 steps some 400 take a second, 300 two and 300 four."""
-    drawn = Recipe(train=TrainSpec(**{**PRESETS["drawn"], "unroll_growth": 0.0}))  # type: ignore[arg-type]
+    drawn = Recipe(train=TrainSpec(**{**UNSET, **PRESETS["drawn"], "unroll_growth": 0.0}))  # type: ignore[arg-type]
     bench = Bench(drawn, Path(), None, None, [], [])  # type: ignore[arg-type]
     eagle2, _, coral = timed(bench, COSTS, 1000, seed=3)
     assert bench.spec(coral).unroll_drawn and not bench.spec(eagle2).unroll_drawn

@@ -69,7 +69,7 @@ def test_the_card_says_what_was_made_measured_and_how_it_is_served(run):
     assert "speculative-decoding" in front["tags"]
     for words in (
         "`org/model`, revision `abc`",
-        "CORAL (arXiv 2502.16880)",
+        "EAGLE-3.1 with CORAL's alignment (arXiv 2503.01840, 2502.16880)",
         "| mt-bench | 0 | 80 | 3.46 | 201.5 | 99.5 (plain bfloat16) | 2.02x [1.90, 2.10] | 0.80 0.50 | 79 of 80 |",
         "NVIDIA Fast x 1, bfloat16; depth 5, kind grouped; coral 0.1.0, torch 2.13",
         "    coral eval my.yaml --bench mt-bench",

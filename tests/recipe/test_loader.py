@@ -172,10 +172,20 @@ def test_the_preset_fills_only_what_nobody_wrote(write):
     assert load_recipe(path, ["train.preset=coral"]).train.csra_weight == PRESETS["coral"]["csra_weight"]
 
 
-def test_the_default_preset_is_the_default_values():
-    """Else a recipe with no train section would differ from one that says `preset: coral`."""
+def test_the_default_preset_is_the_default_values(write):
+    """Else a recipe with no train section would differ from one that names the preset."""
     train = Recipe().train
     assert {key: getattr(train, key) for key in PRESETS[train.preset]} == PRESETS[train.preset]
+    said = write(f"name: mine\ntrain:\n  preset: {train.preset}\n")
+    assert load_recipe(said, []).train == load_recipe(write("name: mine\n"), []).train == train
+
+
+@pytest.mark.parametrize("preset", ["eagle2", "hass", "coral", "quick", "drawn"])
+def test_presets_on_eagle_2s_shape_mean_what_they_meant(write, preset):
+    """What such a preset does not set was the schema's default, until that became another shape's."""
+    train = load_recipe(write(f"name: mine\ntrain:\n  preset: {preset}\n"), []).train
+    assert (train.shape, train.feature_noise, train.through_steps, train.step_decay) == ("eagle2", 0.2, False, 1.0)
+    assert (train.regression_weight, train.distill_weight) == (1.0, 0.1)
 
 
 def test_the_last_override_wins(write):

@@ -9,7 +9,7 @@ import torch
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.lent import Lent
-from coral_core.recipe.schema import TrainSpec
+from coral_core.recipe.schema import PRESETS, UNSET, TrainSpec
 from coral_core.store.batches import Batch
 from coral_core.store.shard import Sample
 from coral_core.store.store import Store
@@ -94,5 +94,4 @@ def tiny_store(folder: Path, samples: int = 12, holdout: int = 0, *, taps: bool 
 def tiny_spec(**changes: Any) -> TrainSpec:
     """Ten short steps of CORAL, all passes from the first."""
     keys = {"steps": 10, "batch_size": 4, "warmup_steps": 3, "learning_rate": 3e-3, "checkpoint_every": 5}
-    passes = {"unroll_growth": 0.0, "unroll_drawn": False}
-    return TrainSpec(**{**keys, **passes, **changes})
+    return TrainSpec(**{**UNSET, **PRESETS["coral"], **keys, **changes})
