@@ -18,7 +18,7 @@ from coral_core.report.tables import table
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: real, python -m benchmarks.page -->", "<!-- end -->"
 """Between these two lines of the README stands the table of real models."""
-METHODS = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL", "coral-long": "CORAL, trained longer"}
+METHODS = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL", real_figures.LONG: "CORAL, trained longer"}
 MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 ABOUT = {
     "real": "Real chat models: EAGLE-2, HASS and CORAL, full and grouped head, against the fastest plain decoding.",
@@ -30,7 +30,7 @@ ABOUT = {
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data: in equal time, and in equal steps.",
     "methods-smollm2": "EAGLE-2, HASS and, on EAGLE-3.1's shape, CORAL on SmolLM2-135M in equal time.",
     "methods-qwen": "EAGLE-2 and, on EAGLE-3.1's shape, CORAL on Qwen2.5-Coder-0.5B in equal time, one seed.",
-    "eagle3": "The EAGLE-3 shape against today's, step by step, on SmolLM2-135M.",
+    "eagle3": "EAGLE-3's shape against EAGLE-2's, step by step, on SmolLM2-135M.",
     "eagle3-pico": "The same on pico; stopped before equal time and the routed head.",
     "head": "The grouped head on pico: what it keeps of tau, and what it gains.",
     "train": "Training: tokens per second and memory against the eager reference.",
@@ -146,7 +146,8 @@ def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
     if not counted:
         return "-"
     names = real_figures.lanes_of(raced)
-    ours = [name for name in names if name.split()[:2] == [method, head]]
+    drafted = [name for name in names if real_figures.is_ours(name)]
+    ours = [name for name in drafted if (real_figures.without_seed(name.split()[0]), name.split()[1]) == (method, head)]
     plains = [name for name in names if real_figures.is_plain(name)]
     speedup = f", {real_figures.gain(raced, ours, plains):.2f}x" if ours else ""
     return f"{real_figures.tau_of(counted, method, head):.2f}{speedup}"

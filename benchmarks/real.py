@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.decode_race import generated
 from benchmarks.llamacpp import LlamaCpp, rewritten
 from benchmarks.real_figures import figures, is_ours, llama_figures, parts, speed
-from benchmarks.real_rounds import Asked, Drafted, Row, read, rounds
+from benchmarks.real_rounds import Asked, Drafted, Row, append, read, rounds
 from benchmarks.record import RESULTS, record
 from coral_core.artifacts import fingerprint
 from coral_core.bench.baseline import generate_lane
@@ -157,8 +157,7 @@ def race(options: argparse.Namespace, target: Target) -> list[Row]:
                 answer(one.prompt, one.temperature)
         row = one.row | {"settings": settings, "prompt_tokens": len(one.prompt)}
         rows.append(row | {"lanes": turn(running, one.prompt, one.temperature, number)})
-        with options.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        append(options.rows, rows[-1])
         print(f"{number + 1} of {len(todo)}: {one.bench} {one.question}, T={one.temperature:g}", file=sys.stderr)
     return rows
 
@@ -194,9 +193,12 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def write(options: argparse.Namespace, rows: list[Row]) -> None:
-    """results/real.json: this model's rows and figures anew, other models' as they were."""
+    """results/real.json: this model's rows and figures anew, other models' as they were; its race too where none was
+    run."""
     path = RESULTS / "real.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "rows": []}
+    if not options.limit:
+        rows = rows + [row for row in parts(old["rows"])[1] if row["model"] == options.model]
     found = {**old["figures"], options.model: figures(rows)}
     if llama := llama_figures(rows):
         found["llamacpp"] = llama  # of the model that was raced last
@@ -204,7 +206,8 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
         found[options.model]["assisted_generation"] = NO_SIBLING[options.model]
     others = [row for row in old["rows"] if row["model"] != options.model]
     print(json.dumps(found[options.model], indent=1))
-    print(f"written to {record('real', found, others + rows, options.model)}")
+    part = f"{options.model}, {'race' if options.limit else 'rounds'}"
+    print(f"written to {record('real', found, others + rows, part)}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,16 +69,17 @@ class Asked:
 def rounds(
     target: Target, drafters: Sequence[Drafted], asked: Sequence[Asked], tokens: int, seed: int, path: Path
 ) -> list[Row]:
-    """The rows of all questions, methods and heads; those in the file are taken from there, new ones are appended."""
+    """The rows of these methods and heads, other questions in the file too; what is missing is counted and appended."""
     made = [(one, head, one.made(head)) for one in drafters for head in one.heads]
-    settings = [fingerprint(["rounds", target.fingerprint, prints, tokens, seed]) for *_, prints in made]
+    settings = [
+        fingerprint(["rounds", target.fingerprint, str(target.dtype), prints, tokens, seed]) for *_, prints in made
+    ]
     done = {key(row): row for row in read(path) if "rounds" in row}
 
     @functools.cache
     def engines() -> list[Engine]:
         return [one.engine(target, head, "fixed") for one, head, _ in made]
 
-    found = []
     for number, one in enumerate(asked, start=1):
         rows = [
             one.row | {"method": drafter.name, "head": head, "settings": own}
@@ -86,29 +88,37 @@ def rounds(
         missing = [place for place, row in enumerate(rows) if key(row) not in done]
         if missing:
             fresh = counted(target, [engines()[place] for place in missing], one, tokens, seed)
-            with path.open("a", encoding="utf-8") as file:
-                for place, counts in zip(missing, fresh, strict=True):
-                    done[key(rows[place])] = rows[place] | counts
-                    file.write(json.dumps(rows[place] | counts) + "\n")
+            for place, counts in zip(missing, fresh, strict=True):
+                done[key(rows[place])] = rows[place] | counts
+                append(path, rows[place] | counts)
             print(f"rounds {number}/{len(asked)}: {one.bench} {one.question}, T={one.temperature:g}", file=sys.stderr)
-        found += [done[key(row)] for row in rows]
-    return found
+    own = {(one.name, head, settings) for (one, head, _), settings in zip(made, settings, strict=True)}
+    return [row for row in done.values() if (row["method"], row["head"], row["settings"]) in own]
 
 
 def counted(target: Target, engines: Sequence[Engine], asked: Asked, tokens: int, seed: int) -> Iterator[Row]:
     """Tokens after the first and rounds of each engine; `alike`: whether the replay said the target's own answer."""
     picks = Sampler(temperature=asked.temperature, seed=seed)
     (answer,) = replay.plain_answers(target, [asked.prompt], picks, tokens)
-    taps = tuple(sorted({layer for engine in engines for layer in engine.target.taps}))
-    repeating = replay.repeating(target, asked.prompt, answer, taps)
+    repeating = functools.cache(functools.partial(replay.repeating, target, asked.prompt, answer))
     for engine in engines:
-        lane = run_lane(dataclasses.replace(engine, target=repeating).decode(asked.prompt, picks, tokens))
+        told = dataclasses.replace(engine, target=repeating(engine.target.taps))
+        lane = run_lane(told.decode(asked.prompt, picks, tokens))
         yield {"tokens": sum(lane.emitted), "rounds": len(lane.emitted), "alike": lane.ids == answer}
 
 
 def key(row: Row) -> tuple[Any, ...]:
     """What a row is of."""
     return tuple(row[name] for name in ("bench", "question", "temperature", "method", "head", "settings"))
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row, on a line of its own also behind one that was cut off."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        whole = file.read() in (b"", b"\n")
+        file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
 
 
 def read(path: Path) -> Iterator[Row]:

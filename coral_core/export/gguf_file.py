@@ -15,6 +15,7 @@ import torch
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, CoralError
+from coral_core.export.refusal import OTHERWISE, OURS
 
 ARCHITECTURE = "eagle3"
 LAYER = {
@@ -31,7 +32,6 @@ LAYER = {
 }
 """Our names of the layer's tensors -> llama.cpp's."""
 NAMES = {"fc": "fc", "norm": "output_norm", "lm_head": "output"}
-OURS = "Serve it with coral, or run: coral export --to hf"
 
 
 def refuse(drafter: Drafter) -> None:
@@ -41,7 +41,7 @@ def refuse(drafter: Drafter) -> None:
         raise ArtifactError(f"llama.cpp drafts with EAGLE-3's shape only; this drafter has EAGLE-2's. {OURS}")
     for key in ("norm_output", "fc_norm"):
         if getattr(config, key):
-            raise ArtifactError(f"llama.cpp has no {key} (EAGLE-3.1), which this drafter was trained with. {OURS}")
+            raise ArtifactError(f"llama.cpp has no {key} (EAGLE-3.1), which this drafter has. {OTHERWISE}")
     if len(config.taps) != 3:
         raise ArtifactError(f"llama.cpp reads three layers of the target, and this drafter {len(config.taps)}. {OURS}")
     if (kind := config.rope_parameters.get("rope_type", "default")) != "default":

@@ -8,6 +8,8 @@ from coral_core.target.load import tap_layers
 from coral_core.target.target import Target
 
 OURS = "Serve it with coral, or run: coral export --to hf"
+OTHERWISE = "Train one without: coral train train.preset=coral3. Or run: coral export --to hf"
+"""What mends the lack of EAGLE-3.1's norms: `coral3` reads the same layers, so that the data stay."""
 
 
 def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:
@@ -44,7 +46,7 @@ def refuse_drafter(layout: Layout, drafter: Drafter) -> None:
     config = drafter.config
     for key in layout.unread:
         if getattr(config, key):
-            raise ArtifactError(f"{layout.engine} has no {key}, which this drafter was trained with. {OURS}")
+            raise ArtifactError(f"{layout.engine} has no {key}, which this drafter was trained with. {OTHERWISE}")
     if layout.fc_bias == "never" and config.fc_bias and drafter.fc.bias.count_nonzero():
         raise ArtifactError(f"the drafter's fc has a bias that is not zero, and {layout.engine}'s has none. {OURS}")
     rope = config.rope_parameters

@@ -29,7 +29,8 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
     """The recipe in `path` (None: the embedded pico's own) with `section.key=value` overrides on top.
 
     A recipe without a name takes its file's. Keys that nobody wrote come from `train.preset`, then from the schema's
-    defaults; a preset among the overrides wins over the file's keys too. Raises RecipeError, one line, for a file that
+    defaults; a preset among the overrides wins over the file's keys too, and over what the file's own preset had set,
+    as in the recipe.yaml of a run, where every key stands. Raises RecipeError, one line, for a file that
     cannot be read, an unknown key, a value of the wrong type or out of range, and another model under pico's name.
     """
     given: dict[str, Any] = {}
@@ -40,11 +41,12 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
     for override in overrides:
         said.update(_override(override))
     if preset := said.get("train.preset"):  # said later than the file's keys, so it wins over them
+        of_file = keys_of(given.get("train.preset", Recipe().train.preset))
+        given = {key: value for key, value in given.items() if of_file.get(key) != value}
         given.update({f"train.{key}": value for key, value in PRESETS[preset].items()})
     given.update(said)
-    preset = given.get("train.preset", Recipe().train.preset)
-    for key, value in {**UNSET, **PRESETS[preset]}.items():
-        given.setdefault(f"train.{key}", value)
+    for key, value in keys_of(given.get("train.preset", Recipe().train.preset)).items():
+        given.setdefault(key, value)
     recipe: Recipe = _build(Recipe, given, "")
     if recipe.name == embedded.NAME != recipe.target.model:
         raise RecipeError(
@@ -52,6 +54,11 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
             f"'{recipe.target.model}'. Give the run a name of its own, such as name=mine"
         )
     return recipe
+
+
+def keys_of(preset: str) -> dict[str, Any]:
+    """The keys that a preset decides on, with the values that they have where a recipe does not say them."""
+    return {f"train.{key}": value for key, value in {**UNSET, **PRESETS[preset]}.items()}
 
 
 def to_mapping(recipe: Recipe) -> dict[str, Any]:

@@ -260,7 +260,7 @@ PRESETS: dict[str, dict[str, int | float | str]] = {
     "coral3": {**_EAGLE3, **_GROWING3},
     "coral3.1": {**_EAGLE3, **_GROWING3, "shape": "eagle3.1", "unroll_steps": 3},
 }
-"""The keys that each preset sets. coral, hass and eagle2 mean what they meant when they were all there was."""
+"""The keys that each preset sets. With UNSET, a preset means what it has meant since it was there."""
 
 UNSET: dict[str, int | float | str] = {
     "shape": "eagle2",
@@ -270,7 +270,7 @@ UNSET: dict[str, int | float | str] = {
     "regression_weight": 1.0,
     "distill_weight": 0.1,
 }
-"""What a preset that does not set a key leaves to the recipe, and what it means where the recipe does not say it."""
+"""The values of keys that a preset does not set, where the recipe does not say them."""
 
 ADDED: dict[str, dict[str, int | float | str]] = {
     "train": {**_WHOLE, "shape": "eagle2", "through_steps": False, "step_decay": 1.0},

@@ -4,7 +4,7 @@
     answer   bool  [N]      whether the target wrote the token
     feature  any   [N, D]   the target's last hidden state at the token
     scale    float32 [N]    only where features are fp8: what each row's are multiplied by
-    tap_0_feature, tap_0_scale, tap_1_…, tap_2_…   likewise of three layers' inputs, only for train.shape=eagle3
+    tap_0_feature, tap_0_scale, tap_1_…, tap_2_…   likewise of three layers' inputs, for train.shape=eagle3 and eagle3.1
     offset   int64 [S + 1]  sample i is rows offset[i] to offset[i + 1]
 
 fp8 is e4m3 (four bits of exponent, three of mantissa; largest value 448), each row scaled so that its largest magnitude

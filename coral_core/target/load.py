@@ -184,7 +184,10 @@ def tap_layers(config: Any) -> tuple[int, int, int]:
     """
     layers = int(config.get_text_config().num_hidden_layers)
     if layers < 3:
-        raise TargetError(f"the target has {layers} layers, and an EAGLE-3 drafter reads three. Set train.preset=drawn")
+        raise TargetError(
+            f"the target has {layers} layers, and an EAGLE-3 drafter reads three. "
+            "Set train.preset=drawn train.shape=eagle2"
+        )
     return (2, layers // 2, layers - 3) if layers >= 7 else (layers // 4, layers // 2, layers - 1)
 
 

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import real, real_figures, real_rounds
+from benchmarks import real, real_figures, real_rounds, record
 from coral_core.bench.race import run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.plan import TreeShape
@@ -22,7 +24,7 @@ def lane(tokens: int, rounds: int, decode_s: float, **more: Any) -> dict[str, An
 
 
 def row(bench: str, question: str, temperature: float = 0.0, right: bool = True) -> dict[str, Any]:
-    """Of the race: CORAL's grouped head is faster than its full one, and slower in float32 than in bfloat16."""
+    """Of the race: CORAL's grouped head is faster than its full one."""
     lanes = {
         "plain float32": lane(60, 60, 6.0),
         "generate bfloat16": lane(60, 60, 5.0),
@@ -70,6 +72,40 @@ def test_rows_without_a_race_have_no_speeds() -> None:
     assert found["tau"]["coral"] == 4.0 and found["lossless_share"] is None and "speedup_greedy" not in found
 
 
+def test_speed_and_heads_are_told_of_the_drafter_that_ships() -> None:
+    raced = row("gsm8k", "a")
+    raced["lanes"] |= {
+        f"coral-long {head} auto float32": lane(60, 20, seconds, equal=True)
+        for head, seconds in (("full", 1.5), ("grouped", 1.0))
+    }
+    longer = [{**one, "method": "coral-long", "rounds": one["rounds"] - 5} for one in counted("gsm8k", "a")[:2]]
+    found = real_figures.figures([raced, *counted("gsm8k", "a"), *longer])
+    assert found["tau"] == {"coral": 4.0, "coral-long": 6.0, "hass": 3.75}
+    assert (found["speedup_greedy"], found["grouped_gain"]) == (pytest.approx(5.0), pytest.approx(1.5))
+    assert found["grouped_tau_kept"] == pytest.approx(4 / 6)
+    assert found["coral_over_hass"] == pytest.approx(4 / 3), "at equal data: not the long one"
+
+
+def test_methods_without_a_common_seed_are_not_compared() -> None:
+    other = [{**one, "method": f"{one['method'].partition('@')[0]}@2"} for one in counted("gsm8k", "a")[:1]]
+    assert "coral_over_hass" not in real_figures.figures([*counted("gsm8k", "a")[2:], *other])
+
+
+def test_counting_alone_leaves_the_race_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (real, record):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["real.py", "smollm2"])
+    raced, other = row("gsm8k", "a"), {**row("gsm8k", "a"), "model": "qwen"}
+    options = argparse.Namespace(model="qwen", limit=1)
+    real.write(options, [other])
+    real.write(argparse.Namespace(model="smollm2", limit=1), [raced, *counted("gsm8k", "a")])
+    real.write(argparse.Namespace(model="smollm2", limit=0), counted("gsm8k", "b"))
+    kept = json.loads((tmp_path / "real.json").read_text())
+    assert kept["rows"] == [other, *counted("gsm8k", "b"), raced]
+    assert kept["figures"]["smollm2"]["speedup_greedy"] == pytest.approx(2.5)
+    assert set(kept["parts"]) == {"qwen, race", "smollm2, race", "smollm2, rounds"}
+
+
 def test_only_the_fastest_of_lanes_that_do_the_same_goes_on() -> None:
     """The plain loop in float32 stays, slow as it is: drafted answers in float32 are compared with it."""
     assert real.ahead([row("gsm8k", "a")]) == set(row("gsm8k", "a")["lanes"]) - {"plain bfloat16"}
@@ -86,6 +122,9 @@ def test_a_row_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
     whole = json.dumps(row("gsm8k", "a"))
     path.write_text(f"{whole}\n{whole[: whole.rindex('}')]}")
     assert list(real_rounds.read(path)) == [row("gsm8k", "a")]
+    for name in ("b", "c"):
+        real_rounds.append(path, row("gsm8k", name))
+    assert list(real_rounds.read(path)) == [row("gsm8k", name) for name in "abc"]
 
 
 SHAPE = TreeShape(depth=3, nodes=6, topk=2)
@@ -118,6 +157,11 @@ def test_rounds_are_those_of_real_decoding_and_counted_once(tmp_path: Path) -> N
         assert counted["alike"] and counted["temperature"] == one.temperature
     both = real_rounds.rounds(target, methods, asked, 20, 3, path)
     assert [row for row in both if row["method"] == "coral"] == rows
+    warm = real_rounds.rounds(target, methods, asked[1:], 20, 3, path)
+    assert warm == both, "the other temperature's rows stay"
+    halves: Any = SimpleNamespace(fingerprint=target.fingerprint, dtype=torch.bfloat16)
+    assert real_rounds.rounds(target, methods, [], 20, 3, path) == both
+    assert real_rounds.rounds(halves, methods, [], 20, 3, path) == [], "counted in another dtype"
     made = Untrained.made_engines
     assert real_rounds.rounds(target, methods, asked, 20, 3, path) == both
     assert (Untrained.made_engines, len(path.read_text().splitlines())) == (made, 4), "nothing is made for no row"

@@ -151,6 +151,8 @@ def test_the_bytes_are_told_beforehand(tmp_path: Path) -> None:
 
 
 def test_a_target_of_two_layers_is_refused_before_it_answers(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="2 layers, and an EAGLE-3 drafter reads three. Set train.preset=drawn"):
+    with pytest.raises(
+        TargetError, match="2 layers, and an EAGLE-3 drafter reads three. Set train.preset=drawn train.shape=eagle2"
+    ):
         prepare(make_job(tmp_path, shape="eagle3"))
     assert not (tmp_path / ".data.partial").exists()

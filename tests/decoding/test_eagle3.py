@@ -97,7 +97,7 @@ def test_three_different_layers_are_tapped(layers: int, taps: tuple[int, int, in
 
 def test_a_target_of_two_layers_and_a_drafter_of_a_deeper_target_are_refused() -> None:
     target = tiny_target()
-    with pytest.raises(TargetError, match="the target has 2 layers, and train.shape=eagle3 reads three"):
+    with pytest.raises(TargetError, match="2 layers, and an EAGLE-3 drafter reads three"):
         tap_layers(target.model.config)
     with pytest.raises(TargetError, match=r"input of layer 27 .* has 2: it was trained for another target"):
         Engine(target, tiny_drafter(target, taps=(2, 15, 27)), PlainHead(target), TreeShape(depth=2, nodes=2, topk=1))

@@ -188,6 +188,18 @@ def test_presets_on_eagle_2s_shape_mean_what_they_meant(write, preset):
     assert (train.regression_weight, train.distill_weight) == (1.0, 0.1)
 
 
+@pytest.mark.parametrize("before", ["eagle2", "drawn", "coral3.1"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_that_is_said_over_a_runs_own_recipe_is_that_preset(write, before, preset):
+    """There every key is written; what the run's preset did not decide stays."""
+    path = write(dump_yaml(load_recipe(write(f"name: mine\ntrain:\n  preset: {before}\n  steps: 7\n"), [])))
+    fresh = load_recipe(write(f"name: mine\ntrain:\n  preset: {preset}\n  steps: 7\n"), [])
+    path = write(dump_yaml(load_recipe(write(f"name: mine\ntrain:\n  preset: {before}\n  steps: 7\n"), [])))
+    assert load_recipe(path, [f"train.preset={preset}"]) == fresh
+    noisy = write(f"name: mine\ntrain:\n  preset: {before}\n  csra_weight: 0.7\n  feature_noise: 0.02\n")
+    assert load_recipe(noisy, ["train.preset=quick"]).train.feature_noise == 0.02
+
+
 def test_the_last_override_wins(write):
     recipe = load_recipe(write("seed: 1\n"), ["seed=2", "seed=3", "data.prompts=a=b.jsonl"])
     assert (recipe.seed, recipe.data.prompts) == (3, "a=b.jsonl")
