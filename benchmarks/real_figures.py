@@ -29,8 +29,21 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def parts(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows with rounds that were counted, and those of the race."""
-    return [row for row in rows if "rounds" in row], [row for row in rows if "lanes" in row]
+    """The rows with rounds, of questions that were counted for every method and head, and those of the race."""
+    counted = [row for row in rows if "rounds" in row]
+    by_question: dict[tuple[Any, ...], set[tuple[str, str]]] = {}
+    for row in counted:
+        by_question.setdefault(question(row), set()).add((row["method"], row["head"]))
+    every: dict[tuple[Any, ...], set[tuple[str, str]]] = {}
+    for (model, temperature, *_), found in by_question.items():
+        every.setdefault((model, temperature), set()).update(found)
+    shared = [row for row in counted if by_question[question(row)] == every[question(row)[:2]]]
+    return shared, [row for row in rows if "lanes" in row]
+
+
+def question(row: Row) -> tuple[Any, ...]:
+    """What a row is an answer to, the model and the temperature first."""
+    return row.get("model"), row["temperature"], row["bench"], row["question"]
 
 
 def asked(rows: Sequence[Row]) -> dict[str, int]:

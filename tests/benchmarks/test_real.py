@@ -86,6 +86,12 @@ def test_speed_and_heads_are_told_of_the_drafter_that_ships() -> None:
     assert found["coral_over_hass"] == pytest.approx(4 / 3), "at equal data: not the long one"
 
 
+def test_a_question_that_not_all_methods_have_counts_for_none() -> None:
+    late = [{**one, "rounds": 1} for one in counted("gsm8k", "b")[:3]]
+    found = real_figures.figures([*counted("gsm8k", "a"), *late])
+    assert found["questions"]["counted"] == {"T = 0": 1} and found["tau"]["coral"] == 4.0
+
+
 def test_methods_without_a_common_seed_are_not_compared() -> None:
     other = [{**one, "method": f"{one['method'].partition('@')[0]}@2"} for one in counted("gsm8k", "a")[:1]]
     assert "coral_over_hass" not in real_figures.figures([*counted("gsm8k", "a")[2:], *other])
