@@ -206,7 +206,8 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
         found[options.model]["assisted_generation"] = NO_SIBLING[options.model]
     others = [row for row in old["rows"] if row["model"] != options.model]
     print(json.dumps(found[options.model], indent=1))
-    part = f"{options.model}, {'race' if options.limit else 'rounds'}"
+    warmth = " and ".join(f"{temperature:g}" for temperature in options.temperatures)
+    part = f"{options.model}, {'race' if options.limit else 'rounds'}, T = {warmth}"
     print(f"written to {record('real', found, others + rows, part)}")
 
 

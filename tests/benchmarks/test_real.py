@@ -102,14 +102,14 @@ def test_counting_alone_leaves_the_race_as_it_was(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["real.py", "smollm2"])
     raced, other = row("gsm8k", "a"), {**row("gsm8k", "a"), "model": "qwen"}
-    options = argparse.Namespace(model="qwen", limit=1)
+    options = argparse.Namespace(model="qwen", limit=1, temperatures=[0.0, 1.0])
     real.write(options, [other])
-    real.write(argparse.Namespace(model="smollm2", limit=1), [raced, *counted("gsm8k", "a")])
-    real.write(argparse.Namespace(model="smollm2", limit=0), counted("gsm8k", "b"))
+    real.write(argparse.Namespace(model="smollm2", limit=1, temperatures=[0.0]), [raced, *counted("gsm8k", "a")])
+    real.write(argparse.Namespace(model="smollm2", limit=0, temperatures=[0.0]), counted("gsm8k", "b"))
     kept = json.loads((tmp_path / "real.json").read_text())
     assert kept["rows"] == [other, *counted("gsm8k", "b"), raced]
     assert kept["figures"]["smollm2"]["speedup_greedy"] == pytest.approx(2.5)
-    assert set(kept["parts"]) == {"qwen, race", "smollm2, race", "smollm2, rounds"}
+    assert set(kept["parts"]) == {"qwen, race, T = 0 and 1", "smollm2, race, T = 0", "smollm2, rounds, T = 0"}
 
 
 def test_only_the_fastest_of_lanes_that_do_the_same_goes_on() -> None:
