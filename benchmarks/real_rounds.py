@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import replay
+from benchmarks.real_figures import Row
 from coral_core.artifacts import Manifest, fingerprint
 from coral_core.bench.race import run_lane
 from coral_core.decoding.engine import Engine
@@ -25,8 +26,6 @@ from coral_core.target.target import Target
 
 PAPERS_TREE = ("decode.draft_depth=6", "decode.draft_nodes=60", "decode.draft_topk=10")
 """EAGLE-2's, which HASS and CORAL are compared on: methods' tau is that of fixed trees, speeds are those of `auto`."""
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,13 +148,14 @@ class Untrained(real_rounds.Drafted):
         Untrained.made_engines += 1
         assert tree == "fixed"
         torch.manual_seed(len(self.name))
-        return Engine(target, tiny_drafter(target), FullHead(target.lent), SHAPE)
+        taps = {"coral": (), "coral@1": (0, 2, 3), "hass": (1, 2, 3)}[self.name]
+        return Engine(target, tiny_drafter(target, taps=taps), FullHead(target.lent), SHAPE)
 
 
 def test_rounds_are_those_of_real_decoding_and_counted_once(tmp_path: Path) -> None:
-    target, path = tiny_target("llama"), tmp_path / "rows.jsonl"
+    target, path = tiny_target("llama", layers=4), tmp_path / "rows.jsonl"
     asked = [real_rounds.Asked("gsm8k", "a", temperature, [1, 5, 9, 4]) for temperature in (0.0, 1.0)]
-    methods = [Untrained("coral", tmp_path), Untrained("coral@1", tmp_path)]
+    methods = [Untrained(name, tmp_path) for name in ("coral", "coral@1", "hass")]
     rows = real_rounds.rounds(target, methods[:1], asked, 20, 3, path)
     for one, counted in zip(asked, rows, strict=True):
         engine = methods[0].engine(target, "full", "fixed")
@@ -170,7 +171,7 @@ def test_rounds_are_those_of_real_decoding_and_counted_once(tmp_path: Path) -> N
     assert real_rounds.rounds(halves, methods, [], 20, 3, path) == [], "counted in another dtype"
     made = Untrained.made_engines
     assert real_rounds.rounds(target, methods, asked, 20, 3, path) == both
-    assert (Untrained.made_engines, len(path.read_text().splitlines())) == (made, 4), "nothing is made for no row"
+    assert (Untrained.made_engines, len(path.read_text().splitlines())) == (made, 6), "nothing is made for no row"
     assert real_rounds.rounds(target, methods, asked, 21, 3, path) != both, "longer answers are other rows"
 
 
