@@ -11,7 +11,7 @@ decoding (coral's loop and `generate`, float32 and bfloat16), each method with t
 with that too, prompt lookup, and llama.cpp. After the first --heat questions of each bench at a temperature, of the
 lanes that do the same in another dtype or loop only the fastest goes on; so the plain lane that a speed is compared
 with is the fastest of four. A row is appended to --rows when it is done, and never computed twice. Then
-results/real.json is written anew; rows and figures of other models in it stay.
+results/real.json is written anew. What was not measured now stays in it: other models, temperatures and methods.
 """
 
 import argparse
@@ -193,22 +193,27 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def write(options: argparse.Namespace, rows: list[Row]) -> None:
-    """results/real.json: this model's rows and figures anew, other models' as they were; its race too where none was
-    run."""
+    """results/real.json: what was measured now, and beside it what was not measured again, with all figures anew."""
     path = RESULTS / "real.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "rows": []}
-    if not options.limit:
-        rows = rows + [row for row in parts(old["rows"])[1] if row["model"] == options.model]
-    found = {**old["figures"], options.model: figures(rows)}
-    if llama := llama_figures(rows):
+    fresh = {measured(row) for row in rows}
+    kept = [row for row in old["rows"] if measured(row) not in fresh] + rows
+    own = [row for row in kept if row["model"] == options.model]
+    found = {**old["figures"], options.model: figures(own)}
+    if options.limit and (llama := llama_figures(own)):
         found["llamacpp"] = llama  # of the model that was raced last
     if options.model in NO_SIBLING:
         found[options.model]["assisted_generation"] = NO_SIBLING[options.model]
-    others = [row for row in old["rows"] if row["model"] != options.model]
     print(json.dumps(found[options.model], indent=1))
     warmth = " and ".join(f"{temperature:g}" for temperature in options.temperatures)
-    part = f"{options.model}, {'race' if options.limit else 'rounds'}, T = {warmth}"
-    print(f"written to {record('real', found, others + rows, part)}")
+    names = ", ".join(dict.fromkeys(row["method"] for row in rows if "rounds" in row))
+    what = " and ".join([*(["race"] if options.limit else []), *([f"rounds of {names}"] if names else [])])
+    print(f"written to {record('real', found, kept, f'{options.model}, {what}, T = {warmth}')}")
+
+
+def measured(row: Row) -> tuple[Any, ...]:
+    """What is measured anew as a whole: a race, or a method's rounds with a head, at a temperature."""
+    return row["model"], row["temperature"], row.get("method"), row.get("head")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

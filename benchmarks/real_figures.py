@@ -13,7 +13,8 @@ import numpy as np
 from benchmarks.paired import Counts, ratio, ratio_ci95
 
 LONG = "coral-long"
-"""CORAL trained longer and on more data than the methods that are compared."""
+"""CORAL trained longer and on more data than the methods that are compared. METHOD alone had a time that all methods
+had, METHOD-STEPS that many steps."""
 
 Row = dict[str, Any]
 
@@ -56,11 +57,16 @@ def asked(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def rounds_figures(counted: Sequence[Row]) -> dict[str, Any]:
-    """Tau of the methods, CORAL's over HASS's, and what a grouped head keeps of it."""
+    """Tau of the methods, CORAL's over the others' of the same budget, and what a grouped head keeps of it."""
     methods = sorted({method(row) for row in counted})
     found: dict[str, Any] = {"tau": {name: by_bench(counted, functools.partial(tau_of, name=name)) for name in methods}}
-    if pair := paired(counted, ("coral", "full"), ("hass", "full")):
-        found |= {"coral_over_hass": ratio(*pair), "coral_over_hass_ci95": ratio_ci95(*pair)}
+    for steps in sorted({budget(name) for name in methods} - {budget(LONG)}):
+        after = f"_after_{steps}" if steps else ""
+        for other in ("hass", "eagle2"):
+            names = ["-".join(filter(None, (name, steps))) for name in ("coral", other)]
+            if pair := paired(counted, (names[0], "full"), (names[1], "full")):
+                over = f"coral_over_{other}{after}"
+                found |= {over: ratio(*pair), f"{over}_ci95": ratio_ci95(*pair)}
     own = ships(counted)
     if any((method(row), row["head"]) == (own, "grouped") for row in counted):
         found["grouped_tau_kept"] = ratio(*paired(counted, (own, "grouped"), (own, "full")))
@@ -75,6 +81,16 @@ def ships(counted: Sequence[Row]) -> str:
 def method(row: Row) -> str:
     """Of a counted row."""
     return without_seed(row["method"])
+
+
+def base(name: str) -> str:
+    """METHOD of METHOD-STEPS."""
+    return name.partition("-")[0]
+
+
+def budget(name: str) -> str:
+    """What a method's name says behind a hyphen: the steps that it was trained for, or `long`."""
+    return name.partition("-")[2]
 
 
 def without_seed(name: str) -> str:

@@ -97,7 +97,7 @@ def test_methods_without_a_common_seed_are_not_compared() -> None:
     assert "coral_over_hass" not in real_figures.figures([*counted("gsm8k", "a")[2:], *other])
 
 
-def test_counting_alone_leaves_the_race_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (real, record):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["real.py", "smollm2"])
@@ -107,9 +107,31 @@ def test_counting_alone_leaves_the_race_as_it_was(tmp_path: Path, monkeypatch: p
     real.write(argparse.Namespace(model="smollm2", limit=1, temperatures=[0.0]), [raced, *counted("gsm8k", "a")])
     real.write(argparse.Namespace(model="smollm2", limit=0, temperatures=[0.0]), counted("gsm8k", "b"))
     kept = json.loads((tmp_path / "real.json").read_text())
-    assert kept["rows"] == [other, *counted("gsm8k", "b"), raced]
+    assert kept["rows"] == [other, raced, *counted("gsm8k", "b")], "counting alone leaves the race as it was"
+    steps = [{**one, "method": "coral-600"} for one in counted("gsm8k", "b", temperature=1.0)[:1]]
+    real.write(argparse.Namespace(model="smollm2", limit=0, temperatures=[1.0]), steps)
+    kept = json.loads((tmp_path / "real.json").read_text())
+    assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), *steps], "and so does another method, or temperature"
     assert kept["figures"]["smollm2"]["speedup_greedy"] == pytest.approx(2.5)
-    assert set(kept["parts"]) == {"qwen, race, T = 0 and 1", "smollm2, race, T = 0", "smollm2, rounds, T = 0"}
+    assert set(kept["parts"]) == {
+        "qwen, race, T = 0 and 1",
+        "smollm2, race and rounds of coral, hass, hass@1, T = 0",
+        "smollm2, rounds of coral, hass, hass@1, T = 0",
+        "smollm2, rounds of coral-600, T = 1",
+    }
+
+
+def test_methods_of_equal_steps_are_compared_with_each_other() -> None:
+    steps = [
+        {**one, "method": f"{method}-600", "head": "full", "rounds": rounds}
+        for one in counted("gsm8k", "a")[:1]
+        for method, rounds in (("coral", 24), ("hass", 30), ("eagle2", 40))
+    ]
+    found = real_figures.figures([*counted("gsm8k", "a"), *steps])
+    assert found["coral_over_hass"] == pytest.approx(4 / 3)
+    assert found["coral_over_hass_after_600"] == pytest.approx(30 / 24)
+    assert found["coral_over_eagle2_after_600"] == pytest.approx(40 / 24)
+    assert "coral_over_eagle2" not in found, "of this budget it was not counted"
 
 
 def test_only_the_fastest_of_lanes_that_do_the_same_goes_on() -> None:
