@@ -167,7 +167,7 @@ class HeadSpec:
     """Groups of equal size; 0: the number that `coral group-head` predicts to be fastest here."""
     active: int = 0
     """Groups multiplied per level; 0: likewise. For `static`, the share active / groups of the vocabulary is kept."""
-    router_steps: int = 600
+    router_steps: int = 2400
     """Optimizer steps of the router's training."""
 
     def __post_init__(self) -> None:

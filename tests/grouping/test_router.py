@@ -66,7 +66,7 @@ def test_a_router_begins_with_the_mean_logit_of_each_groups_rows() -> None:
         torch.testing.assert_close(scored_NG, torch.stack(expected, 1), rtol=0, atol=1e-5)
 
 
-def test_labels_are_the_drafters_mass_per_group(tmp_path: Path) -> None:
+def test_labels_are_the_roots_of_the_drafters_probabilities_per_group(tmp_path: Path) -> None:
     """The vocabulary of 48 is below the 64 tokens that are kept, so the labels are exact."""
     lent, drafter = tiny_lent(), tiny_drafter().requires_grad_(False)
     groups = Groups.from_order(torch.arange(VOCABULARY), 6)
@@ -84,7 +84,8 @@ def test_labels_are_the_drafters_mass_per_group(tmp_path: Path) -> None:
     expected_SND = torch.stack([out[wanted_BT] for out in outputs])
     torch.testing.assert_close(unseen.hidden_SND, expected_SND, rtol=0, atol=1e-5)
     q_NV = lent.logits(expected_SND.flatten(0, 1)).softmax(-1)
-    torch.testing.assert_close(group_mass(unseen, groups), q_NV.unflatten(1, (6, 8)).sum(-1), rtol=0, atol=1e-5)
+    root_NG = q_NV.sqrt().unflatten(1, (6, 8)).sum(-1)
+    torch.testing.assert_close(group_mass(unseen, groups), root_NG / root_NG.sum(-1, keepdim=True), rtol=0, atol=1e-5)
     best_SN = q_NV.argmax(-1).view(2, -1)
     assert torch.equal(drafted(unseen, 1), best_SN == p_NV.argmax(1))
 
