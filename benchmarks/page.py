@@ -29,6 +29,7 @@ ABOUT = {
     "serve": "`coral serve` with several clients at once.",
     "methods": "EAGLE-2, HASS and CORAL on pico, from the same data: in equal time, and in equal steps.",
     "methods-smollm2": "EAGLE-2, HASS and, on EAGLE-3.1's shape, CORAL on SmolLM2-135M in equal time.",
+    "methods-smollm2-steps": "The three methods as published on SmolLM2-135M, in equal steps, three seeds.",
     "methods-qwen": "EAGLE-2 and, on EAGLE-3.1's shape, CORAL on Qwen2.5-Coder-0.5B in equal time, one seed.",
     "eagle3": "EAGLE-3's shape against EAGLE-2's, step by step, on SmolLM2-135M.",
     "eagle3-pico": "The same on pico; stopped before equal time and the routed head.",

@@ -8,8 +8,8 @@ of the drafter's probability with the full head lies in each group:
 CORAL's labels are the target's probabilities. What reading fewer rows loses is what the full head would have drafted,
 and q is a function of what the router reads: on kinds of text that it never saw, an eighth of the rows kept 97.6 % of
 what the drafter gets right, and 96.7 with the target's labels (LOG.md). The root is there since a tree proposes the
-drafter's second and third token too: on SmolLM2-135M an eighth of the rows kept 99.4 % of what the drafter gets right on
-held-out dialogues, 99.2 with q itself (512 groups, 1,200 steps).
+drafter's second and third token too: on SmolLM2-135M an eighth of the rows kept 99.4 % of what the drafter gets right
+on held-out dialogues, 99.2 with q itself (512 groups, 1,200 steps).
 Axes: B batch, T position, S unroll step, N row that carries a loss (of one step, or of all), D hidden, R place in a
 list of the most likely tokens or groups, C candidate token, G group, V vocabulary.
 """
@@ -157,9 +157,9 @@ def _concat(parts: list[Rows]) -> Rows:
 def group_mass(rows: Rows, groups: Groups) -> torch.Tensor:
     """The labels [N,G]: of the roots of the drafter's probabilities, each group's share."""
     root_NR, token_NR = rows.own_prob_SNR.flatten(0, 1).sqrt(), rows.own_token_SNR.flatten(0, 1)
-    prob_NR = root_NR / root_NR.sum(-1, keepdim=True)
+    share_NR = root_NR / root_NR.sum(-1, keepdim=True)
     group_NR = groups.group_V.to(token_NR.device)[token_NR]
-    return prob_NR.new_zeros(len(group_NR), groups.count).scatter_add_(1, group_NR, prob_NR)
+    return share_NR.new_zeros(len(group_NR), groups.count).scatter_add_(1, group_NR, share_NR)
 
 
 def first_router(groups: Groups, lent: Lent, *, inner: bool = False) -> Router:
