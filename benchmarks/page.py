@@ -159,9 +159,13 @@ def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
     counted, raced = real_figures.parts(rows)
     if not counted:
         return "-"
+
+    def own(name: str) -> bool:
+        return real_figures.drafts_with(name) == method and name.split()[1] == head
+
+    raced = real_figures.last_race(raced, own)
     names = real_figures.lanes_of(raced)
-    drafted = [name for name in names if real_figures.is_ours(name)]
-    ours = [name for name in drafted if (real_figures.without_seed(name.split()[0]), name.split()[1]) == (method, head)]
+    ours = [name for name in names if own(name)]
     plains = [name for name in names if real_figures.is_plain(name)]
     speedup = f", {real_figures.gain(raced, ours, plains):.2f}x" if ours else ""
     return f"{real_figures.tau_of(counted, method, head):.2f}{speedup}"

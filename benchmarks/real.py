@@ -212,8 +212,9 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
 
 
 def measured(row: Row) -> tuple[Any, ...]:
-    """What is measured anew as a whole: a race, or a method's rounds with a head, at a temperature."""
-    return row["model"], row["temperature"], row.get("method"), row.get("head")
+    """What is measured anew as a whole: a race of some drafters, or a method's rounds with a head, at a temperature."""
+    race = row["settings"] if "lanes" in row else None
+    return row["model"], row["temperature"], row.get("method"), row.get("head"), race
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

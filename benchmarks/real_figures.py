@@ -22,7 +22,9 @@ Row = dict[str, Any]
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """What the README quotes: means over the benches, at temperature 0 unless said otherwise."""
     counted, raced = parts(rows)
-    found: dict[str, Any] = {"questions": {"counted": asked(counted), "raced": asked(raced)}}
+    apart = [[row for row in counted if (method(row) == LONG) is long] for long in (False, True)]
+    by_kind = {"counted": apart[0], "counted, long": apart[1], "raced": raced}
+    found: dict[str, Any] = {"questions": {kind: asked(some) for kind, some in by_kind.items() if some}}
     found |= rounds_figures([row for row in counted if row["temperature"] == 0])
     found |= speed_figures([row for row in raced if row["temperature"] == 0], ships(counted))
     equal = [lane["equal"] for row in raced for lane in row["lanes"].values() if "equal" in lane]
@@ -30,21 +32,21 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def parts(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows with rounds, of questions that were counted for every method and head, and those of the race."""
+    """The rows with rounds, of questions counted for all methods and heads of a budget, and those of races."""
     counted = [row for row in rows if "rounds" in row]
     by_question: dict[tuple[Any, ...], set[tuple[str, str]]] = {}
     for row in counted:
         by_question.setdefault(question(row), set()).add((row["method"], row["head"]))
     every: dict[tuple[Any, ...], set[tuple[str, str]]] = {}
-    for (model, temperature, *_), found in by_question.items():
-        every.setdefault((model, temperature), set()).update(found)
-    shared = [row for row in counted if by_question[question(row)] == every[question(row)[:2]]]
+    for (*among, _, _), found in by_question.items():
+        every.setdefault(tuple(among), set()).update(found)
+    shared = [row for row in counted if by_question[question(row)] == every[question(row)[:3]]]
     return shared, [row for row in rows if "lanes" in row]
 
 
 def question(row: Row) -> tuple[Any, ...]:
-    """What a row is an answer to, the model and the temperature first."""
-    return row.get("model"), row["temperature"], row["bench"], row["question"]
+    """What a row is an answer to; first the model, the temperature and the budget, of which methods are compared."""
+    return row.get("model"), row["temperature"], budget(method(row)), row["bench"], row["question"]
 
 
 def asked(rows: Sequence[Row]) -> dict[str, int]:
@@ -133,8 +135,9 @@ def seeds(counted: Sequence[Row], name: str, head: str) -> dict[str, dict[tuple[
 
 def speed_figures(raced: Sequence[Row], own: str) -> dict[str, float]:
     """A method's fastest lane and prompt lookup over the fastest plain lane; the grouped head over the full one."""
+    raced = last_race(raced, lambda name: drafts_with(name) == own)
     names = lanes_of(raced)
-    coral = [name for name in names if is_ours(name) and without_seed(name.split()[0]) == own]
+    coral = [name for name in names if drafts_with(name) == own]
     plains = [name for name in names if is_plain(name)]
     lookups = [name for name in names if name.startswith("lookup")]
     grouped = [name for name in coral if " grouped " in name]
@@ -166,6 +169,17 @@ def is_ours(name: str) -> bool:
     return name.split()[1] in ("full", "grouped")
 
 
+def drafts_with(name: str) -> str:
+    """The method of a lane that drafts with a drafter of ours."""
+    return without_seed(name.split()[0]) if is_ours(name) else ""
+
+
+def last_race(raced: Sequence[Row], wanted: Callable[[str], bool]) -> list[Row]:
+    """Races of other drafters, or of other settings, stand beside each other: the last one that has a wanted lane."""
+    having = [row["settings"] for row in raced if any(map(wanted, row["lanes"]))]
+    return [row for row in raced if row["settings"] == having[-1]] if having else []
+
+
 def is_plain(name: str) -> bool:
     """Whether a lane drafts nothing: coral's own loop, or `generate`."""
     return name.split()[0] in ("plain", "generate")
@@ -191,7 +205,8 @@ def speed(raced: Sequence[Row], name: str) -> float:
 
 def llama_figures(rows: Sequence[Row]) -> dict[str, float]:
     """llama.cpp's speed, and coral's plain loop over it in the same bits."""
-    greedy = [row for row in parts(rows)[1] if row["temperature"] == 0 and "llamacpp q4" in row["lanes"]]
+    greedy = [row for row in parts(rows)[1] if row["temperature"] == 0]
+    greedy = last_race(greedy, lambda name: name == "llamacpp q4")
     if not greedy:
         return {}
     found = {}

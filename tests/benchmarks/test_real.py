@@ -92,6 +92,17 @@ def test_a_question_that_not_all_methods_have_counts_for_none() -> None:
     assert found["questions"]["counted"] == {"T = 0": 1} and found["tau"]["coral"] == 4.0
 
 
+def test_a_race_of_its_own_and_other_questions_are_told_of_the_drafter_that_ships() -> None:
+    """The methods' race and counts stay as they are, although it did not run in that race and has other questions."""
+    later = {**row("gsm8k", "b"), "settings": "later"}
+    later["lanes"] = {"plain float32": lane(60, 60, 6.0), "coral-long full auto float32": lane(60, 20, 2.0, equal=True)}
+    longer = [{**one, "method": "coral-long", "rounds": 10} for one in counted("gsm8k", "b")[:1]]
+    found = real_figures.figures([row("gsm8k", "a"), later, *counted("gsm8k", "a"), *longer])
+    assert found["tau"] == {"coral": 4.0, "coral-long": 6.0, "hass": 3.75}
+    assert found["questions"]["counted"] == found["questions"]["counted, long"] == {"T = 0": 1}
+    assert found["questions"]["raced"] == {"T = 0": 2} and found["speedup_greedy"] == pytest.approx(3.0)
+
+
 def test_methods_without_a_common_seed_are_not_compared() -> None:
     other = [{**one, "method": f"{one['method'].partition('@')[0]}@2"} for one in counted("gsm8k", "a")[:1]]
     assert "coral_over_hass" not in real_figures.figures([*counted("gsm8k", "a")[2:], *other])
