@@ -346,7 +346,7 @@ def timed(
 def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: ProcessPoolExecutor) -> Iterator[list[Row]]:
     """All rows done so far, after each one, in the order of importance."""
     found: list[Row] = []
-    costs = step_costs(bench)
+    costs = step_costs(bench) if wanted.timed_steps else {}
     main_seeds, ablation_seeds = range(wanted.seeds), range(wanted.ablation_seeds)
 
     def each(variants: list[Variant]) -> Iterator[list[Row]]:
@@ -369,12 +369,13 @@ def run_rows(bench: Bench, rows: Rows, wanted: argparse.Namespace, pool: Process
 
 
 def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
-    """Equal steps; `early`; `equal_time` of the longest budget that is complete, and all budgets; what a step costs.
+    """Equal steps; `early`; where times were compared, `equal_time` of the longest budget that is complete, all
+    budgets, and what a step costs.
 
     Of three budgets and more, CORAL's curve over them too.
     """
     parts = [part for part in dict.fromkeys(row["part"] for row in found) if part.startswith("equal time")]
-    costs = step_costs(bench)
+    costs = step_costs(bench) if parts else {}
     budgets = {}
     for part in sorted(parts, key=lambda part: int(part.split()[2])):
         compared = compare(found, part)
@@ -391,7 +392,7 @@ def figures(bench: Bench, found: list[Row]) -> dict[str, Any]:
         taus = [budget["tau"]["coral"] for budget in budgets.values()]
         equal_time["coral_curve"] = curve([round(answers * count) for count in steps], taus)
     early = {"early": compare(found, "early")}
-    return compare(found, "methods") | early | equal_time | {"step_s": costs}
+    return compare(found, "methods") | early | (equal_time | {"step_s": costs} if parts else {})
 
 
 def answer_tokens_a_step(bench: Bench) -> float:
