@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.decode_race import generated
 from benchmarks.llamacpp import LlamaCpp, rewritten
-from benchmarks.real_figures import figures, is_ours, llama_figures, parts, speed
+from benchmarks.real_figures import drafts_with, figures, is_ours, llama_figures, parts, speed
 from benchmarks.real_rounds import Asked, Drafted, Row, append, read, rounds
 from benchmarks.record import RESULTS, record
 from coral_core.artifacts import fingerprint
@@ -206,8 +206,9 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
         found[options.model]["assisted_generation"] = NO_SIBLING[options.model]
     print(json.dumps(found[options.model], indent=1))
     warmth = " and ".join(f"{temperature:g}" for temperature in options.temperatures)
-    names = ", ".join(dict.fromkeys(row["method"] for row in rows if "rounds" in row))
-    what = " and ".join([*(["race"] if options.limit else []), *([f"rounds of {names}"] if names else [])])
+    counted = dict.fromkeys(row["method"] for row in rows if "rounds" in row)
+    raced = dict.fromkeys(drafts_with(name) for row in rows for name in row.get("lanes", ()) if is_ours(name))
+    what = " and ".join(f"{kind} of {', '.join(some)}" for kind, some in (("race", raced), ("rounds", counted)) if some)
     print(f"written to {record('real', found, kept, f'{options.model}, {what}, T = {warmth}')}")
 
 

@@ -125,8 +125,8 @@ def test_what_was_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.M
     assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), *steps], "and so does another method, or temperature"
     assert kept["figures"]["smollm2"]["speedup_greedy"] == pytest.approx(2.5)
     assert set(kept["parts"]) == {
-        "qwen, race, T = 0 and 1",
-        "smollm2, race and rounds of coral, hass, hass@1, T = 0",
+        "qwen, race of coral, T = 0 and 1",
+        "smollm2, race of coral and rounds of coral, hass, hass@1, T = 0",
         "smollm2, rounds of coral, hass, hass@1, T = 0",
         "smollm2, rounds of coral-600, T = 1",
     }
