@@ -97,10 +97,11 @@ def test_a_race_of_its_own_and_other_questions_are_told_of_the_drafter_that_ship
     later = {**row("gsm8k", "b"), "settings": "later"}
     later["lanes"] = {"plain float32": lane(60, 60, 6.0), "coral-long full auto float32": lane(60, 20, 2.0, equal=True)}
     longer = [{**one, "method": "coral-long", "rounds": 10} for one in counted("gsm8k", "b")[:1]]
-    found = real_figures.figures([row("gsm8k", "a"), later, *counted("gsm8k", "a"), *longer])
+    before = {**later, "settings": "before", "lanes": {**later["lanes"], "plain float32": lane(60, 60, 9.0)}}
+    found = real_figures.figures([row("gsm8k", "a"), before, later, *counted("gsm8k", "a"), *longer])
     assert found["tau"] == {"coral": 4.0, "coral-long": 6.0, "hass": 3.75}
     assert found["questions"]["counted"] == found["questions"]["counted, long"] == {"T = 0": 1}
-    assert found["questions"]["raced"] == {"T = 0": 2} and found["speedup_greedy"] == pytest.approx(3.0)
+    assert found["questions"]["raced"] == {"T = 0": 2} and found["speedup_greedy"] == pytest.approx(3.0), "the last"
 
 
 def test_methods_without_a_common_seed_are_not_compared() -> None:
@@ -119,15 +120,20 @@ def test_what_was_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.M
     real.write(argparse.Namespace(model="smollm2", limit=0, temperatures=[0.0]), counted("gsm8k", "b"))
     kept = json.loads((tmp_path / "real.json").read_text())
     assert kept["rows"] == [other, raced, *counted("gsm8k", "b")], "counting alone leaves the race as it was"
+    again = {**row("gsm8k", "b"), "settings": "other drafters"}
+    real.write(argparse.Namespace(model="smollm2", limit=1, temperatures=[0.0]), [again])
+    kept = json.loads((tmp_path / "real.json").read_text())
+    assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), again], "a race of other drafters too"
     steps = [{**one, "method": "coral-600"} for one in counted("gsm8k", "b", temperature=1.0)[:1]]
     real.write(argparse.Namespace(model="smollm2", limit=0, temperatures=[1.0]), steps)
     kept = json.loads((tmp_path / "real.json").read_text())
-    assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), *steps], "and so does another method, or temperature"
+    assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), again, *steps], "and another method, or temperature"
     assert kept["figures"]["smollm2"]["speedup_greedy"] == pytest.approx(2.5)
     assert set(kept["parts"]) == {
         "qwen, race of coral, T = 0 and 1",
         "smollm2, race of coral and rounds of coral, hass, hass@1, T = 0",
         "smollm2, rounds of coral, hass, hass@1, T = 0",
+        "smollm2, race of coral, T = 0",
         "smollm2, rounds of coral-600, T = 1",
     }
 
