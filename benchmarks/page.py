@@ -129,29 +129,16 @@ def real_table(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if (row["model"], row["temperature"]) == (model, temperature)]
         for method, head in methods_and_heads(own):
             cells = [real_cell([row for row in own if row["bench"] == bench], method, head) for bench in benches]
-            name = f"{called(method)}, {head} head"
+            name = f"{METHODS.get(method, method)}, {head} head"
             lines.append((MODELS.get(model, model), f"{temperature:g}", name, *cells))
     return table(("model", "T", "method", *(f"{bench}: tau, speedup" for bench in benches)), lines)
 
 
-def called(method: str) -> str:
-    """A method's name in the table; of METHOD-STEPS with its steps."""
-    name, steps = real_figures.base(method), real_figures.budget(method)
-    return METHODS.get(method) or ", ".join([METHODS.get(name, name), *([f"{steps} steps"] if steps else [])])
-
-
 def methods_and_heads(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Those of so many steps first, then in the order of METHODS; several seeds of a method are one."""
+    """In the order of METHODS; several seeds of a method are one."""
     counted, _ = real_figures.parts(rows)
     found = dict.fromkeys((real_figures.method(row), row["head"]) for row in counted)
-    return sorted(found, key=lambda one: (one[0] in METHODS, place(one[0]), one[1]))
-
-
-def place(method: str) -> int:
-    """Where a method stands in the table; one that is not known comes last."""
-    known = list(METHODS)
-    name = method if method in known else real_figures.base(method)
-    return known.index(name) if name in known else len(known)
+    return sorted(found, key=lambda one: (list(METHODS).index(one[0]) if one[0] in METHODS else len(METHODS), one[1]))
 
 
 def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:

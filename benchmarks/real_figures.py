@@ -13,8 +13,7 @@ import numpy as np
 from benchmarks.paired import Counts, ratio, ratio_ci95
 
 LONG = "coral-long"
-"""CORAL trained longer and on more data than the methods that are compared. METHOD alone had a time that all methods
-had, METHOD-STEPS that many steps."""
+"""CORAL trained longer and on more data than the methods that are compared, and counted on questions of its own."""
 
 Row = dict[str, Any]
 
@@ -32,7 +31,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def parts(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows with rounds, of questions counted for all methods and heads of a budget, and those of races."""
+    """The rows with rounds, of questions counted for all methods and heads that are compared, and those of races."""
     counted = [row for row in rows if "rounds" in row]
     by_question: dict[tuple[Any, ...], set[tuple[str, str]]] = {}
     for row in counted:
@@ -45,8 +44,8 @@ def parts(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def question(row: Row) -> tuple[Any, ...]:
-    """What a row is an answer to; first the model, the temperature and the budget, of which methods are compared."""
-    return row.get("model"), row["temperature"], budget(method(row)), row["bench"], row["question"]
+    """What a row is an answer to; first the model, the temperature, and whether it is the long training's."""
+    return row.get("model"), row["temperature"], method(row) == LONG, row["bench"], row["question"]
 
 
 def asked(rows: Sequence[Row]) -> dict[str, int]:
@@ -59,16 +58,12 @@ def asked(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def rounds_figures(counted: Sequence[Row]) -> dict[str, Any]:
-    """Tau of the methods, CORAL's over the others' of the same budget, and what a grouped head keeps of it."""
+    """Tau of the methods, CORAL's over the others', and what a grouped head keeps of it."""
     methods = sorted({method(row) for row in counted})
     found: dict[str, Any] = {"tau": {name: by_bench(counted, functools.partial(tau_of, name=name)) for name in methods}}
-    for steps in sorted({budget(name) for name in methods} - {budget(LONG)}):
-        after = f"_after_{steps}" if steps else ""
-        for other in ("hass", "eagle2"):
-            names = ["-".join(filter(None, (name, steps))) for name in ("coral", other)]
-            if pair := paired(counted, (names[0], "full"), (names[1], "full")):
-                over = f"coral_over_{other}{after}"
-                found |= {over: ratio(*pair), f"{over}_ci95": ratio_ci95(*pair)}
+    for other in ("hass", "eagle2"):
+        if pair := paired(counted, ("coral", "full"), (other, "full")):
+            found |= {f"coral_over_{other}": ratio(*pair), f"coral_over_{other}_ci95": ratio_ci95(*pair)}
     own = ships(counted)
     if any((method(row), row["head"]) == (own, "grouped") for row in counted):
         found["grouped_tau_kept"] = ratio(*paired(counted, (own, "grouped"), (own, "full")))
@@ -83,16 +78,6 @@ def ships(counted: Sequence[Row]) -> str:
 def method(row: Row) -> str:
     """Of a counted row."""
     return without_seed(row["method"])
-
-
-def base(name: str) -> str:
-    """METHOD of METHOD-STEPS."""
-    return name.partition("-")[0]
-
-
-def budget(name: str) -> str:
-    """What a method's name says behind a hyphen: the steps that it was trained for, or `long`."""
-    return name.partition("-")[2]
 
 
 def without_seed(name: str) -> str:

@@ -1,7 +1,7 @@
 """The router's training: the second stage, with the drafter frozen.
 
 It learns on the drafter's own outputs of all unroll steps, which is what it reads when decoding, to predict how much
-of the drafter's probability with the full head lies in each group:
+of what the drafter finds likely with the full head lies in each group:
 
     y_g ∝ Σ_{v in g} q(v)^½,   L = −Σ_g y_g log p_router(g)
 
@@ -154,7 +154,7 @@ def _concat(parts: list[Rows]) -> Rows:
     return Rows(**{name: torch.cat([getattr(part, name) for part in parts], dim=-2) for name in names})
 
 
-def group_mass(rows: Rows, groups: Groups) -> torch.Tensor:
+def group_labels(rows: Rows, groups: Groups) -> torch.Tensor:
     """The labels [N,G]: of the roots of the drafter's probabilities, each group's share."""
     root_NR, token_NR = rows.own_prob_SNR.flatten(0, 1).sqrt(), rows.own_token_SNR.flatten(0, 1)
     share_NR = root_NR / root_NR.sum(-1, keepdim=True)
@@ -181,14 +181,14 @@ def train_router(
     router: Router, rows: Rows, groups: Groups, spec: HeadSpec, *, seed: int, progress: Progress = silent
 ) -> Router:
     """The router, trained for frozen drafter outputs. AdamW, cosine to zero, soft-label cross-entropy."""
-    mass_NG, hidden_ND = group_mass(rows, groups), rows.hidden_SND.flatten(0, 1)
+    label_NG, hidden_ND = group_labels(rows, groups), rows.hidden_SND.flatten(0, 1)
     device = hidden_ND.device
     optimizer = torch.optim.AdamW(router.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.router_steps)
     draw = torch.Generator().manual_seed(seed)
     for step in range(1, spec.router_steps + 1):
         some_N = torch.randint(len(hidden_ND), (ROWS,), generator=draw).to(device)
-        loss = -(mass_NG[some_N] * router(hidden_ND[some_N]).log_softmax(-1)).sum(-1).mean()
+        loss = -(label_NG[some_N] * router(hidden_ND[some_N]).log_softmax(-1)).sum(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

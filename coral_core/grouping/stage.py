@@ -43,7 +43,7 @@ from coral_core.training.stage import open_data
 
 SECTIONS = ("seed", "head")
 """What of a recipe decides the head, besides drafter and data."""
-GROUPS = (64, 128, 256, 512)
+GROUPS = (64, 128, 256)
 """Numbers of groups that are tried where the recipe leaves it open."""
 SHARES = (4, 8, 16, 32)
 """One group in so many is active, where the recipe leaves it open."""

@@ -98,7 +98,7 @@ class Router(nn.Module):
         self.w2 = PackedLinear(hidden, groups)
 
     def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Logits [N,G]; their softmax is the expected probability mass of each group."""
+        """Logits [N,G]; their softmax is the share of each group that grouping/router.py teaches."""
         if self.w1 is not None:
             hidden_ND = nn.functional.silu(self.w1(hidden_ND)) + hidden_ND
         logits_NG: torch.Tensor = self.w2(hidden_ND)

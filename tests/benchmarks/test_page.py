@@ -62,17 +62,6 @@ def test_the_table_of_real_models():
     ], "tau of the fixed tree over all seeds; the speed of the tree that pays over the fastest plain lane"
 
 
-def test_methods_of_so_many_steps_come_first_in_the_table():
-    steps = [{**one, "method": "hass-600"} for one in counted("gsm8k", "b")[2:3]]
-    lines = page.real_table([*counted("gsm8k", "b"), *steps]).splitlines()[2:]
-    assert [line.split("|")[3].strip() for line in lines] == [
-        "HASS, 600 steps, full head",
-        "HASS, full head",
-        "CORAL, full head",
-        "CORAL, grouped head",
-    ]
-
-
 def test_nested_figures_have_dotted_names():
     assert page.flat({"tau": {"coral": 3.5}, "gain": 1.25}) == [("tau.coral", "3.5"), ("gain", "1.25")]
 

@@ -13,7 +13,7 @@ from coral_core.grouping.router import (
     drafted,
     first_router,
     gather,
-    group_mass,
+    group_labels,
     held_out_rows,
     recall,
     train_router,
@@ -74,7 +74,7 @@ def test_labels_are_the_roots_of_the_drafters_probabilities_per_group(tmp_path: 
     store = make_store(tmp_path / "data", samples, lent=lent, holdout=2)
     rows = gather(Source(drafter, lent, 3), store, seed=0)
     assert rows.hidden_SND.shape[:2] == (3, 8 * 7)  # three steps, a full batch of dialogues, seven rows each
-    torch.testing.assert_close(group_mass(rows, groups).sum(1), torch.ones(3 * 56), rtol=0, atol=1e-5)
+    torch.testing.assert_close(group_labels(rows, groups).sum(1), torch.ones(3 * 56), rtol=0, atol=1e-5)
     unseen = held_out_rows(Source(drafter, lent, 2), store)
     batch = collate(samples[3:])
     wanted_BT = loss_rows(batch)
@@ -85,7 +85,7 @@ def test_labels_are_the_roots_of_the_drafters_probabilities_per_group(tmp_path: 
     torch.testing.assert_close(unseen.hidden_SND, expected_SND, rtol=0, atol=1e-5)
     q_NV = lent.logits(expected_SND.flatten(0, 1)).softmax(-1)
     root_NG = q_NV.sqrt().unflatten(1, (6, 8)).sum(-1)
-    torch.testing.assert_close(group_mass(unseen, groups), root_NG / root_NG.sum(-1, keepdim=True), rtol=0, atol=1e-5)
+    torch.testing.assert_close(group_labels(unseen, groups), root_NG / root_NG.sum(-1, keepdim=True), rtol=0, atol=1e-5)
     best_SN = q_NV.argmax(-1).view(2, -1)
     assert torch.equal(drafted(unseen, 1), best_SN == p_NV.argmax(1))
 

@@ -57,7 +57,7 @@ def a_recipe(spec: HeadSpec) -> Recipe:
 
 
 def test_what_is_open() -> None:
-    assert open_groups(HeadSpec(), 8192) == [64, 128, 256, 512]
+    assert open_groups(HeadSpec(), 8192) == [64, 128, 256]
     assert open_groups(HeadSpec(), 2100) == [64, 128]
     assert open_groups(HeadSpec(groups=7), 1100) == [7]
     assert open_active(HeadSpec(), 64) == [16, 8, 4, 2]
