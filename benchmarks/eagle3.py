@@ -27,17 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llamacpp import Answer, LlamaCpp, rewritten
-from benchmarks.methods import (
-    PAPERS_TREE,
-    Bench,
-    Rows,
-    Variant,
-    _begin,
-    _step_seconds,
-    identity,
-    open_bench,
-)
+from benchmarks.methods import Rows, begin
+from benchmarks.methods_bench import PAPERS_TREE, Bench, Variant, identity, open_bench
 from benchmarks.methods_table import Row, counts
+from benchmarks.methods_time import one_step_s
 from benchmarks.paired import ratio, ratio_ci95, tau, tau_ci95
 from benchmarks.record import record
 from coral_cli.options import read_recipe
@@ -97,7 +90,7 @@ def step_seconds(bench: Bench) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in trainers}
         for _ in range(TURNS):
             for name, trainer in trainers.items():
-                times[name].append(_step_seconds(trainer, micro))
+                times[name].append(one_step_s(trainer, micro))
         write_text(path, json.dumps({name: min(seconds) for name, seconds in times.items()}, indent=1) + "\n")
     costs: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return costs
@@ -272,7 +265,7 @@ def main() -> None:
     run = wanted.runs / recipe.name
     bench = open_bench(recipe, run, wanted.prompts)
     begun_s = time.perf_counter()
-    with ProcessPoolExecutor(1, initializer=_begin, initargs=(1, recipe, run, wanted.prompts)) as pool:
+    with ProcessPoolExecutor(1, initializer=begin, initargs=(1, recipe, run, wanted.prompts)) as pool:
         for found in run_rows(bench, Rows(run / "methods.jsonl"), wanted, pool):
             record(wanted.record, figures(bench, found), shown(found))
             spent_min = (time.perf_counter() - begun_s) / 60

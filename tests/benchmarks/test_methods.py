@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import methods
-from benchmarks.methods import Bench, Rows, Variant, timed, training_seconds
+from benchmarks.methods import Rows
+from benchmarks.methods_bench import Bench, Variant
+from benchmarks.methods_time import timed, training_seconds
 from coral_core.recipe.schema import PRESETS, UNSET, Recipe, TrainSpec
 
 
