@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.seat import Seat
 from coral_core.decoding.table import Request, Table
@@ -26,8 +27,8 @@ class Sampling:
     batch_size: int = 32
 
 
-Advance = Callable[[int, int], None]
-"""(rows ended, tokens written) since the call before."""
+Advance = Callable[[set[int], int], None]
+"""(the prompts whose answers ended, tokens written) since the call before."""
 
 
 def write(
@@ -36,7 +37,7 @@ def write(
     limits: Sequence[int],
     ends: Callable[[list[int]], bool],
     sampling: Sampling,
-    advance: Advance = lambda rows, tokens: None,
+    advance: Advance = lambda ended, tokens: None,
 ) -> list[list[int]]:
     """Continue each prompt until `ends(new ids)`, or `limits` tokens; the token that ends it is kept.
 
@@ -49,27 +50,29 @@ def write(
     row_of: dict[Seat, int] = {}
     waiting = deque(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
 
-    def ended(seat: Seat, new_ids: list[int]) -> bool:
-        """Whether a seat's row has ended with these tokens, which are kept. Raises DataError where numbers overflow."""
+    def keep(seat: Seat, new_ids: list[int]) -> None:
+        """Take a seat's new tokens; it leaves where they end its row. Raises DataError where numbers overflow."""
         if seat.error:
             raise seat.error
         ids = written[row_of[seat]]
         ids += new_ids
         if seat in table.seats and ends(ids):
             table.leave(seat)
-        return seat not in table.seats
 
     while waiting or table.seats:
-        rows = tokens = 0
+        events: list[tuple[Seat, Round]] = []
         while waiting and not table.full:
             row = waiting.popleft()
             sampler = Sampler(temperature=sampling.temperature, seed=derive_seed(sampling.seed, row))
             seat, event = table.sit(Request(prompts[row], sampler, limits[row]))
             row_of[seat] = row
-            rows, tokens = rows + ended(seat, event.new_ids), tokens + len(event.new_ids)
+            keep(seat, event.new_ids)
+            events.append((seat, event))
         for seat, event in table.step() if table.seats else ():
-            rows, tokens = rows + ended(seat, event.new_ids), tokens + len(event.new_ids)
-        advance(rows, tokens)
+            keep(seat, event.new_ids)
+            events.append((seat, event))
+        ended = {row_of[seat] for seat, _ in events if seat not in table.seats}
+        advance(ended, sum(len(event.new_ids) for _, event in events))
     return written
 
 

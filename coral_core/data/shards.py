@@ -39,26 +39,30 @@ def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: i
     for number in range(max(len(dialogue.users) for dialogue in dialogues)):
         prompts = {row: fit.prompt(dialogues[row].messages(texts[row])) for row in open_rows}
         open_rows = [row for row in open_rows if len(prompts[row]) < spec.max_length]
+        meter.advance(len(prompts) - len(open_rows), 0)
         limits = [min(spec.max_new_tokens, spec.max_length - len(prompts[row])) for row in open_rows]
+        last = {place for place, row in enumerate(open_rows) if len(dialogues[row].users) == number + 1}
         sampling = Sampling(
             temperature=1.0 if spec.regenerate == "sample" else 0.0,
             seed=derive_seed(seed, number),
             batch_size=spec.batch_size,
         )
+
+        def advance(ended: set[int], tokens: int, last: set[int] = last) -> None:
+            meter.advance(len(ended & last), tokens)
+
         answers = write(
             target,
             [prompts[row] for row in open_rows],
             limits,
             lambda ids: ids[-1] in target.stop_ids,
             sampling,
-            lambda rows, tokens: meter.advance(0, tokens),
+            advance,
         )
         for row, ids in zip(open_rows, answers, strict=True):
             turns[row].append(Turn(prompts[row], ids))
             texts[row].append(target.tokenizer.decode(ids, skip_special_tokens=True).strip())
-        ended = [row for row in open_rows if len(dialogues[row].users) == number + 1]
         open_rows = [row for row in open_rows if len(dialogues[row].users) > number + 1]
-        meter.advance(len(ended), 0)
     return turns
 
 

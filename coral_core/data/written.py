@@ -40,7 +40,11 @@ class PromptWriter:
         """That many prompts; '' for one that cannot be used."""
         sampling = Sampling(temperature=1.0, seed=seed, batch_size=self.spec.batch_size)
         limits = [self.spec.max_new_tokens] * count
-        written = write(self.target, [self.turn.header] * count, limits, self._ends, sampling, meter.advance)
+
+        def advance(ended: set[int], tokens: int) -> None:
+            meter.advance(len(ended), tokens)
+
+        written = write(self.target, [self.turn.header] * count, limits, self._ends, sampling, advance)
         return [self._words(ids) for ids in written]
 
     def _ends(self, ids: list[int]) -> bool:

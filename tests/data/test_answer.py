@@ -69,13 +69,15 @@ def test_limits_and_ends() -> None:
     assert write(target, [], [], ends, Sampling()) == []
 
 
-def test_progress_counts_each_row_and_token_once() -> None:
-    calls: list[tuple[int, int]] = []
-    written = write(
-        tiny_target(), make_prompts(), [9] * 10, ends, Sampling(batch_size=3), lambda *call: calls.append(call)
-    )
-    assert sum(rows for rows, _ in calls) == 10
-    assert sum(tokens for _, tokens in calls) == sum(map(len, written))
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_what_ends_is_told_once_and_tokens_as_they_come(batch_size: int) -> None:
+    told: list[tuple[set[int], int]] = []
+    prompts = make_prompts()
+    limits = [1 + row % 4 for row in range(len(prompts))]
+    sampling = Sampling(batch_size=batch_size)
+    written = write(tiny_target(), prompts, limits, lambda ids: False, sampling, lambda *now: told.append(now))
+    assert sorted(row for ended, _ in told for row in ended) == list(range(len(prompts)))
+    assert sum(tokens for _, tokens in told) == sum(map(len, written))
 
 
 def test_an_answer_that_overflows_is_no_short_answer() -> None:

@@ -71,6 +71,16 @@ def test_a_later_turn_that_no_longer_fits_is_left_out(tmp_path) -> None:
     assert sum(map(any, (piece.answer for piece in pieces[1]))) == 1
 
 
+def test_a_dialogue_counts_as_soon_as_its_last_answer_ends(tmp_path) -> None:
+    """Not when a whole shard has: the time left is told from it."""
+    told: list[int] = []
+    shown = Meter(lambda stage, done, total, numbers: told.append(done), "answers", 100)
+    long = "x" * make_fit(tmp_path).spec.max_length
+    dialogues = [Dialogue(("a",)), Dialogue(("b", "c")), Dialogue(("d",)), Dialogue(("e",)), Dialogue(("f", long))]
+    answer(make_target(), dialogues, make_fit(tmp_path, max_new_tokens=5, batch_size=1), 0, shown)
+    assert sorted(set(told)) == [0, 1, 2, 3, 4, 5]
+
+
 def test_no_answer_exceeds_the_lengths_of_the_recipe(tmp_path) -> None:
     fit = make_fit(tmp_path, max_length=40, max_new_tokens=30)
     dialogues = [Dialogue(("q" * length,)) for length in range(1, 8)]
