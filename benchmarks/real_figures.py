@@ -59,8 +59,10 @@ def asked(rows: Sequence[Row]) -> dict[str, int]:
 
 def rounds_figures(counted: Sequence[Row]) -> dict[str, Any]:
     """Tau of the methods, CORAL's over the others', and what a grouped head keeps of it."""
-    methods = sorted({method(row) for row in counted})
-    found: dict[str, Any] = {"tau": {name: by_bench(counted, functools.partial(tau_of, name=name)) for name in methods}}
+    by_method = {name: [row for row in counted if method(row) == name] for name in sorted(map(method, counted))}
+    found: dict[str, Any] = {
+        "tau": {name: by_bench(some, functools.partial(tau_of, name=name)) for name, some in by_method.items()}
+    }
     for other in ("hass", "eagle2"):
         if pair := paired(counted, ("coral", "full"), (other, "full")):
             found |= {f"coral_over_{other}": ratio(*pair), f"coral_over_{other}_ci95": ratio_ci95(*pair)}

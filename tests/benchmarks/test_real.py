@@ -86,6 +86,12 @@ def test_speed_and_heads_are_told_of_the_drafter_that_ships() -> None:
     assert found["coral_over_hass"] == pytest.approx(4 / 3), "at equal data: not the long one"
 
 
+def test_a_method_is_told_of_the_benches_that_it_has() -> None:
+    longer = [{**one, "method": "coral-long", "rounds": 10} for one in counted("gsm8k", "a")[:1]]
+    found = real_figures.figures([*counted("gsm8k", "a"), *counted("humaneval", "b"), *longer])
+    assert found["tau"] == {"coral": 4.0, "coral-long": 6.0, "hass": 3.75}
+
+
 def test_a_question_that_not_all_methods_have_counts_for_none() -> None:
     late = [{**one, "rounds": 1} for one in counted("gsm8k", "b")[:3]]
     found = real_figures.figures([*counted("gsm8k", "a"), *late])
