@@ -53,6 +53,7 @@ def step_costs(bench: Bench) -> dict[str, float]:
 
 
 def one_step_s(trainer: Trainer, micro: MicroBatch) -> float:
+    """Seconds of a whole optimizer step on this batch."""
     begun_s = busy_s()
     loss, _ = trainer.loss(micro)
     trainer.accelerator.backward(loss / micro.rows)
