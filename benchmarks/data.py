@@ -77,7 +77,7 @@ def regeneration(target: Target, recipe: Recipe, prompts: list[list[int]]) -> di
     def coral() -> None:
         ends = lambda ids: ids[-1] in target.stop_ids  # noqa: E731
         written = write(target, prompts, [limit] * len(prompts), ends, Sampling(batch_size=size))
-        tokens["coral"] = sum(map(len, written))
+        tokens["coral"] = sum(len(answer.ids) for answer in written)
 
     def generate() -> None:
         ordered = sorted(prompts, key=len)

@@ -57,22 +57,23 @@ def estimate(job: Job, progress: Progress = silent) -> Estimate:
         answer_tokens += turns * spec.max_new_tokens
     check_room(job, tokens)
     write_s, tap_s = _seconds_per_token(job)
-    here = prompt_tokens + (0 if spec.endpoint else answer_tokens)
-    elapsed_s = here * write_s + tokens * tap_s
+    answered = 0 if spec.endpoint else answer_tokens  # here: their features come with them
+    elapsed_s = (prompt_tokens + answered) * write_s + (tokens - answered) * tap_s
     return Estimate(dialogues, tokens, prompt_tokens + answer_tokens, bytes_at_most(job, tokens), elapsed_s)
 
 
 def _seconds_per_token(job: Job) -> tuple[float, float]:
-    """Seconds to write one token and to tap one, in a full batch; each is timed after a first, untimed go."""
-    size = job.recipe.data.batch_size
+    """Seconds to write one token and to read one, in a full batch; each is timed after a first, untimed go."""
+    target, size = job.target.tapping(job.taps), job.recipe.data.batch_size
     prompt = prompt_ids(job.target.tokenizer, [{"role": "user", "content": "."}])
+    sampling = Sampling(batch_size=size, keep=target.dtype)
     ids_BT = torch.tensor([(prompt * PROBE_STEPS)[:PROBE_STEPS]] * size)
     write_s = tap_s = 0.0
     for steps in (2, PROBE_STEPS):
         begun_s = time.monotonic()
-        write(job.target, [prompt] * size, [steps] * size, lambda ids: False, Sampling(batch_size=size))
+        write(target, [prompt] * size, [steps] * size, lambda ids: False, sampling)
         write_s = (time.monotonic() - begun_s) / (steps * size)
         begun_s = time.monotonic()
-        tap(job.target.tapping(job.taps), ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)).feature_BTD.cpu()
+        tap(target, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)).feature_BTD.cpu()
         tap_s = (time.monotonic() - begun_s) / ids_BT.numel()
     return write_s, tap_s

@@ -1,4 +1,4 @@
-"""One shard's dialogues: answered by the target, and read by it once more for their features.
+"""One shard's dialogues: answered by the target, whose features are kept meanwhile; those of others' answers are read.
 
 Axes: B batch, T position, D hidden, I input width: the taps side by side.
 """
@@ -12,7 +12,7 @@ from coral_core.data.meter import Meter
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
 from coral_core.store.shard import FP8, Sample
-from coral_core.target.capture import tap
+from coral_core.target.capture import Capture, tap
 from coral_core.target.target import Target
 from coral_core.target.template import Encoded, Turn, join
 
@@ -21,16 +21,28 @@ CPU_ROWS = 8
 with 64 (one core, bfloat16), since a layer's activations then leave the cache."""
 
 
-def answer(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: int, meter: Meter) -> list[list[Encoded]]:
-    """Each dialogue's pieces, one in most cases, with the answers that `data.regenerate` asks for."""
+def answer(
+    target: Target,
+    dialogues: Sequence[Dialogue],
+    fit: Fit,
+    seed: int,
+    meter: Meter,
+    keep: torch.dtype | None = None,
+) -> list[list[Encoded]]:
+    """Each dialogue's pieces, one in most cases, with the answers that `data.regenerate` asks for.
+
+    With `keep`, an answer that is written here brings its features in that dtype.
+    """
     if fit.spec.regenerate == "none":
         pieces = [fit.given(dialogue) for dialogue in dialogues]
         meter.advance(len(dialogues), 0)
         return pieces
-    return [join(turns) for turns in _regenerate(target, dialogues, fit, seed, meter)]
+    return [join(turns) for turns in _regenerate(target, dialogues, fit, seed, meter, keep)]
 
 
-def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: int, meter: Meter) -> list[list[Turn]]:
+def _regenerate(
+    target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: int, meter: Meter, keep: torch.dtype | None
+) -> list[list[Turn]]:
     """Turn after turn: the words of a later turn are answered in view of the answers just written."""
     spec = fit.spec
     turns: list[list[Turn]] = [[] for _ in dialogues]
@@ -46,6 +58,7 @@ def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: i
             temperature=1.0 if spec.regenerate == "sample" else 0.0,
             seed=derive_seed(seed, number),
             batch_size=spec.batch_size,
+            keep=keep,
         )
 
         def advance(ended: set[int], tokens: int, last: set[int] = last) -> None:
@@ -59,9 +72,9 @@ def _regenerate(target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: i
             sampling,
             advance,
         )
-        for row, ids in zip(open_rows, answers, strict=True):
-            turns[row].append(Turn(prompts[row], ids))
-            texts[row].append(target.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        for row, written in zip(open_rows, answers, strict=True):
+            turns[row].append(Turn(prompts[row], written.ids, written.given_TI))
+            texts[row].append(target.tokenizer.decode(written.ids, skip_special_tokens=True).strip())
         open_rows = [row for row in open_rows if len(dialogues[row].users) > number + 1]
     return turns
 
@@ -71,17 +84,21 @@ def words_only(piece: Encoded) -> Sample:
     return Sample(torch.tensor(piece.ids), torch.tensor(piece.answer), torch.empty(len(piece.ids), 0))
 
 
+def held_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
+    """Of features in memory. For an fp8 store the target's: they are scaled row by row when the shard is written."""
+    return target.dtype if dtype == FP8 else dtype
+
+
 def tap_all(
     target: Target, pieces: Sequence[Encoded], batch_size: int, dtype: torch.dtype, meter: Meter
 ) -> list[Sample]:
-    """A sample for each piece, in the pieces' order; pieces of like length share a forward.
+    """A sample for each piece, in the pieces' order; those without features are read, the ones of like length at once.
 
-    Features for an fp8 store stay in the target's dtype: they are scaled row by row when the shard is written.
+    `dtype` is of the features in memory.
     """
-    dtype = target.dtype if dtype == FP8 else dtype
     batch_size = min(batch_size, CPU_ROWS) if target.device.type == "cpu" else batch_size
-    order = sorted(range(len(pieces)), key=lambda index: len(pieces[index].ids))
-    samples: dict[int, Sample] = {}
+    samples = {index: _kept(target, piece) for index, piece in enumerate(pieces) if piece.given_TI is not None}
+    order = sorted(set(range(len(pieces))) - set(samples), key=lambda index: len(pieces[index].ids))
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
         for index, sample in zip(indices, _tap_batch(target, [pieces[i] for i in indices], dtype), strict=True):
@@ -107,3 +124,11 @@ def _tap_batch(target: Target, pieces: Sequence[Encoded], dtype: torch.dtype) ->
         )
         for row, length in enumerate(lengths)
     ]
+
+
+def _kept(target: Target, piece: Encoded) -> Sample:
+    """The sample of a piece that brings its features."""
+    assert piece.given_TI is not None and len(piece.given_TI) == len(piece.ids)
+    found = Capture.of(target, piece.given_TI[None])
+    tap_TI = None if found.tap_BTI is None else found.tap_BTI[0]
+    return Sample(torch.tensor(piece.ids), torch.tensor(piece.answer), found.feature_BTD[0], tap_TI)

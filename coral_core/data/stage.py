@@ -19,7 +19,7 @@ from coral_core.data.endpoint import Endpoint
 from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name, standing_of_other_count, standing_words
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
-from coral_core.data.shards import answer, tap_all, words_only
+from coral_core.data.shards import answer, held_dtype, tap_all, words_only
 from coral_core.data.sources import SELF
 from coral_core.errors import ArtifactError, DataError
 from coral_core.processes import processes
@@ -125,19 +125,21 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
     check_room(job, mine.step * sum(plan.shard_tokens(number) for number in missing))
     total = sum(len(plan.shards[number]) for number in mine)
     done = total - sum(len(plan.shards[number]) for number in missing)
-    answers, features = (Meter(progress, stage, total, done) for stage in ("answers", "features"))
-    held_from = len(plan.dialogues) - job.recipe.data.holdout
+    words, spec = standing_words(job), job.recipe.data
+    reads = words is not None or spec.endpoint or spec.regenerate == "none"  # features do not come with the answers
+    answers = Meter(progress, "answers", total, done)
+    features = Meter(progress if reads else silent, "features", total, done)
+    held_from = len(plan.dialogues) - spec.holdout
 
     def write(number: int, pieces: list[Encoded], held: int, names: Sequence[str] = ()) -> None:
         if job.online:
             samples = [words_only(piece) for piece in pieces]
         else:
             target = job.target.tapping(job.taps)
-            samples = tap_all(target, pieces, job.recipe.data.batch_size, job.dtype, features)
+            samples = tap_all(target, pieces, spec.batch_size, held_dtype(target, job.dtype), features)
         _finish(work, write_shard(work, number, samples, job.dtype, holdout_samples=held, names=names))
         features.advance(len(plan.shards[number]), 0)
 
-    words = standing_words(job)
     for number in list(missing):
         if words is not None and (kept := words.pieces(number)) is not None:
             answers.advance(len(plan.shards[number]), 0)
@@ -162,8 +164,10 @@ def _answered(job: Job, plan: Plan, numbers: list[int], meter: Meter) -> Iterato
     if job.recipe.data.endpoint:
         yield from Ahead(fit, job.model_name, job.endpoint_key).shards(shards, meter)
         return
+    target = job.target.tapping(job.taps)
+    keep = None if job.online else held_dtype(target, job.dtype)
     for number, dialogues, shard_seed in shards:
-        yield number, answer(job.target, dialogues, fit, shard_seed, meter)
+        yield number, answer(target, dialogues, fit, shard_seed, meter, keep)
 
 
 def _finish(folder: Path, facts: ShardFacts) -> None:

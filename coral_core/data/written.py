@@ -45,7 +45,7 @@ class PromptWriter:
             meter.advance(len(ended), tokens)
 
         written = write(self.target, [self.turn.header] * count, limits, self._ends, sampling, advance)
-        return [self._words(ids) for ids in written]
+        return [self._words(answer.ids) for answer in written]
 
     def _ends(self, ids: list[int]) -> bool:
         """A stop token, or, where the template closes a user's turn with plain text, that text."""

@@ -83,6 +83,8 @@ class Engine:
     head: Head | None = None
     shape: TreeShape = ROOT_ONLY
     costs: Costs | None = None
+    keeps_features: bool = False
+    """Whether a seat's memory keeps the features of all rows where no drafter reads them."""
     forwards: Forwards = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ def _read(engine: "Engine", memory: Memory, prompt: list[int], sampler: Picker, 
     if history:
         history.extend(root_1)
     memory.ids = [*prompt, *root_1.tolist()]
-    if engine.drafter is not None:
+    if engine.drafter is not None or engine.keeps_features:
         memory.unread.add(torch.cat((prompt_T[kept + 1 :], root_1)), feature_TD)
     return Seat(
         memory=memory,
@@ -120,7 +120,7 @@ def step(engine: "Engine", seats: Sequence[Seat], clock: Clock) -> list[Round]:
             if verdict.path_A.numel() < rows:
                 seat.memory.cache.keep(verdict.path_A, seat.rows - rows)
     found = zip(seats, plans, drafts, verdicts, features, strict=True)
-    emitted = [_commit(*parts) for parts in found]
+    emitted = [_commit(engine, *parts) for parts in found]
     seconds = {phase: value / len(seats) for phase, value in clock.take().items()}
     kinds: list[Literal["draft", "copy", "plain"]] = [
         "draft" if plan else "copy" if copied else "plain" for plan in plans
@@ -249,7 +249,9 @@ def _pick(seats: Sequence[Seat], logits_BV: torch.Tensor) -> torch.Tensor | None
     return pick_together(samplers, logits_BV, [seat.rows for seat in seats])
 
 
-def _commit(seat: Seat, plan: Plan | None, draft: Draft, verdict: Verdict, feature_MD: torch.Tensor) -> list[int]:
+def _commit(
+    engine: "Engine", seat: Seat, plan: Plan | None, draft: Draft, verdict: Verdict, feature_MD: torch.Tensor
+) -> list[int]:
     """The seat goes on behind the accepted path; the ids to emit."""
     if seat.history:
         seat.history.extend(verdict.new_A)
@@ -257,8 +259,8 @@ def _commit(seat: Seat, plan: Plan | None, draft: Draft, verdict: Verdict, featu
     seat.root_1 = verdict.new_A[-1:]
     if plan:
         plan.learn(draft, verdict)
-    if seat.drafting:
+    if seat.drafting or engine.keeps_features:
         new = verdict.new_A, feature_MD[verdict.path_A]
-        unread, read = seat.memory.unread, seat.drafting.slots.length
-        unread.restart(read, *new) if plan else unread.add(*new)
+        unread = seat.memory.unread
+        unread.restart(seat.drafting.slots.length, *new) if plan and seat.drafting else unread.add(*new)
     return seat.stop.cut(verdict.new_ids)

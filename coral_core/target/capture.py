@@ -18,6 +18,12 @@ class Capture:
     tap_BTI: torch.Tensor | None = None
     """The inputs of the layers that the target is `tapping`, side by side."""
 
+    @classmethod
+    def of(cls, target: Target, given_BTI: torch.Tensor) -> "Capture":
+        """The parts of what `target.forward` gives."""
+        width = target.lent.head_VD.shape[1]
+        return cls(given_BTI[..., -width:], given_BTI[..., :-width] if target.taps else None)
+
 
 @torch.no_grad()
 def tap(target: Target, ids_BT: torch.Tensor, valid_BT: torch.Tensor) -> Capture:
@@ -27,6 +33,4 @@ def tap(target: Target, ids_BT: torch.Tensor, valid_BT: torch.Tensor) -> Capture
     a test compares with one-by-one forwards. `valid_BT` only guards that the padding is indeed on the right.
     """
     assert bool((valid_BT[:, 1:] <= valid_BT[:, :-1]).all()), "padding must be on the right"
-    given_BTI = target.forward(ids_BT.to(target.device))
-    width = target.lent.head_VD.shape[1]
-    return Capture(given_BTI[..., -width:], given_BTI[..., :-width] if target.taps else None)
+    return Capture.of(target, target.forward(ids_BT.to(target.device)))

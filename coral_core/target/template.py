@@ -4,6 +4,8 @@ No rule here knows a model family. A template with generation tags marks the ans
 the header or a newline after the end, or leave out the end: that is put right); for any other, an answer is what
 `messages[:i + 1]` has beyond the generation prompt of `messages[:i]`, and the one must begin with the other, token for
 token, or nothing is learnt from it.
+
+Axes: T position, I input width: the taps and the feature, side by side.
 """
 
 import dataclasses
@@ -16,6 +18,8 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from coral_core.errors import DataError
 
@@ -46,6 +50,8 @@ class Turn:
 
     prompt: list[int]
     answer: list[int]
+    given_TI: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    """What the target gave at each token of both, where it was kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +60,8 @@ class Encoded:
 
     ids: list[int]
     answer: list[bool]
+    given_TI: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    """What the target gave at each token when it wrote the last answer (`Target.forward`), where it was kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +117,7 @@ def join(turns: Sequence[Turn]) -> list[Encoded]:
             pieces.pop()
         else:
             answer = [False] * len(turn.prompt)
-        pieces.append(Encoded(turn.prompt + turn.answer, answer + [True] * len(turn.answer)))
+        pieces.append(Encoded(turn.prompt + turn.answer, answer + [True] * len(turn.answer), turn.given_TI))
     return pieces
 
 

@@ -25,7 +25,8 @@ def ends(ids: list[int]) -> bool:
 
 def run(target: Target, **sampling: float) -> list[list[int]]:
     prompts = make_prompts()
-    return write(target, prompts, [20 + row for row in range(len(prompts))], ends, Sampling(**sampling))
+    written = write(target, prompts, [20 + row for row in range(len(prompts))], ends, Sampling(**sampling))
+    return [answer.ids for answer in written]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,9 +64,9 @@ def test_limits_and_ends() -> None:
     prompts = make_prompts()
     limits = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     written = write(target, prompts, limits, lambda ids: False, Sampling(batch_size=3))
-    assert [len(ids) for ids in written] == limits
+    assert [len(answer.ids) for answer in written] == limits
     stopped = write(target, prompts, [30] * 10, lambda ids: len(ids) == 3, Sampling(batch_size=3))
-    assert [len(ids) for ids in stopped] == [3] * 10
+    assert [len(answer.ids) for answer in stopped] == [3] * 10
     assert write(target, [], [], ends, Sampling()) == []
 
 
@@ -77,13 +78,53 @@ def test_what_ends_is_told_once_and_tokens_as_they_come(batch_size: int) -> None
     sampling = Sampling(batch_size=batch_size)
     written = write(tiny_target(), prompts, limits, lambda ids: False, sampling, lambda *now: told.append(now))
     assert sorted(row for ended, _ in told for row in ended) == list(range(len(prompts)))
-    assert sum(tokens for _, tokens in told) == sum(map(len, written))
+    assert sum(tokens for _, tokens in told) == sum(len(answer.ids) for answer in written)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_features_of_an_answer_are_kept_as_it_is_written(family: str) -> None:
+    """Those of a forward over prompt and answer, the last token's too, and of one whose limit is a single token."""
+    target, prompts = tiny_target(family, layers=4).tapping((1, 2, 3)), make_prompts()
+    limits = [1 + 5 * (row % 4) for row in range(len(prompts))]
+    plain = write(target, prompts, limits, ends, Sampling(batch_size=3))
+    told: list[tuple[set[int], int]] = []
+    kept = write(
+        target, prompts, limits, ends, Sampling(batch_size=3, keep=torch.float32), lambda *now: told.append(now)
+    )
+    assert [answer.ids for answer in kept] == [answer.ids for answer in plain]
+    assert {len(answer.ids) < limit for answer, limit in zip(kept, limits, strict=True)} == {True, False}
+    assert sorted(row for ended, _ in told for row in ended) == list(range(len(prompts)))
+    assert sum(tokens for _, tokens in told) == sum(len(answer.ids) for answer in kept)
+    for prompt, answer, unkept in zip(prompts, kept, plain, strict=True):
+        wanted_TI = target.forward(torch.tensor([prompt + answer.ids]))[0]
+        torch.testing.assert_close(answer.given_TI, wanted_TI, rtol=1e-3, atol=1e-3)
+        assert unkept.given_TI is None
+
+
+def test_kept_features_do_not_depend_on_the_batch() -> None:
+    target, prompts = tiny_target(), make_prompts()
+    whole, *others = (
+        write(target, prompts, [9] * 10, ends, Sampling(batch_size=size, keep=torch.bfloat16)) for size in (16, 1, 3)
+    )
+    for written in others:
+        for answer, wanted in zip(written, whole, strict=True):
+            assert answer.given_TI.dtype == torch.bfloat16 and torch.equal(answer.given_TI, wanted.given_TI)
+
+
+def test_an_answer_that_fills_the_context_has_no_feature_of_its_last_token() -> None:
+    target = tiny_target()
+    prompt = make_prompts()[1]
+    room = target.max_positions - len(prompt)
+    for limit, kept in ((room - 1, True), (room, False), (room + 5, False)):
+        (answer,) = write(target, [prompt], [limit], lambda ids: False, Sampling(keep=torch.float32))
+        assert len(answer.ids) == min(limit, room)
+        assert (answer.given_TI is not None) == kept
 
 
 def test_an_answer_that_overflows_is_no_short_answer() -> None:
     bad = dataclasses.replace(tiny_target.__wrapped__(), stop_ids=frozenset())
     with torch.no_grad():
-        bad.lent.embed_VD[write(bad, [[5, 6, 7]], [4], lambda ids: False, Sampling())[0][2]] = torch.nan
+        bad.lent.embed_VD[write(bad, [[5, 6, 7]], [4], lambda ids: False, Sampling())[0].ids[2]] = torch.nan
     with pytest.raises(DataError, match="computes no numbers in float32"):
         write(bad, [[5, 6, 7]], [9], lambda ids: False, Sampling())
 

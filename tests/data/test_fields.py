@@ -138,14 +138,15 @@ def test_every_way_to_a_target_says_the_same_of_a_token_without_a_row() -> None:
 def test_a_row_whose_features_are_no_numbers_is_named_by_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_lines(tmp_path / "p.jsonl", [{"prompt": f"q{number}"} for number in range(8)] + [{"prompt": "BAD"}])
-    job = make_job(tmp_path, prompts=path, holdout=1)
+    rows = [{"turns": [question], "answers": ["a"]} for question in (*(f"q{number}" for number in range(8)), "BAD")]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    job = make_job(tmp_path, prompts=path, holdout=1, regenerate="none")
     bad = torch.tensor([job.target.tokenizer.convert_tokens_to_ids(letter) for letter in "BAD"])
     own = type(job.target).forward
 
     def forward(self: Any, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         feature_BTD = own(self, ids_BT, **options)
-        if not options:  # features are tapped without a cache
+        if not options:  # the features of given answers are read without a cache
             feature_BTD[(ids_BT.unfold(1, 3, 1) == bad).all(2).any(1)] = float("nan")
         return feature_BTD
 

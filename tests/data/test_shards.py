@@ -2,6 +2,7 @@
 
 import torch
 
+from coral_core.data import shards
 from coral_core.data.meter import Meter
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
@@ -109,3 +110,26 @@ def test_given_answers_are_kept_and_cut(tmp_path) -> None:
         for token, own in zip(piece.ids, piece.answer, strict=True)
     )
     assert text.startswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Y][e][s][<|im_end|>]\n<|im_start|>")
+
+
+def test_features_that_came_with_the_answers_are_not_read_again(tmp_path, monkeypatch) -> None:
+    """Of several turns the last one's hold all; beside a piece that has none, in the pieces' order."""
+    fit, target = make_fit(tmp_path, max_new_tokens=5, regenerate="greedy"), make_target(layers=4).tapping((1, 2, 3))
+    dialogues = [Dialogue(("x",)), Dialogue(("ab", "cd", "e"), system="s"), Dialogue(("yyy", "z"))]
+    kept = [piece for several in answer(target, dialogues, fit, 0, meter(), torch.float32) for piece in several]
+    assert all(piece.given_TI is not None for piece in kept)
+    bare = [Encoded(piece.ids, piece.answer) for piece in kept]
+    read: list[int] = []
+    tapped = shards.tap
+    monkeypatch.setattr(
+        shards, "tap", lambda target, ids_BT, valid_BT: read.append(len(ids_BT)) or tapped(target, ids_BT, valid_BT)
+    )
+    wanted = tap_all(target, bare, 4, torch.float32, meter())
+    assert sum(read) == len(bare)
+    read.clear()
+    samples = tap_all(target, [kept[0], bare[1], *kept[2:]], 4, torch.float32, meter())
+    assert read == [1]
+    for sample, other in zip(samples, wanted, strict=True):
+        assert torch.equal(sample.ids_T, other.ids_T) and torch.equal(sample.answer_T, other.answer_T)
+        torch.testing.assert_close(sample.feature_TD, other.feature_TD, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sample.tap_TI, other.tap_TI, rtol=1e-5, atol=1e-4)

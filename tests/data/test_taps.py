@@ -14,7 +14,7 @@ from coral_core.store.batches import batch_of
 from coral_core.store.shard import FP8, Sample, Shard, shard_name, write_shard
 from coral_core.store.store import Store
 from coral_core.target.capture import tap
-from tests.data.helpers import contents, make_job, make_target
+from tests.data.helpers import make_job, make_target
 
 LAYERS = 4
 TAPS = (1, 2, 3)
@@ -53,6 +53,16 @@ def copied(folder: Path, to: Path) -> Path:
     return to
 
 
+def assert_alike(store: Store, other: Store) -> None:
+    """The same words; features that were read, and such as were kept while the answer was written, to rounding."""
+    assert len(store) == len(other)
+    for index in range(len(store)):
+        sample, wanted = store[index], other[index]
+        assert torch.equal(sample.ids_T, wanted.ids_T) and torch.equal(sample.answer_T, wanted.answer_T)
+        torch.testing.assert_close(sample.feature_TD, wanted.feature_TD, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sample.tap_TI, wanted.tap_TI, rtol=1e-5, atol=1e-4)
+
+
 def test_a_store_holds_what_the_layers_read(tmp_path: Path) -> None:
     job = deep_job(tmp_path)
     store = prepare(job)
@@ -62,8 +72,8 @@ def test_a_store_holds_what_the_layers_read(tmp_path: Path) -> None:
     with torch.no_grad():
         out = job.target.model(sample.ids_T[None], output_hidden_states=True)
     wanted_TI = torch.cat([out.hidden_states[layer][0] for layer in TAPS], dim=-1)
-    torch.testing.assert_close(sample.tap_TI, wanted_TI, rtol=0, atol=1e-5)
-    torch.testing.assert_close(sample.feature_TD, out.hidden_states[-1][0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(sample.tap_TI, wanted_TI, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sample.feature_TD, out.hidden_states[-1][0], rtol=1e-5, atol=1e-4)
     assert standing(job).store is not None
 
 
@@ -77,17 +87,17 @@ def test_a_store_without_them_is_tapped_anew_and_nothing_is_answered(
     found = standing(job)
     assert found.words
     assert found.changed == ("the layers tapped were none, are 1 2 3",)
-    assert contents(prepare(job).folder) == contents(fresh.folder)
+    assert_alike(prepare(job), fresh)
     assert answered == []
 
 
 def test_a_damaged_shard_s_words_are_answered_again(plain: Path, tmp_path: Path, answered: list[int]) -> None:
     job = deep_job(tmp_path)
-    fresh = contents(prepare(deep_job(tmp_path / "fresh")).folder)
+    fresh = prepare(deep_job(tmp_path / "fresh"))
     answered.clear()
     path = copied(plain, job.folder) / shard_name(1)
     path.write_bytes(path.read_bytes()[:-8] + b"\0\1\2\3\4\5\6\7")
-    assert contents(prepare(job).folder) == fresh
+    assert_alike(prepare(job), fresh)
     assert len(answered) == 1
 
 
@@ -137,8 +147,8 @@ def test_online_taps_are_the_stored_ones(tmp_path: Path) -> None:
     online = Store.open(job.folder, tap=ask)
     assert online.taps == TAPS
     kept, asked = batch_of(stored, [0, 4, 2]), batch_of(online, [0, 4, 2])
-    torch.testing.assert_close(asked.tap_BTI, kept.tap_BTI, rtol=0, atol=1e-5)
-    torch.testing.assert_close(asked.feature_BTD, kept.feature_BTD, rtol=0, atol=1e-5)
+    torch.testing.assert_close(asked.tap_BTI, kept.tap_BTI, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(asked.feature_BTD, kept.feature_BTD, rtol=1e-5, atol=1e-4)
 
 
 def test_the_bytes_are_told_beforehand(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_rows_do_not_depend_on_their_company_before_that(monkeypatch: pytest.Mon
     monkeypatch.setattr("coral_core.decoding.step.PREFILL_ROWS", 16)
     assert [said(plain(target, prompt, Sampler(), 60)) for prompt in prompts] == whole
     limits = [BORDER - len(prompt) for prompt in prompts]
-    assert write(target, prompts, limits, lambda ids: False, Sampling(batch_size=2)) == whole
+    written = write(target, prompts, limits, lambda ids: False, Sampling(batch_size=2))
+    assert [answer.ids for answer in written] == whole
     length = BORDER
     ids_BT = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts])
     valid_BT = torch.tensor([[1] * len(prompt) + [0] * (length - len(prompt)) for prompt in prompts]).bool()
