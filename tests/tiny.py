@@ -42,6 +42,16 @@ FAMILIES = {
     "gemma": ("GemmaConfig", {}),
     "gemma2-mixed": ("Gemma2Config", {"sliding_window": 6, "final_logit_softcapping": 5.0}),
     "gemma3-mixed": ("Gemma3TextConfig", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma4-shared": (  # the last layer reads the keys and values of the one before
+        "Gemma4TextConfig",
+        {
+            "layer_types": ["full_attention"],
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "tie_word_embeddings": False,
+        },
+    ),
     "phi3": ("Phi3Config", {"original_max_position_embeddings": 160}),
     "gpt-neox": ("GPTNeoXConfig", {"num_key_value_heads": None}),
     "gpt2": ("GPT2Config", {"num_key_value_heads": None}),

@@ -8,12 +8,15 @@ that is.
 Axes: B batch of one, T position.
 """
 
+import contextlib
 import copy
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from coral_core.bench.race import PLAIN, Decode, Lane, run_lane
@@ -48,19 +51,34 @@ def generate_lane(target: Target, prompt: list[int], sampler: Sampler, max_new_t
         sampling["min_p"] = sampler.min_p
     streamer = _FirstToken()
     ids_BT = torch.tensor([prompt], device=target.device)
-    begun = time.perf_counter()
-    out_BT = target.model.generate(
-        ids_BT,
-        attention_mask=torch.ones_like(ids_BT),
-        max_new_tokens=min(max_new_tokens, target.max_positions - len(prompt)),
-        do_sample=not greedy,
-        repetition_penalty=sampler.repetition_penalty,
-        streamer=streamer,
-        **sampling,
-    )
-    ended = time.perf_counter()
+    with _ends_only(target.model):
+        begun = time.perf_counter()
+        out_BT = target.model.generate(
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=min(max_new_tokens, target.max_positions - len(prompt)),
+            do_sample=not greedy,
+            repetition_penalty=sampler.repetition_penalty,
+            streamer=streamer,
+            **sampling,
+        )
+        ended = time.perf_counter()
     ids = out_BT[0, len(prompt) :].tolist()
     return Lane(ids, streamer.at_s - begun, ended - streamer.at_s, [], [], {"generate": ended - streamer.at_s})
+
+
+@contextlib.contextmanager
+def _ends_only(model: Any) -> Iterator[None]:
+    """A model that keeps no more than the end tokens of its generation_config.json, which are all that coral reads.
+
+    Beams, a stop string or penalties of it would give `generate` another job than the lanes it races.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def plain_lanes(target: Target, sampler: Sampler, max_new_tokens: int) -> dict[str, Decode]:

@@ -111,10 +111,10 @@ class Slots(CacheLayerMixin):
 
     def keep(self, rows_N: torch.Tensor, start: int) -> None:
         """Of the rows from `start` on, keep the given ones (ascending, counted from `start`), in that order."""
-        assert self.keys is not None and self.values is not None
         end = start + rows_N.numel()
         for states in (self.keys, self.values):
-            states[:, :, start:end] = states[:, :, start : self.length].index_select(2, rows_N)
+            if states is not None:  # a layer that reads another's rows has none (Gemma 4)
+                states[:, :, start:end] = states[:, :, start : self.length].index_select(2, rows_N)
         self.length = end
 
     def truncate(self, length: int) -> None:
@@ -290,7 +290,8 @@ class SlotCache(Cache):
     def move(self, source: int, target: int) -> None:
         """Give the rows of one seat to another."""
         length = self.seat(source).length
-        for states_BJKE in (states for layer in self.layers if length for states in (layer.keys, layer.values)):
+        filled = [layer for layer in self.layers if length and layer.is_initialized]
+        for states_BJKE in (states for layer in filled for states in (layer.keys, layer.values)):
             states_BJKE[target, :, :length] = states_BJKE[source, :, :length]
         self.seat(target).length = length
 

@@ -102,7 +102,7 @@ class DrafterConfig:
             return f"rope_parameters is {rope}; its rope_theta must be a number above 0"
         try:
             LlamaRotaryEmbedding(self.rotary())
-        except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
             return f"rope_parameters is {rope}, which transformers refuses ({first_line(error)})"
         return ""
 

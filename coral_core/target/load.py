@@ -105,7 +105,6 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
     types = _layer_types(model, config)
     lent = _lend(model, config)
     model.eval().requires_grad_(False)
-    attention.plug_in(model)
     shorten_norms(model)
     target = Target(
         model=model,
@@ -116,8 +115,14 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
         max_positions=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
         layer_types=types,
         window=int(config.sliding_window) if "sliding_attention" in types else 0,
-        exact=lent.embed_VD.device.type == "cpu" and model.config._attn_implementation == attention.NAME,
     )
+    own = model.config._attn_implementation
+    attention.plug_in(model)
+    if target.device.type == "cpu" and model.config._attn_implementation == attention.NAME:
+        try:
+            return probed(dataclasses.replace(target, exact=True))
+        except TargetError:  # layers that compute with keys or masks themselves: DeepSeek's, Gemma 4's shared ones
+            model.set_attn_implementation(own)
     return probed(target)
 
 
@@ -173,8 +178,11 @@ def _rope(config: Any) -> dict[str, Any]:
     rope = getattr(config, "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in rope.values()):  # one set of parameters per layer type
         rope = rope.get("full_attention") or next(iter(rope.values()))
+    theta = rope.get("rope_theta") or 10000.0
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and "short_factor" in rope:  # a factor for each turned dimension
+        rope = {}
     rope = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
-    return rope or {"rope_type": "default", "rope_theta": 10000.0}
+    return rope or {"rope_type": "default", "rope_theta": theta}
 
 
 def tap_layers(config: Any) -> tuple[int, int, int]:
@@ -206,12 +214,17 @@ def _layer_types(model: Any, config: Any) -> tuple[str, ...]:
     if not types:
         types = {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
     strange = sorted(types - MASKED_TYPES)
-    if getattr(model, "_is_stateful", False) and not strange:
+    if getattr(model, "_is_stateful", False) and not getattr(config, "layer_types", None):
         strange = ["recurrent"]
     if strange:
         raise TargetError(
             f"{name} has layers of type '{strange[0]}', whose state cannot take back a rejected draft; "
             "coral needs full or sliding-window attention. Choose another target.model"
+        )
+    if any(getattr(layer, "attention_type", None) == "local" for layer in model.modules()):
+        raise TargetError(
+            f"{name} has local layers that count rows of the cache, where siblings of a draft have one position. "
+            "Choose another target.model"
         )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise TargetError(f"{name} takes no position ids, so tree nodes cannot be placed. Choose another target.model")
@@ -226,6 +239,11 @@ def _lend(model: Any, config: Any) -> Lent:
     if getattr(config, "logits_scaling", None):
         scale /= float(config.logits_scaling)
     embed_VD, head_VD = embed.weight.detach(), head.weight.detach()
+    if embed_VD.shape[1] != config.hidden_size:
+        raise TargetError(
+            f"{type(model).__name__} has an embedding of width {embed_VD.shape[1]} and layers of width "
+            f"{config.hidden_size}, and a drafter has one width. Choose another target.model"
+        )
     return Lent(
         embed_VD=embed_VD,
         head_VD=embed_VD if head_VD.data_ptr() == embed_VD.data_ptr() else head_VD,

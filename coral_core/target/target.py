@@ -69,8 +69,8 @@ class Target:
     def _width(self) -> int:
         """Of the activations."""
         config = self.model.config.get_text_config()
-        named = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-        return int(named or 4 * config.hidden_size)
+        named = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+        return int(named[0] if isinstance(named, list | tuple) else named)
 
     @functools.cached_property
     def _packed(self) -> bool:

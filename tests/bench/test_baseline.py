@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from coral_core.bench import baseline, race
 from coral_core.bench.baseline import generate_lane, plain_lanes
@@ -54,6 +55,8 @@ def test_so_does_the_rate_of_generate(clock: Clock) -> None:
     target = tiny_target()
 
     class Model:
+        generation_config = transformers.GenerationConfig()
+
         def generate(self, ids_BT: torch.Tensor, streamer: Any, **options: Any) -> torch.Tensor:
             streamer.put(ids_BT)
             for number in range(5):
@@ -69,6 +72,29 @@ def test_the_streamer_is_called_so() -> None:
     lane = generate_lane(tiny_target(), [3, 4, 5], Sampler(), 6)
     assert lane.prefill_s > 0 and lane.decode_s > 0
     assert time.perf_counter() > lane.prefill_s
+
+
+OTHER_JOBS: list[dict[str, Any]] = [
+    {"return_dict_in_generate": True},
+    {"stop_strings": ["###"]},
+    {"num_beams": 4},
+    {"suppress_tokens": list(range(3, 90))},
+    {"no_repeat_ngram_size": 1},
+    {"dola_layers": "low"},
+]
+
+
+@pytest.mark.parametrize("key", OTHER_JOBS, ids=[next(iter(key)) for key in OTHER_JOBS])
+def test_a_generation_config_changes_no_baseline(key: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each ended in a traceback or gave another text: coral reads the end tokens alone."""
+    target = tiny_target()
+    monkeypatch.setattr(target.model, "generation_config", transformers.GenerationConfig(pad_token_id=0))
+    plain = generate_lane(target, [3, 4, 5], Sampler(), 20).ids
+    end = plain[9]
+    config = transformers.GenerationConfig(eos_token_id=end, pad_token_id=0, **key)
+    monkeypatch.setattr(target.model, "generation_config", config)
+    assert generate_lane(target, [3, 4, 5], Sampler(), 20).ids == plain[: plain.index(end) + 1]
+    assert target.model.generation_config is config
 
 
 def test_every_plain_decoder_says_what_ours_says() -> None:

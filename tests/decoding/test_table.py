@@ -43,7 +43,7 @@ def test_plain_decoding_is_the_reference(family: str, sampler: Sampler) -> None:
 
 
 @pytest.mark.parametrize("drafted", [True, False], ids=["drafted", "plain"])
-@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3-mixed", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3-mixed", "gemma4-shared", "gpt2"])
 def test_answers_join_and_leave_between_rounds(family: str, drafted: bool) -> None:
     """One more joins before every other round; the second is left in the middle, and its place is taken again."""
     target = endless(family)

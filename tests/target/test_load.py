@@ -154,6 +154,52 @@ def test_a_drafter_has_the_shape_of_most_layers_where_they_differ() -> None:
         Drafter(shape)
 
 
+def test_factors_of_a_part_of_a_head_are_not_the_drafters() -> None:
+    """Phi-4-mini turns three quarters of a head, and has a factor for each of these; a drafter turns all."""
+    rope = {"rope_type": "longrope", "rope_theta": 5e4, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+    rope |= {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 40}
+    shape = DrafterConfig(**drafter_shape(transformers.Phi3Config(**SHAPE, rope_parameters=rope)))
+    assert shape.rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
+    shape.refuse_nonsense(Path("drafter"), "")
+    Drafter(shape)
+
+
+def test_layers_that_coral_cannot_draft_for_are_refused_by_what_they_do() -> None:
+    neo = transformers.GPTNeoConfig(
+        vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    narrow = transformers.OPTConfig(
+        vocab_size=96, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    for config, says in ((neo, "local layers that count rows of the cache"), (narrow, "an embedding of width 16")):
+        with pytest.raises(TargetError, match=says):
+            wrap(transformers.AutoModelForCausalLM.from_config(config), None)
+
+
+def test_a_hybrid_without_recurrent_layers_is_none() -> None:
+    sizes = {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+        "layer_types": ["attention"] * 2,
+        "mamba_n_heads": 4,
+    }
+    config = transformers.GraniteMoeHybridConfig(**SHAPE, **sizes)
+    assert wrap(transformers.AutoModelForCausalLM.from_config(config), None).layer_types == ("full_attention",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layers_that_compute_with_the_keys_themselves_are_decoded_as_they_are(dtype: torch.dtype) -> None:
+    """DeepSeek's attention multiplies what the cache gives with its weights: float32 rows do not fit bfloat16 ones."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = transformers.MiniCPM3Config(**{**SHAPE, "num_key_value_heads": 4, "head_dim": 8}, **latent)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    target = wrap(model, None)
+    assert target.exact == (dtype == torch.float32)
+    assert len(ids := [token for event in plain(target, [3, 4, 5], Sampler(), 6) for token in event.new_ids]) >= 1
+    own_BT = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False)
+    assert dtype == torch.bfloat16 or own_BT[0, 3:].tolist() == ids
+
+
 def test_a_refused_model_stays_as_it_was() -> None:
     """The probe's refusal comes after the layers were exchanged, so that they are given back."""
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE)).train()
