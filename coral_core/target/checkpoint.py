@@ -46,12 +46,19 @@ def load_config(name: str, source: str, options: dict[str, Any]) -> Any:
 
 
 def load_model(name: str, source: str, config: Any, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """The causal LM in `source`. Raises TargetError for weights that are absent, damaged, or not as `config` says."""
-    from transformers import AutoModelForCausalLM
+    """The causal LM in `source`. Raises TargetError for weights that are absent, damaged, or not as `config` says.
 
+    Of a model that also reads images (Mistral Small 3.1, Qwen2.5-VL) it is the whole, and text is all that it is given.
+    """
+    import transformers as t
+
+    pictured = (
+        type(config) in t.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in t.MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    kind = t.AutoModelForImageTextToText if pictured else t.AutoModelForCausalLM
     with _quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,

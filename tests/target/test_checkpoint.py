@@ -1,5 +1,6 @@
 """What is refused of a target's files, each in one line that names the file or weight; and what is harmless."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -14,12 +15,15 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from coral_core import embedded, hub
+from coral_core.decoding.engine import plain
+from coral_core.decoding.sampling import Sampler
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.checkpoint import reachable
 from coral_core.target.load import load_target
 from coral_core.target.target import Target
-from tests.tiny import SHAPE
+from tests.decoding.test_lossless import ids_of
+from tests.tiny import SHAPE, tiny_engine
 
 Weights = dict[str, torch.Tensor]
 
@@ -32,7 +36,11 @@ def folder(tmp_path: Path) -> Path:
 
 def make(folder: Path, **changes: object) -> Path:
     config = transformers.LlamaConfig(**{**SHAPE, "vocab_size": 4096, "num_hidden_layers": 4, **changes})
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return save(transformers.AutoModelForCausalLM.from_config(config), folder)
+
+
+def save(model: transformers.PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(embedded.FOLDER / "target" / name, folder)
     return folder
@@ -156,6 +164,26 @@ def test_what_is_harmless_is_taken(tmp_path: Path, tied: bool) -> None:
     }
     edit(folder, lambda weights: weights.update({key: torch.ones(size) for key, size in more.items()}))
     assert load(folder).lent.head_VD.shape == (4096, 32)
+
+
+def test_the_text_of_a_model_that_also_reads_images_is_decoded(tmp_path: Path) -> None:
+    """Mistral Small 3.1 and its like are in no list of causal models; drafts change nothing there, and taps are had."""
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **SHAPE, "num_hidden_layers": 4},
+        vision_config={"model_type": "pixtral", **size, "image_size": 28, "patch_size": 14},
+        image_token_index=95,
+    )
+    torch.manual_seed(0)
+    target = load(save(transformers.AutoModelForImageTextToText.from_config(config), tmp_path / "model"))
+    target = dataclasses.replace(target, stop_ids=frozenset())
+    assert target.tapping((1, 2, 3)).forward(torch.tensor([[3, 4, 5]])).shape == (1, 3, 4 * 32)
+    prompt = [5, 6, 7, 8]
+    ids = ids_of(list(plain(target, prompt, Sampler(), 12)))
+    target.model.generation_config.eos_token_id = None
+    own_BT = target.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    assert ids == own_BT[0, 4:].tolist()
+    assert ids_of(list(tiny_engine(target).decode(prompt, Sampler(), 12))) == ids
 
 
 def test_a_folder_that_is_not_there() -> None:
