@@ -31,6 +31,8 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm
 
+from coral_core.errors import CoralWarning
+
 FILL, LARGE = 4, 1 << 20
 """Fewer rows are filled up to FILL where a weight has LARGE elements: the kernel is faster with rows nobody wants."""
 ALONE = 1 << 17
@@ -111,6 +113,7 @@ def pack(model: nn.Module) -> None:
         warnings.warn(
             f"decoding is slower than it could be: {size / 2**30:.1f} GiB of weights are packed only where twice as "
             f"much memory is free, and {free / 2**30:.1f} GiB are",
+            CoralWarning,
             stacklevel=2,
         )
         return

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import inspect
 import statistics
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from coral_core import embedded
-from coral_core.errors import TargetError, first_line
+from coral_core.errors import CoralWarning, TargetError, first_line
 from coral_core.kernels.layers import pack, shorten_norms
 from coral_core.kernels.precision import bfloat16_is_faster
 from coral_core.lent import Lent
@@ -123,7 +124,16 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
             return probed(dataclasses.replace(target, exact=True))
         except TargetError:  # layers that compute with keys or masks themselves: DeepSeek's, Gemma 4's shared ones
             model.set_attn_implementation(own)
-    return probed(target)
+    target = probed(target)
+    if target.device.type == "cpu" and target.dtype != torch.float32:
+        dtype = str(target.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{type(model).__name__} attends in a way of its own: in {dtype}, a drafted answer may differ from a plain "
+            "one where two tokens are nearly tied. Set target.dtype=float32 for equal answers",
+            CoralWarning,
+            stacklevel=2,
+        )
+    return target
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.model import Drafter
-from coral_core.errors import TargetError
+from coral_core.errors import CoralWarning, TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.capture import tap
 from coral_core.target.load import drafter_shape, load_target, pick_device, wrap
@@ -193,8 +193,13 @@ def test_layers_that_compute_with_the_keys_themselves_are_decoded_as_they_are(dt
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     config = transformers.MiniCPM3Config(**{**SHAPE, "num_key_value_heads": 4, "head_dim": 8}, **latent)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    target = wrap(model, None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        target = wrap(model, None)
     assert target.exact == (dtype == torch.float32)
+    assert [str(one.message).split(":")[0] for one in said if one.category is CoralWarning] == (
+        [] if target.exact else ["MiniCPM3ForCausalLM attends in a way of its own"]
+    )
     assert len(ids := [token for event in plain(target, [3, 4, 5], Sampler(), 6) for token in event.new_ids]) >= 1
     own_BT = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False)
     assert dtype == torch.bfloat16 or own_BT[0, 3:].tolist() == ids
