@@ -18,7 +18,12 @@ from coral_core.report.tables import table
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: real, python -m benchmarks.page -->", "<!-- end -->"
 """Between these two lines of the README stands the table of real models."""
-METHODS = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL", real_figures.LONG: "CORAL, trained longer"}
+TITLES = {"eagle2": "EAGLE-2", "hass": "HASS", "coral": "CORAL"}
+METHODS = {
+    **{f"{name}{real_figures.STEPS}": f"{title}, equal steps" for name, title in TITLES.items()},
+    **TITLES,
+    real_figures.LONG: "CORAL, trained longer",
+}
 MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 ABOUT = {
     "real": "Real chat models: EAGLE-2, HASS and CORAL, full and grouped head, against the fastest plain decoding.",

@@ -14,6 +14,8 @@ from benchmarks.paired import Counts, ratio, ratio_ci95
 
 LONG = "coral-long"
 """CORAL trained longer and on more data than the methods that are compared, and counted on questions of its own."""
+STEPS = "-steps"
+"""Behind a method's name: trained for as many steps as the others so named, where the plain names had equal time."""
 
 Row = dict[str, Any]
 
@@ -21,8 +23,10 @@ Row = dict[str, Any]
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """What the README quotes: means over the benches, at temperature 0 unless said otherwise."""
     counted, raced = parts(rows)
-    apart = [[row for row in counted if (method(row) == LONG) is long] for long in (False, True)]
-    by_kind = {"counted": apart[0], "counted, long": apart[1], "raced": raced}
+    by_kind: dict[str, list[Row]] = {}
+    for row in counted:
+        by_kind.setdefault(f"counted, {training(row)}" if training(row) else "counted", []).append(row)
+    by_kind["raced"] = raced
     found: dict[str, Any] = {"questions": {kind: asked(some) for kind, some in by_kind.items() if some}}
     found |= rounds_figures([row for row in counted if row["temperature"] == 0])
     found |= speed_figures([row for row in raced if row["temperature"] == 0], ships(counted))
@@ -44,8 +48,8 @@ def parts(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def question(row: Row) -> tuple[Any, ...]:
-    """What a row is an answer to; first the model, the temperature, and whether it is the long training's."""
-    return row.get("model"), row["temperature"], method(row) == LONG, row["bench"], row["question"]
+    """What a row is an answer to; first the model, the temperature, and the training, which has its own questions."""
+    return row.get("model"), row["temperature"], training(row), row["bench"], row["question"]
 
 
 def asked(rows: Sequence[Row]) -> dict[str, int]:
@@ -63,12 +67,21 @@ def rounds_figures(counted: Sequence[Row]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tau": {name: by_bench(some, functools.partial(tau_of, name=name)) for name, some in by_method.items()}
     }
-    for other in ("hass", "eagle2"):
-        if pair := paired(counted, ("coral", "full"), (other, "full")):
-            found |= {f"coral_over_{other}": ratio(*pair), f"coral_over_{other}_ci95": ratio_ci95(*pair)}
+    found |= coral_over_others(counted)
+    if steps := coral_over_others(counted, STEPS):
+        found["equal_steps"] = steps
     own = ships(counted)
     if any((method(row), row["head"]) == (own, "grouped") for row in counted):
         found["grouped_tau_kept"] = ratio(*paired(counted, (own, "grouped"), (own, "full")))
+    return found
+
+
+def coral_over_others(counted: Sequence[Row], behind: str = "") -> dict[str, Any]:
+    """Tokens per round of CORAL over each of the others whose names have the same behind them, with intervals."""
+    found: dict[str, Any] = {}
+    for other in ("hass", "eagle2"):
+        if pair := paired(counted, (f"coral{behind}", "full"), (f"{other}{behind}", "full")):
+            found |= {f"coral_over_{other}": ratio(*pair), f"coral_over_{other}_ci95": ratio_ci95(*pair)}
     return found
 
 
@@ -80,6 +93,11 @@ def ships(counted: Sequence[Row]) -> str:
 def method(row: Row) -> str:
     """Of a counted row."""
     return without_seed(row["method"])
+
+
+def training(row: Row) -> str:
+    """Of a counted row: `long`, `steps`, or nothing for equal time."""
+    return method(row).partition("-")[2]
 
 
 def without_seed(name: str) -> str:

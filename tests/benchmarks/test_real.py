@@ -67,6 +67,19 @@ def test_figures_by_hand() -> None:
     assert llama["plain_over_llamacpp_same_bits"] == pytest.approx(0.5)
 
 
+def test_methods_of_equal_steps_are_compared_apart() -> None:
+    """They have questions of their own: one that equal time lacks still counts."""
+    steps = [{**one, "method": one["method"].replace("hass", "hass-steps")} for one in counted("gsm8k", "b")[2:]]
+    steps += [{**one, "method": f"coral-steps{seed}"} for one in counted("gsm8k", "b")[:1] for seed in ("", "@1")]
+    found = real_figures.figures([*counted("gsm8k", "a"), *steps])
+    assert found["tau"] == {"coral": 4.0, "coral-steps": 4.0, "hass": 3.75, "hass-steps": 3.75}
+    assert found["coral_over_hass"] == pytest.approx(4 / 3), "the seed that both have"
+    assert found["equal_steps"]["coral_over_hass"] == pytest.approx(32 / 30), "both seeds"
+    assert found["questions"]["counted, steps"] == {"T = 0": 1} and "equal_steps" not in real_figures.figures(
+        counted("gsm8k", "a")
+    )
+
+
 def test_rows_without_a_race_have_no_speeds() -> None:
     found = real_figures.figures(counted("gsm8k", "a"))
     assert found["tau"]["coral"] == 4.0 and found["lossless_share"] is None and "speedup_greedy" not in found
