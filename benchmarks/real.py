@@ -7,16 +7,15 @@
 
 First the rounds of each method are counted on --count questions a bench (benchmarks/real_rounds.py). Then the race:
 each of --limit questions a bench is answered by all lanes in turns, in one process, another one first each time: plain
-decoding (coral's loop and `generate`, float32 and bfloat16), each method with the full head, those with a grouped head
-with that too, prompt lookup, and llama.cpp. After the first --heat questions of each bench at a temperature, of the
-lanes that do the same in another dtype or loop only the fastest goes on; so the plain lane that a speed is compared
-with is the fastest of four. A row is appended to --rows when it is done, and never computed twice. Then
+decoding (coral's loop, exact and not, and `generate`, float32 and bfloat16), each method with the full head, those with
+a grouped head with that too, prompt lookup, and llama.cpp. After the first --heat questions of each bench at a
+temperature, of the lanes that do the same in another dtype or loop only those go on that are at most a tenth slower
+than the fastest; so the plain lane that a speed is compared with is the fastest of six. A row is appended to --rows when it is done, and never computed twice. Then
 results/real.json is written anew. What was not measured now stays in it: other models, temperatures and methods.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import random
 import sys
@@ -44,6 +43,8 @@ DTYPES = ("float32", "bfloat16")
 SEED = 0
 """Of the questions that are drawn, and of sampling."""
 LOOKUP_TOKENS = 10
+NEARLY = 0.9
+"""A lane with so much of the fastest one's speed on few questions may be the faster on more."""
 NO_SIBLING = {"smollm2": "SmolLM2-135M is the smallest of its family: assisted generation has no model to draft with"}
 
 Answer = Callable[[list[int], float], Lane]
@@ -70,6 +71,9 @@ def lanes(options: argparse.Namespace) -> Iterator[tuple[str, Answer]]:
         def own(prompt: list[int], temperature: float, target: Target = target) -> Lane:
             return run_lane(plain(target, prompt, sampler(temperature), tokens))
 
+        def inexact(prompt: list[int], temperature: float, target: Target = target) -> Lane:
+            return run_lane(plain(dataclasses.replace(target, exact=False), prompt, sampler(temperature), tokens))
+
         def theirs(prompt: list[int], temperature: float, target: Target = target) -> Lane:
             return generate_lane(target, prompt, sampler(temperature), tokens)
 
@@ -78,6 +82,7 @@ def lanes(options: argparse.Namespace) -> Iterator[tuple[str, Answer]]:
             return generated(target, prompt, tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS, **sampled)
 
         yield f"plain {dtype}", own
+        yield f"plain inexact {dtype}", inexact
         yield f"generate {dtype}", theirs
         yield f"lookup {dtype}", lookup
         for method in options.drafters:
@@ -128,14 +133,15 @@ def asked(options: argparse.Namespace, target: Target, limit: int) -> list[Asked
 
 
 def ahead(rows: Sequence[Row]) -> set[str]:
-    """The lanes that go on after these rows: the fastest of those that do the same, all that have no other, and plain
-    decoding in every dtype that a drafted answer is compared in."""
+    """The lanes that go on after these rows: of those that do the same, the fastest and what is nearly as fast; all
+    that have no other; and plain decoding in every dtype that a drafted answer is compared in."""
     same: dict[str, list[str]] = {}
     for name in rows[0]["lanes"]:
         words = name.split()
         kind = {"plain": "plain", "generate": "plain", "lookup": "lookup"}.get(words[0], name)
         same.setdefault(" ".join(words[:3]) if is_ours(name) else kind, []).append(name)
-    kept = {max(names, key=functools.partial(speed, rows)) for names in same.values()}
+    best = {kind: max(speed(rows, name) for name in names) for kind, names in same.items()}
+    kept = {name for kind, names in same.items() for name in names if speed(rows, name) >= NEARLY * best[kind]}
     return kept | {f"plain {name.split()[-1]}" for name in kept if is_ours(name)}
 
 

@@ -39,7 +39,7 @@ def record(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], part:
     made = {
         "machine": machine(),
         "versions": versions() | {"git_commit": git_commit()},
-        "command": shlex.join(["python", *(Path(part).name if part == sys.argv[0] else part for part in sys.argv)]),
+        "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
     value = {"figures": figures, "rows": rows, **made}
@@ -48,3 +48,9 @@ def record(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], part:
         value["parts"] = before | {part: made}
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _program() -> list[str]:
+    """What Python was told to run: a module by its name, so that the command can be pasted."""
+    spec = sys.modules["__main__"].__spec__
+    return [Path(sys.argv[0]).name] if spec is None else ["-m", spec.name.removesuffix(".__main__")]

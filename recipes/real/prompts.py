@@ -3,9 +3,10 @@
     python -m recipes.real.prompts --corpora DIR --benchmarks DIR --to runs/real-prompts.jsonl
     coral prepare-data recipes/smollm2-135m.yaml data.prompts=runs/real-prompts.jsonl
 
-Only the users' words are taken: the answers are the target's. A dialogue that shares ten words in a row with a
-benchmark question or its answer is left out. HumanEval shows a function's head and its docstring; no corpus asks that
-way, so half of MBPP's tasks are asked in that form.
+--corpora holds a NAME.jsonl.gz for each of COUNTS, a dialogue a line, {"messages": [...]}; --benchmarks the files whose
+questions must not occur, BENCH.jsonl. Only the users' words are taken: the answers are the target's. A dialogue that
+shares ten words in a row with a benchmark question or its answer is left out. HumanEval shows a function's head and its
+docstring; no corpus asks that way, so half of MBPP's tasks are asked in that form.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The page of results and the README's table say what the files say."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,9 @@ def test_nested_figures_have_dotted_names():
 def test_a_part_keeps_the_command_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (page, record):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("benchmarks.race", None))
     for model in ("one", "two"):
         monkeypatch.setattr(sys, "argv", ["race.py", model])
         record.record("race", {"speedup": 2.0}, [], model)
     shown = page.section("race", "A race.")
-    assert "one: `python race.py one`" in shown and "two: `python race.py two`" in shown
+    assert "one: `python -m benchmarks.race one`" in shown and "two: `python -m benchmarks.race two`" in shown
