@@ -10,8 +10,9 @@ each of --limit questions a bench is answered by all lanes in turns, in one proc
 decoding (coral's loop, exact and not, and `generate`, float32 and bfloat16), each method with the full head, those with
 a grouped head with that too, prompt lookup, and llama.cpp. After the first --heat questions of each bench at a
 temperature, of the lanes that do the same in another dtype or loop only those go on that are at most a tenth slower
-than the fastest; so the plain lane that a speed is compared with is the fastest of six. A row is appended to --rows when it is done, and never computed twice. Then
-results/real.json is written anew. What was not measured now stays in it: other models, temperatures and methods.
+than the fastest; so the plain lane that a speed is compared with is the fastest of six. A row is appended to --rows
+when it is done, and never computed twice. Then results/real.json is written anew. What was not measured now stays in
+it: other models, temperatures and methods.
 """
 
 import argparse
