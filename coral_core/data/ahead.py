@@ -97,10 +97,10 @@ class Ahead:
         for number in range(len(dialogue.users)):
             messages = dialogue.messages(texts)
             with self._tokenizing:
-                prompt = self.fit.prompt(messages)
-            room = min(spec.max_new_tokens, spec.max_length - len(prompt))
-            if room < 1:
+                prompt = self.fit.following(dialogue, texts)
+            if prompt is None:
                 break
+            room = min(spec.max_new_tokens, spec.max_length - len(prompt))
             temperature = 1.0 if spec.regenerate == "sample" else 0.0
             reply = self.endpoint.reply(messages, room, temperature, derive_seed(seed, number))
             with self._tokenizing:

@@ -64,8 +64,9 @@ def write(
     table = Table(Engine(target, keeps_features=keep is not None), max(1, min(sampling.batch_size, len(prompts))))
     written: list[list[int]] = [[] for _ in prompts]
     given: list[torch.Tensor | None] = [None for _ in prompts]
-    row_of: dict[Seat, int] = {}
+    row_of: dict[Seat, int] = {}  # of those under way: a sampler's noise takes 40 MB with 151,936 tokens
     whole: set[Seat] = set()  # answers that have ended, and stay for a round, which reads their last token
+    ended: set[int] = set()
     waiting = deque(sorted(range(len(prompts)), key=lambda row: len(prompts[row])))
 
     def take(seat: Seat, new_ids: list[int]) -> int:
@@ -86,21 +87,22 @@ def write(
         seat.memory.unread.cut(0, 0)
         if stays:
             table.leave(seat)
+        whole.discard(seat)
+        del row_of[seat]
+        ended.add(row)
         return len(new_ids)
 
     while waiting or table.seats:
-        events: list[tuple[Seat, int]] = []
+        ended, tokens = set(), 0
         while waiting and not table.full:
             row = waiting.popleft()
             sampler = Sampler(temperature=sampling.temperature, seed=derive_seed(sampling.seed, row))
-            limit = limits[row] + (0 if keep is None else 1)
-            seat, event = table.sit(Request(prompts[row], sampler, limit))
+            seat, event = table.sit(Request(prompts[row], sampler, limits[row] + int(keep is not None)))
             row_of[seat] = row
-            events.append((seat, take(seat, event.new_ids)))
+            tokens += take(seat, event.new_ids)
         for seat, event in table.step() if table.seats else ():
-            events.append((seat, take(seat, event.new_ids)))
-        ended = {row_of[seat] for seat, _ in events if seat not in table.seats}
-        advance(ended, sum(tokens for _, tokens in events))
+            tokens += take(seat, event.new_ids)
+        advance(ended, tokens)
     return [Written(*parts) for parts in zip(written, given, strict=True)]
 
 

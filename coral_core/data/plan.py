@@ -152,6 +152,18 @@ class Fit:
         self.target.refuse_strange(ids)
         return ids
 
+    def following(self, dialogue: Dialogue, answers: Sequence[str]) -> list[int] | None:
+        """The prompt of the turn behind these answers; None where none can follow, as it leaves no room for another or
+        the template refuses what was said, such as an empty answer. Raises DataError for a first one that is refused.
+        """
+        try:
+            ids = self.prompt(dialogue.messages(answers))
+        except DataError:
+            if not answers:
+                raise
+            return None
+        return ids if len(ids) < self.spec.max_length else None
+
     def measure(self, dialogue: Dialogue) -> tuple[Dialogue, int]:
         """The dialogue as the template takes it, and its tokens at most. Raises UnusableError when it is no use."""
         if not self._takes_system:

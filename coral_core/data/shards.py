@@ -14,7 +14,7 @@ from coral_core.data.prompts import Dialogue
 from coral_core.store.shard import FP8, Sample
 from coral_core.target.capture import Capture, tap
 from coral_core.target.target import Target
-from coral_core.target.template import Encoded, Turn, join
+from coral_core.target.template import Encoded, Turn, append
 
 CPU_ROWS = 8
 """Dialogues that a processor taps at once, at most: features of SmolLM2-135M come at 487 tokens/s with 8, at some 210
@@ -37,21 +37,22 @@ def answer(
         pieces = [fit.given(dialogue) for dialogue in dialogues]
         meter.advance(len(dialogues), 0)
         return pieces
-    return [join(turns) for turns in _regenerate(target, dialogues, fit, seed, meter, keep)]
+    return _regenerate(target, dialogues, fit, seed, meter, keep)
 
 
 def _regenerate(
     target: Target, dialogues: Sequence[Dialogue], fit: Fit, seed: int, meter: Meter, keep: torch.dtype | None
-) -> list[list[Turn]]:
+) -> list[list[Encoded]]:
     """Turn after turn: the words of a later turn are answered in view of the answers just written."""
     spec = fit.spec
-    turns: list[list[Turn]] = [[] for _ in dialogues]
+    pieces: list[list[Encoded]] = [[] for _ in dialogues]
     texts: list[list[str]] = [[] for _ in dialogues]
     open_rows = list(range(len(dialogues)))
     for number in range(max(len(dialogue.users) for dialogue in dialogues)):
-        prompts = {row: fit.prompt(dialogues[row].messages(texts[row])) for row in open_rows}
-        open_rows = [row for row in open_rows if len(prompts[row]) < spec.max_length]
-        meter.advance(len(prompts) - len(open_rows), 0)
+        following = {row: fit.following(dialogues[row], texts[row]) for row in open_rows}
+        prompts = {row: prompt for row, prompt in following.items() if prompt is not None}
+        meter.advance(len(open_rows) - len(prompts), 0)
+        open_rows = list(prompts)
         limits = [min(spec.max_new_tokens, spec.max_length - len(prompts[row])) for row in open_rows]
         last = {place for place, row in enumerate(open_rows) if len(dialogues[row].users) == number + 1}
         sampling = Sampling(
@@ -73,10 +74,10 @@ def _regenerate(
             advance,
         )
         for row, written in zip(open_rows, answers, strict=True):
-            turns[row].append(Turn(prompts[row], written.ids, written.given_TI))
+            append(pieces[row], Turn(prompts[row], written.ids, written.given_TI))
             texts[row].append(target.tokenizer.decode(written.ids, skip_special_tokens=True).strip())
         open_rows = [row for row in open_rows if len(dialogues[row].users) > number + 1]
-    return turns
+    return pieces
 
 
 def words_only(piece: Encoded) -> Sample:

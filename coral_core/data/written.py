@@ -71,23 +71,24 @@ class PromptWriter:
 def written_prompts(
     writer: PromptWriter, wanted: int, *, seed: int, work: Path, skipped: Skipped, progress: Progress
 ) -> Iterator[tuple[str, Dialogue]]:
-    """Different prompts with their places, `wanted` or, when the target keeps repeating itself, fewer."""
+    """Different prompts with their places, `wanted` and as many more as are asked for, since some may turn out to be of
+    no use; fewer when the target keeps repeating itself."""
     meter = Meter(progress, "prompts", wanted)
     seen: set[str] = set()
     tried = number = 0
-    while len(seen) < wanted and tried < TRIES * wanted:
-        missing = wanted - len(seen)
+    while tried < TRIES * wanted:
+        missing = max(1, wanted - len(seen))
         size = min(ROUND, max(32, missing + missing // 4))
         for text in _round(writer, size, derive_seed(seed, "prompts", number), work / f"self-{number:05d}.json", meter):
             tried += 1
             where = f"prompt {tried}"
             if not text or text in seen:
                 skipped.add(REPEATED if text else SPOILT, where)
-            elif len(seen) < wanted:
+            else:
                 seen.add(text)
                 yield where, Dialogue((text,))
         number += 1
-        meter.done = len(seen)
+        meter.done = min(len(seen), wanted)
 
 
 def _round(writer: PromptWriter, size: int, seed: int, path: Path, meter: Meter) -> list[str]:

@@ -73,8 +73,11 @@ def _read(engine: "Engine", memory: Memory, prompt: list[int], sampler: Picker, 
 def room(target: Target, prompt: Sequence[int], max_new_tokens: int) -> int:
     """New tokens that fit the target's context.
 
-    Raises DataError when the prompt alone fills it, is empty, or has a token that the target does not know.
+    Raises DataError when the prompt alone fills it, is empty, or has a token that the target does not know, and for a
+    number below 0.
     """
+    if max_new_tokens < 0:
+        raise DataError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if not prompt:
         raise DataError("the prompt has no tokens; give at least one")
     if len(prompt) >= target.max_positions:

@@ -90,7 +90,7 @@ def check_head(folder: Path, drafter: Manifest, target: Target) -> Manifest:
     facts = manifest.facts
     spec = HeadSpec(groups=facts["groups"], active=facts["active"])
     fits = {"target_fingerprint": drafter.inputs["target"], "drafter_fingerprint": drafter.fingerprint}
-    load_head(folder, spec, target.lent, **fits)
+    load_head(folder, spec, target.lent, **fits, command=AGAIN)
     return manifest
 
 

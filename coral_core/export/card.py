@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -46,7 +47,7 @@ class CardFacts:
 def hub_target(recipe: Recipe) -> str:
     """The target's Hub id; '' for a folder or a GGUF file, and for pico, which is nowhere else."""
     model = recipe.target.model
-    local = model.startswith((".", "/", "~")) or model.lower().endswith(".gguf")
+    local = model.startswith((".", "/", "~")) or model.lower().endswith(".gguf") or Path(model).is_dir()
     return model if model.count("/") == 1 and not local else ""
 
 

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 from coral_core.decoding.rounds import Round
@@ -19,6 +19,8 @@ from coral_core.decoding.table import Table
 from coral_core.serve.answer import Answer, Piece
 
 log = logging.getLogger("coral.serve")
+CLOSE_S = 2.0
+"""How long the end of the server waits for the round under way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +108,12 @@ class Worker:
         return len(self.active) + (self.joining is not None), len(self.waiting)
 
     def close(self) -> None:
-        """End after the round under way; jobs that are left are told so."""
+        """End after the round under way; jobs that are left are told so. Where it takes long, as a long prompt may, the
+        thread is left to end with the process."""
         with self.changed:
             self.closing = True
             self.changed.notify()
-        self.done.result()
+        wait([self.done], CLOSE_S)
 
     def _run(self) -> None:
         while self._wait():

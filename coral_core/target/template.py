@@ -111,14 +111,19 @@ def join(turns: Sequence[Turn]) -> list[Encoded]:
     """Turns of one dialogue as one sequence, cut where a prompt does not begin with all that was there before."""
     pieces: list[Encoded] = []
     for turn in turns:
-        last = pieces[-1] if pieces else None
-        if last and turn.prompt[: len(last.ids)] == last.ids:
-            answer = last.answer + [False] * (len(turn.prompt) - len(last.ids))
-            pieces.pop()
-        else:
-            answer = [False] * len(turn.prompt)
-        pieces.append(Encoded(turn.prompt + turn.answer, answer + [True] * len(turn.answer), turn.given_TI))
+        append(pieces, turn)
     return pieces
+
+
+def append(pieces: list[Encoded], turn: Turn) -> None:
+    """One turn more. Of a sequence that it goes on from, only its own features are kept: they are of all tokens."""
+    last = pieces[-1] if pieces else None
+    if last and turn.prompt[: len(last.ids)] == last.ids:
+        answer = last.answer + [False] * (len(turn.prompt) - len(last.ids))
+        pieces.pop()
+    else:
+        answer = [False] * len(turn.prompt)
+    pieces.append(Encoded(turn.prompt + turn.answer, answer + [True] * len(turn.answer), turn.given_TI))
 
 
 def keeps_turns(tokenizer: Any, stop_ids: Collection[int]) -> bool:
@@ -142,6 +147,12 @@ def user_turn(tokenizer: Any) -> UserTurn:
             "cannot write prompts. Set data.prompts to a file or a Hub dataset"
         )
     header, tail = text.split(SENTINEL)
+    opening = text_ids(tokenizer, header.rstrip(" "))
+    if not opening:
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} puts nothing before a user's words, so its target cannot write "
+            "prompts: there is nothing to continue. Set data.prompts to a file or a Hub dataset"
+        )
     if not tail.strip():
         raise DataError(
             f"the chat template of {_name(tokenizer)} puts nothing after a user's words, so its target cannot write "
@@ -149,7 +160,7 @@ def user_turn(tokenizer: Any) -> UserTurn:
         )
     first = text_ids(tokenizer, tail.lstrip())[:1]
     stop_ids = control_ids(tokenizer).intersection(first)
-    return UserTurn(text_ids(tokenizer, header.rstrip(" ")), stop_ids, tail.strip())
+    return UserTurn(opening, stop_ids, tail.strip())
 
 
 def closing_ids(tokenizer: Any, stop_ids: Collection[int]) -> list[int]:

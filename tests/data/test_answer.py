@@ -1,12 +1,16 @@
 """The target's batched writing: the words of `model.generate`, whoever the neighbours are."""
 
 import dataclasses
+import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 from coral_core.data.answer import Sampling, derive_seed, write
+from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
 from coral_core.target.target import Target
 from tests.tiny import FAMILIES, VOCAB, tiny_target
@@ -57,6 +61,28 @@ def test_a_seed_is_an_answer() -> None:
     first, again, other = (run(target, temperature=1.0, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("keep", [None, torch.float32])
+def test_answers_that_ended_are_let_go(monkeypatch: pytest.MonkeyPatch, keep: torch.dtype | None) -> None:
+    """A sampler holds the noise of many positions: 256 prompts of a vocabulary of 151,936 would hold 10 GB."""
+    made: list[weakref.ref[Sampler]] = []
+
+    def sampler(**keys: Any) -> Sampler:
+        one = Sampler(**keys)
+        made.append(weakref.ref(one))
+        return one
+
+    monkeypatch.setattr("coral_core.data.answer.Sampler", sampler)
+    alive: list[int] = []
+
+    def advance(ended: set[int], tokens: int) -> None:
+        gc.collect()
+        alive.append(sum(one() is not None for one in made))
+
+    prompts = make_prompts()
+    write(tiny_target(), prompts, [4] * len(prompts), ends, Sampling(temperature=1.0, batch_size=2, keep=keep), advance)
+    assert len(made) == len(prompts) and max(alive) <= 3, "two under way, and one that this round ended"
 
 
 def test_limits_and_ends() -> None:

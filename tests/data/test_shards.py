@@ -1,5 +1,6 @@
 """Answers in context, and features that do not know of their neighbours."""
 
+import pytest
 import torch
 
 from coral_core.data import shards
@@ -7,8 +8,9 @@ from coral_core.data.meter import Meter
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
 from coral_core.data.shards import answer, tap_all
+from coral_core.errors import DataError
 from coral_core.progress import silent
-from coral_core.target.template import Encoded
+from coral_core.target.template import Encoded, Turn, append
 from tests.data.helpers import CHATML, NOON, make_job, make_target
 from tests.tiny import FAMILIES, VOCAB, tiny_target
 
@@ -70,6 +72,36 @@ def test_a_later_turn_that_no_longer_fits_is_left_out(tmp_path) -> None:
     assert all(len(piece.ids) <= 60 for several in pieces for piece in several)
     assert len(pieces[1]) == 1
     assert sum(map(any, (piece.answer for piece in pieces[1]))) == 1
+
+
+def test_a_dialogue_ends_before_a_turn_that_the_template_refuses(tmp_path) -> None:
+    """Mistral's refuses an empty answer, as an end token at once leaves; the other dialogues are answered all the same.
+    Here short answers are refused."""
+    strict = CHATML.replace(
+        "{{'<|im_start|>'",
+        "{% if message['role'] == 'assistant' and message['content']|length < 6 %}"
+        "{{ raise_exception('empty') }}{% endif %}"
+        "{{'<|im_start|>'",
+        1,
+    )
+    job = make_job(tmp_path, make_target(strict), max_new_tokens=5, regenerate="greedy")
+    fit = Fit(job.target, job.recipe.data, NOON)
+    told = meter()
+    two, one = answer(job.target, [Dialogue(("a", "b")), Dialogue(("c",))], fit, 0, told)
+    assert len(two) == len(one) == 1 and told.done == 2
+    assert sum(two[0].answer) <= 5, "of the first turn alone"
+    with pytest.raises(DataError, match="refuses a dialogue: empty"):
+        fit.prompt(Dialogue(("a", "b")).messages(["x"]))
+
+
+def test_of_a_dialogue_that_goes_on_the_last_features_alone_are_kept() -> None:
+    first, second = Turn([1, 2], [3], torch.zeros(3, 1)), Turn([1, 2, 3, 4], [5], torch.ones(5, 1))
+    pieces: list[Encoded] = []
+    append(pieces, first)
+    append(pieces, second)
+    assert [piece.ids for piece in pieces] == [[1, 2, 3, 4, 5]] and pieces[0].given_TI is second.given_TI
+    append(pieces, Turn([1, 9], [3], torch.zeros(3, 1)))
+    assert len(pieces) == 2
 
 
 def test_a_dialogue_counts_as_soon_as_its_last_answer_ends(tmp_path) -> None:

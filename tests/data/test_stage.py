@@ -19,6 +19,8 @@ from coral_core.data import plan
 from coral_core.data import stage as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import INDIFFERENT, standing
+from coral_core.data.plan import Fit
+from coral_core.data.prompts import Dialogue, UnusableError
 from coral_core.data.sources import Source
 from coral_core.data.stage import prepare
 from coral_core.data.written import PromptWriter
@@ -184,6 +186,21 @@ def test_rounds_of_prompts_that_were_finished_are_not_written_again(
     written.clear()
     assert contents(prepare(make_job(tmp_path)).folder) == whole
     assert len(written) == rounds - saved > 0
+
+
+def test_a_prompt_of_no_use_is_written_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target writes as many as are wanted, and one of them is too long with the template around it."""
+    measure, refused = Fit.measure, []
+
+    def strict(fit: Fit, dialogue: Dialogue) -> tuple[Dialogue, int]:
+        if not refused:
+            refused.append(dialogue)
+            raise UnusableError("too long")
+        return measure(fit, dialogue)
+
+    monkeypatch.setattr(Fit, "measure", strict)
+    store = prepare(make_job(tmp_path))
+    assert refused and store.manifest.facts["dialogues"] == 16
 
 
 def test_keys_that_are_gone_leave_what_was_made_with_them_finished(tmp_path: Path) -> None:

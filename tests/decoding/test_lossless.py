@@ -147,6 +147,8 @@ def test_a_prompt_longer_than_the_context_is_refused() -> None:
         list(tiny_engine(target).decode(some_prompt(0, 160), Sampler(), 4))
     with pytest.raises(DataError, match="no tokens"):
         list(plain(target, [], Sampler(), 4))
+    with pytest.raises(DataError, match="max_new_tokens is -1"):
+        list(plain(target, [3], Sampler(), -1))
 
 
 def test_a_prompt_longer_than_one_prefill_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,18 @@ def oracle_engine(target: Target, answer: list[int]) -> tuple[Engine, OracleHead
     return Engine(target, tiny_drafter(target), head, TreeShape(depth=4, nodes=12, topk=3)), head
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3-mixed", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma4-shared"])
+def test_plain_turns_go_on_from_the_rows_that_are_there(family: str) -> None:
+    """A layer that reads another's rows (Gemma 4) keeps no count of its own."""
+    target = endless(family)
+    memory, said = Memory(target), words(0, 9)
+    for turn in range(3):
+        answer = ids_of(plain(target, said, Sampler(), 6, memory))
+        assert answer == ids_of(plain(target, said, Sampler(), 6))
+        said = [*said, *answer, *words(turn, 4)]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3-mixed", "gemma4-shared", "gpt2"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "T=1", "penalty"])
 def test_every_turn_is_what_it_is_without_memory(family: str, sampler: Sampler) -> None:
     """Four turns, drafted and plain by turns, one answer left in the middle."""

@@ -124,6 +124,14 @@ def test_a_path_of_this_machine_in_the_card_is_pointed_at(run):
     assert "base_model" not in made.card
 
 
+def test_a_folder_named_like_a_hub_id_is_no_hub_id(run, tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    local = dataclasses.replace(HUB_RECIPE, target=TargetSpec(model="models/mine"))
+    made = prepare(local, run, "me/drafter", "mit")
+    assert "base_model" not in made.card and any("is not on the Hub" in warning for warning in made.warnings)
+
+
 def test_another_drafters_folders_and_numbers_are_not_published(run):
     made = run / "export" / "vllm"
     manifest = Manifest.read(made, "export", "")

@@ -357,6 +357,11 @@ def test_a_dialogue_that_the_template_refuses_is_reported_in_its_words() -> None
         prompt_ids(tokenizer, [DIALOGUE[0], DIALOGUE[0]])
 
 
+def test_a_template_with_nothing_before_the_users_words_cannot_open_a_users_turn() -> None:
+    with pytest.raises(DataError, match="puts nothing before a user's words"):
+        user_turn(changed("{{ messages[0]['content'] }} said"))
+
+
 def test_a_template_that_hides_the_users_words_cannot_open_a_users_turn() -> None:
     with pytest.raises(DataError, match="leaves out the words of messages of the role user"):
         user_turn(changed("{% if add_generation_prompt %}go{% endif %}"))
