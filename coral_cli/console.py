@@ -40,6 +40,8 @@ def progress_bars(console: Console = err) -> Iterator[progress.Progress]:
         tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+            if stage in tasks and done < bars.tasks[bars.task_ids.index(tasks[stage])].completed:
+                bars.reset(tasks[stage])  # the next round of this stage starts its own clock
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total or None, completed=done, numbers="")
             bars.update(tasks[stage], completed=done, total=total or None, numbers=numbers_text(numbers))

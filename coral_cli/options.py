@@ -137,6 +137,8 @@ def drafter_from(made: Path, run: Run) -> str:
 
     if made != embedded.FOLDER or run.recipe.name == embedded.NAME:
         return f"drafter and head from {made}"
+    if (run.folder / "drafter").exists():  # a drafter that is compared, beside the run's own
+        return "a drafter and head that ship with coral, for pico"
     return f"{run.folder} has no drafter yet: this one ships with coral, for pico. Your own: coral prepare-data"
 
 

@@ -43,7 +43,8 @@ def _run(path: Path, progress: Progress) -> dict[str, Any]:
     """The stages that stand in a folder, and those that were begun; {} where there is neither."""
     known = (path / RECIPE).exists() or any((path / name / MANIFEST).exists() for name in STAGES)
     folders = [name for name in STAGES if known and (path / name).is_dir()]
-    formats = [f"{name}/{made.name}" for name in folders if name == EXPORT for made in sorted((path / name).iterdir())]
+    exported = sorted((path / EXPORT).iterdir()) if EXPORT in folders else []
+    formats = [f"{EXPORT}/{made.name}" for made in exported if made.is_dir() and not made.name.startswith(".")]
     stages, damaged = {}, []
     for name in [*(name for name in folders if name != EXPORT), *formats]:
         try:

@@ -45,7 +45,8 @@ def locked(folder: Path, command: str) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows: not while it is open
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

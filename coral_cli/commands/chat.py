@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, RunsOption, engine_of, look_at_run
 from coral_core.errors import ArtifactError, CoralError, DataError
 
@@ -44,7 +45,7 @@ def chat(
                     return
                 _do(session, line, show_drafts)
             except CoralError as error:
-                tell(str(error))
+                tell(hints.pasteable(str(error)))
             except KeyboardInterrupt:  # pressed once more, after the answer had ended
                 tell("(stopped)", "dim")
 

@@ -58,7 +58,7 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
         for folder in dict.fromkeys(method.folder for method in methods):
             tell(hints.pasteable(drafter_from(folder, run)))
         for method in methods if HELD_OUT in names else ():
-            tell(learnt_elsewhere(method, run.folder))
+            tell(hints.pasteable(learnt_elsewhere(method, run.folder)))
         plan = Plan(
             recipe=recipe,
             target=target,

@@ -83,7 +83,7 @@ def _token_map(run: Run, source: Source, target: Target, size: int | None) -> to
     try:
         questions = held_out(run.folder, run.recipe.target.model)[:MEASURED_PROMPTS]
     except ArtifactError as error:
-        tell(f"token map of {len(token_map):,} tokens, its cost not measured: {error}")
+        tell(f"token map of {len(token_map):,} tokens, its cost not measured: {hints.pasteable(str(error))}")
         return token_map
     prompts = [list(question.ids) for question in questions]
     with progress_bars() as progress:

@@ -26,8 +26,8 @@ def import_drafter(
     fetch(path)  # a slip in the path is answered before the target loads
     with open_run(arguments, runs) as run:
         manifest, with_head = bring_in(path, run.folder, load_target(run.recipe.target))
-        next_step = (
-            "coral eval" if with_head else "coral eval head.kind=full, or coral prepare-data and coral group-head"
-        )
+        next_step = "coral eval head.kind=full, or coral prepare-data and coral group-head"
+        if with_head or manifest.facts["drafter_config"].get("draft_vocab_size"):  # an LM head, grouped or of its own
+            next_step = "coral eval"
         written = f"{manifest.facts['parameters']:,} parameters written to {run.folder / 'drafter'}"
         tell(f"{written}. Next: {hints.pasteable(next_step)}")

@@ -10,8 +10,8 @@ import typer
 
 from coral_core.errors import ArtifactError
 
-MADE_BY = {"data": "prepare-data", "drafter": "train", "head": "group-head", "eval": "eval", "export": "export"}
-"""The command that makes each kind of folder, in the order in which they are to be run."""
+MADE_BY = {"data": "prepare-data", "drafter": "train", "head": "group-head", "eval": "eval"}
+"""The command that makes each kind of folder but exports, in the order in which they are to be run."""
 BAR = 40
 """Width of the histogram's longest bar."""
 
@@ -41,14 +41,17 @@ def _remedy(path: Path, found: dict[str, Any]) -> str:
     """The commands that make the damaged stages anew, with the run's own recipe."""
     from coral_core.artifacts import remedy
 
-    whole = found["kind"] == "run"
+    whole, path = found["kind"] == "run", path.resolve()
     kinds = {name.split("/")[0] for name in found["damaged"]} if whole else {found["kind"]}
-    run = path if whole else path.parent
+    run = path if whole else path.parents[1] if found["kind"] == "export" else path.parent
     recipe = run / "recipe.yaml"
     words = f" {shlex.quote(str(recipe))} --runs {shlex.quote(str(run.parent))}" if recipe.exists() else ""
+    formats = [name.split("/")[1] for name in found["damaged"] if whole and name.startswith("export/")]
+    formats += [path.name] if found["kind"] == "export" else []
     commands = [f"coral {verb}{words}" for kind, verb in MADE_BY.items() if kind in kinds]
+    commands += [f"coral export{words} --to {name}" for name in dict.fromkeys(formats)]
     imported = "; a drafter that was imported: coral import" if "drafter" in kinds else ""
-    return remedy(path.resolve(), ", then ".join(commands) + imported)
+    return remedy(path, ", then ".join(commands) + imported)
 
 
 def _print(found: dict[str, Any]) -> None:

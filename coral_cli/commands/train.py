@@ -46,7 +46,7 @@ def train(
         tapped.check()
         with progress_bars() as progress:
             measure = None
-            if run.recipe.train.eval_every:
+            if run.recipe.train.eval_every and not found.manifest:
                 prompts = tapped.prompts  # asked for first: the target takes long to load
                 measure = acceptance(run.recipe, tapped.target, prompts, progress)
             manifest, _ = train_drafter(run.recipe, run.folder, progress, measure, tapped.tap)

@@ -46,6 +46,8 @@ def main() -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 32,
     }
+    if sys.platform == "darwin":  # it refuses to set this one
+        del limits[resource.RLIMIT_AS]
     for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
     sys.addaudithook(refuse)

@@ -38,7 +38,9 @@ def load_method(contender: Contender, target: Target) -> Method:
     engine, manifest = run.engine(target), run.manifest(target)
     spec = contender.recipe.head
     head: dict[str, Any] = {"kind": spec.kind, "groups": spec.groups, "active": spec.active}
-    if spec.kind != "full":
+    if rows := engine.drafter.config.draft_vocab_size if engine.drafter else 0:
+        head = {"kind": "own", "rows": rows}
+    elif spec.kind != "full":
         made = Manifest.read(run.made / "head", "head", "coral group-head")
         head |= {key: head[key] or made.facts[key] for key in ("groups", "active")}  # what the recipe leaves open
         head["fingerprint"] = made.fingerprint

@@ -97,7 +97,7 @@ def by_cooccurrence(
 
 
 def _centres(unit_VD: torch.Tensor, groups: int, seed: int, progress: Progress) -> torch.Tensor:
-    model = MiniBatchKMeans(groups, random_state=seed, batch_size=_BATCH, n_init=1)
+    model = MiniBatchKMeans(groups, random_state=seed % (1 << 32), batch_size=_BATCH, n_init=1)
     generator = torch.Generator().manual_seed(seed)
     for step in range(_STEPS):
         progress("cluster the head", step, _STEPS, {})

@@ -165,7 +165,12 @@ class Shard:
         rows = slice(self._offsets[index], self._offsets[index + 1])
         taps = [self._read(f"tap_{tap}_", rows) for tap in range(self.taps)]
         tap_TI = torch.cat(taps, dim=1) if taps else None
-        return Sample(self._parts["ids"][rows].long(), self._parts["answer"][rows], self._read("", rows), tap_TI)
+        return Sample(*self.words(index), self._read("", rows), tap_TI)
+
+    def words(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and answer mask [T] of one sample, without its features."""
+        rows = slice(self._offsets[index], self._offsets[index + 1])
+        return self._parts["ids"][rows].long(), self._parts["answer"][rows]
 
     def _read(self, prefix: str, rows: slice) -> torch.Tensor:
         """[T, D]: features, or one tap."""

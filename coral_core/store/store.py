@@ -102,9 +102,13 @@ class Store:
         """Sample `index`, held-out ones included. Raises ArtifactError when its shard is damaged."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        shard, place = self._place(index)
+        return shard.sample(place)
+
+    def _place(self, index: int) -> tuple[Shard, int]:
+        """The shard that holds a sample, and its number there."""
         number = bisect.bisect_right(self._ends, index)
-        first = self._ends[number] - self._facts[number].samples
-        return self._shard(number).sample(index - first)
+        return self._shard(number), index - (self._ends[number] - self._facts[number].samples)
 
     def shard_indices(self, number: int) -> range:
         """The samples of one shard."""
@@ -144,11 +148,12 @@ class Store:
         return prompts
 
     def answer_counts(self) -> torch.Tensor:
-        """How often each token [V] stands in the training dialogues' answers; reads every training sample."""
+        """How often each token [V] stands in the training dialogues' answers; reads the words of every training sample."""
         count_V = torch.zeros(self.manifest.facts["vocab"], dtype=torch.int64)
         for index in self.train_indices:
-            sample = self[index]
-            count_V += torch.bincount(sample.ids_T[sample.answer_T], minlength=len(count_V))
+            shard, place = self._place(index)
+            ids_T, answer_T = shard.words(place)
+            count_V += torch.bincount(ids_T[answer_T], minlength=len(count_V))
         return count_V
 
     def lent(self) -> Lent:

@@ -122,7 +122,9 @@ class Checkpoints:
         state = self._state()
         if state is None:
             return
-        if difference := first_difference(settled(state["identity"]), settled(self.identity)):
+        was = settled(state["identity"])
+        now = {name: value for name, value in settled(self.identity).items() if name in was}  # it may be an older one's
+        if difference := first_difference(was, now):
             key, was, now = difference
             raise ArtifactError(
                 f"the unfinished training in {self.folder} has {key} {was}; this run has {now}. "

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,18 @@ def train(
     seed: int,
     work: Path,
     reports: Reports,
+    also: Mapping[str, Any] | None = None,
 ) -> Drafter:
-    """Train a drafter on a store's features, going on from the checkpoints in `work` if there are any.
+    """Train a drafter on a store's features, going on from the checkpoints in `work` if there are any: those of the same
+    identity, to which `also` belongs.
 
     With `reports.measure`, the drafter that it scored highest is returned, else the last; on the CPU, in float32.
     Raises CoralError when the loss or the gradient is not finite, before the update.
     """
     accelerator = make_accelerator(spec, work)
     trainer = Trainer(spec, store, seed, accelerator)
-    checkpoints = Checkpoints(work / "checkpoints", identity(spec, store, seed, accelerator.num_processes))
+    who = identity(spec, store, seed, accelerator.num_processes) | dict(also or {})
+    checkpoints = Checkpoints(work / "checkpoints", who)
     trainer.restore(checkpoints.load())
     meter = Meter(accelerator)
     micro_batches = trainer.micro_batches()

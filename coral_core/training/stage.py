@@ -55,7 +55,8 @@ def train_drafter(
     if finished := drafter_standing(recipe, run).manifest:
         return finished, False
     state, work = processes(), partial(final)
-    who = identity(recipe.train, store, recipe.seed, state.num_processes)
+    also = _also(recipe, inputs)
+    who = identity(recipe.train, store, recipe.seed, state.num_processes) | also
     checkpoints = Checkpoints(work / CHECKPOINTS, who)
     checkpoints.refuse_stranger()
     lines: list[dict[str, Any]] = []
@@ -64,7 +65,7 @@ def train_drafter(
         state.wait_for_everyone()
         with _log_file(run / "log.jsonl", lines) as log:
             reports = Reports(log, progress, measure)
-            drafter = train(recipe.train, store, seed=recipe.seed, work=work, reports=reports)
+            drafter = train(recipe.train, store, seed=recipe.seed, work=work, reports=reports, also=also)
         facts = _facts(store, drafter, lines, checkpoints.best() if measure else None)
         sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
         manifest = Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
@@ -75,6 +76,12 @@ def train_drafter(
             manifest.write(work)
     state.wait_for_everyone()
     return manifest, True
+
+
+def _also(recipe: Recipe, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a drafter besides data and keys: where it starts from, and how the best is told."""
+    start = {name: value for name, value in inputs.items() if name == "init_from"}
+    return start | ({"decode": to_mapping(recipe)["decode"]} if recipe.train.eval_every else {})
 
 
 def drafter_standing(recipe: Recipe, run: Path) -> Standing:
@@ -88,7 +95,13 @@ def _inputs(recipe: Recipe, store: Store) -> dict[str, str]:
     """Fingerprints of what a training reads."""
     inputs = {"target": store.manifest.inputs["target"], "data": store.manifest.fingerprint}
     if start := recipe.train.init_from:
-        inputs["init_from"] = Manifest.read(Path(start), "drafter", "coral train, or set train.init_from").fingerprint
+        try:
+            inputs["init_from"] = Manifest.read(Path(start), "drafter", "coral train").fingerprint
+        except ArtifactError as error:
+            reason = str(error).partition(". ")[0]
+            raise ArtifactError(
+                f"train.init_from is {start}: {reason}. Set it to the folder of a drafter, such as runs/NAME/drafter"
+            ) from error
     return inputs
 
 

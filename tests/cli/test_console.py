@@ -40,6 +40,15 @@ def test_a_resumed_stage_reckons_from_where_it_began(monkeypatch):
     assert log(monkeypatch, calls) == ["train 500/1,000", "train 600/1,000, 40 s left, loss 1.25"]
 
 
+def test_a_bar_of_a_stage_that_comes_again_has_a_clock_of_its_own():
+    """The second round is not shown as ended, with the first one's time."""
+    buffer = io.StringIO()
+    with console.progress_bars(Console(file=buffer, width=80, force_terminal=True)) as progress:
+        for done in (0, 1, 2, 0, 1):
+            progress("acceptance", done, 2, {})
+    assert "-:--" in buffer.getvalue().split("acceptance")[-1]
+
+
 def test_an_unknown_total_has_no_time_left(monkeypatch):
     assert log(monkeypatch, [(0.0, "x", 0, 0, {}), (20.0, "x", 7, 0, {})]) == ["x 0", "x 7"]
 

@@ -80,6 +80,20 @@ def test_a_run_and_what_of_it_is_unfinished(tmp_path: Path) -> None:
     assert (list(found["stages"]), found["unfinished"]) == (["data", "drafter"], ["head"])
 
 
+def test_exports_are_folders_and_are_made_again_by_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path)
+    (folder / "export" / ".vllm.partial").mkdir(parents=True)
+    (folder / "export" / "notes.txt").write_text("mine")
+    assert coral(folder).exit_code == 0, "what a failed export left, and a note, are no damage"
+    shutil.copytree(PICO / "drafter", folder / "export" / "vllm")
+    (folder / "export" / "vllm" / "manifest.json").write_text("{")
+    run = f"{folder / 'recipe.yaml'} --runs {folder.parent}"
+    assert f"damaged: export/vllm/manifest.json. Run: coral export {run} --to vllm" in coral(folder).stderr
+    (folder / "data" / "shard-00000.safetensors").unlink()
+    monkeypatch.chdir(folder)
+    assert f"Run: coral prepare-data {run}" in coral(".").stderr, "from inside the run too"
+
+
 @pytest.mark.parametrize("kind", ["drafter", "head"])
 def test_what_ships_with_coral(tmp_path: Path, kind: str) -> None:
     found = json.loads(coral(PICO / kind, "--json").stdout)

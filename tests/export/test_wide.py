@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from coral_core.artifacts import Manifest
+from coral_core.bench.contenders import Contender
+from coral_core.bench.methods import load_method
 from coral_core.drafter.checkpoint import read_checkpoint
 from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError, TargetError
@@ -15,6 +17,7 @@ from coral_core.export import gguf_file
 from coral_core.export.bring_in import bring_in
 from coral_core.export.run import GGUF, export_engine, formats, serve_command
 from coral_core.export.wide import WIDE
+from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import Recipe
 from tests.export.helpers import publish, random_drafter
 from tests.export.reference import WideReference
@@ -90,6 +93,9 @@ def test_export_and_import_leave_every_bit(tmp_path, to, rows):
     assert back.config.draft_vocab_size == rows
     assert all(torch.equal(back.state_dict()[name], value) for name, value in drafter.state_dict().items())
     if rows:
+        recipe = load_recipe(None, ["name=b", "decode.tree=fixed", "decode.draft_nodes=4", "decode.draft_depth=2"])
+        method = load_method(Contender(recipe, tmp_path / "b", "b"), target)
+        assert method.facts["head"] == {"kind": "own", "rows": rows}, "and no grouped head is asked for"
         assert back.draft_tokens.tolist() == list(range(VOCAB - rows, VOCAB))
         assert torch.equal(back.lm_head.weight, target.lent.head_VD[back.draft_tokens])
         assert load_file(folder / "model.safetensors")["t2d"].nonzero()[:, 0].tolist() == back.draft_tokens.tolist()

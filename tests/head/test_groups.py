@@ -52,6 +52,8 @@ def test_kmeans_finds_the_clusters_that_are_there() -> None:
     direction = torch.eye(3).repeat(4, 1)
     rows_VD = direction + 0.05 * torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
     group_V = by_kmeans(rows_VD, 3, count_V=torch.ones(12)).group_V
+    far = by_kmeans(rows_VD, 3, count_V=torch.ones(12), seed=1 << 32)  # more bits than scikit-learn takes
+    assert far.is_whole(12)
     assert [len(set(group_V[bundle::3].tolist())) for bundle in range(3)] == [1, 1, 1]
 
 

@@ -1,8 +1,11 @@
 """What a training would take is counted from the store, and nothing of a training is begun."""
 
+import time
+
 import pytest
 
 from coral_core.training.estimate import estimate
+from coral_core.training.trainer import Trainer
 from tests.training.helpers import tiny_drafter, tiny_spec, tiny_store
 
 
@@ -16,6 +19,22 @@ def test_steps_epochs_and_tokens_are_those_of_the_training(tmp_path):
     assert expected.tokens == pytest.approx(240 * mean, rel=0.3)
     assert expected.elapsed_s > 0 and expected.peak_bytes > 1e7
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_reading_and_updating_are_timed(tmp_path, monkeypatch):
+    """Where the target answers for the features, reading is most of a step; AdamW's moments are memory."""
+    read, updated = Trainer.micro_batches, []
+
+    def slow(trainer):
+        for micro in read(trainer):
+            time.sleep(0.05)
+            yield micro
+
+    monkeypatch.setattr(Trainer, "micro_batches", slow)
+    update = Trainer.update
+    monkeypatch.setattr(Trainer, "update", lambda trainer: updated.append(trainer.step) or update(trainer))
+    expected = estimate(tiny_spec(steps=30, batch_size=4), tiny_store(tmp_path / "data", samples=12), seed=0)
+    assert expected.elapsed_s > 30 * 0.05 * 0.6 and len(updated) == 4 and len(set(updated)) == 1
 
 
 def test_more_steps_take_as_much_more(tmp_path):

@@ -103,6 +103,40 @@ def test_an_unfinished_training_of_another_recipe_is_kept_and_named(run):
     assert (run / ".drafter.partial" / "checkpoints" / "latest").exists()
 
 
+def test_the_best_is_told_by_one_decoding_and_an_unfinished_training_starts_from_one_drafter(run, tmp_path):
+    """Scores with a deeper tree do not compare; a drafter that was trained anew is another start."""
+
+    def interrupt(_stage, done, _total, _numbers):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    train_drafter(RECIPE, run)
+    start = tmp_path / "start"
+    (run / "drafter").rename(start)
+    spec = dataclasses.replace(RECIPE.train, eval_every=2, init_from=str(start))
+    recipe = dataclasses.replace(RECIPE, train=spec)
+    with pytest.raises(KeyboardInterrupt):
+        train_drafter(recipe, run, interrupt, lambda drafter: 1.0)
+    deeper = dataclasses.replace(recipe, decode=dataclasses.replace(recipe.decode, draft_depth=3))
+    with pytest.raises(ArtifactError, match=r"decode\.draft_depth \d+; this run has 3\. Give decode\.draft_depth"):
+        train_drafter(deeper, run, measure=lambda drafter: 1.0)
+    made = Manifest.read(start, "drafter", "")
+    dataclasses.replace(made, fingerprint="e" * 16).write(start)
+    with pytest.raises(ArtifactError, match=r"init_from \w+; this run has e{16}\. .* --restart"):
+        train_drafter(recipe, run, measure=lambda drafter: 1.0)
+    assert (run / ".drafter.partial" / "checkpoints" / "latest").exists()
+    made.write(start)
+    assert train_drafter(recipe, run, measure=lambda drafter: 1.0)[1]
+
+
+def test_a_start_that_is_no_drafter_is_named_with_what_to_give(run):
+    recipe = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, init_from="runs/typo"))
+    with pytest.raises(
+        ArtifactError, match=r"train\.init_from is runs/typo: no drafter in .*such as runs/NAME/drafter"
+    ):
+        train_drafter(recipe, run)
+
+
 def test_what_an_earlier_version_began_or_finished_is_known(run):
     """Its recipe lacked some keys, and said others that are always so now: no key that differs in its meaning."""
 
