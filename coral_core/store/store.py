@@ -148,7 +148,7 @@ class Store:
         return prompts
 
     def answer_counts(self) -> torch.Tensor:
-        """How often each token [V] stands in the training dialogues' answers; reads the words of every training sample."""
+        """How often each token [V] stands in the training dialogues' answers; reads every training sample's words."""
         count_V = torch.zeros(self.manifest.facts["vocab"], dtype=torch.int64)
         for index in self.train_indices:
             shard, place = self._place(index)

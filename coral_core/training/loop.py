@@ -56,11 +56,11 @@ def train(
     reports: Reports,
     also: Mapping[str, Any] | None = None,
 ) -> Drafter:
-    """Train a drafter on a store's features, going on from the checkpoints in `work` if there are any: those of the same
-    identity, to which `also` belongs.
+    """Train a drafter on a store's features, going on from the checkpoints in `work` if there are any.
 
-    With `reports.measure`, the drafter that it scored highest is returned, else the last; on the CPU, in float32.
-    Raises CoralError when the loss or the gradient is not finite, before the update.
+    These must be of the same identity, to which `also` belongs. With `reports.measure`, the drafter that it scored
+    highest is returned, else the last; on the CPU, in float32. Raises CoralError when the loss or the gradient is not
+    finite, before the update.
     """
     accelerator = make_accelerator(spec, work)
     trainer = Trainer(spec, store, seed, accelerator)
