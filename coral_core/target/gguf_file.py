@@ -1,6 +1,6 @@
 """GGUF files as targets: dequantised once, and kept as an ordinary folder of transformers.
 
-    CACHE/coral/gguf/SHA256-DTYPE/   config, weights, tokenizer with its chat template
+    CACHE/coral/gguf/SHA256-DTYPE-FORM/   config, weights, tokenizer with its chat template
     CACHE/coral/gguf/sums/           checksums of files that were read before, so that a start need not read them again
 
 CACHE is the Hugging Face libraries' own (HF_ASSETS_CACHE, else HF_HOME/assets). A folder may be removed at any time.
@@ -21,11 +21,14 @@ import torch
 from coral_core import hub
 from coral_core.artifacts import file_sha256, fingerprint, write_text
 from coral_core.errors import TargetError, first_line
+from coral_core.target import gguf_rope
 
 ON_THE_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)", re.IGNORECASE)
 CHAT_TEMPLATE = "chat_template.jinja"
 END_IDS = ("eos", "eot", "eom")
-"""Tokens at which llama.cpp ends an answer: end of sequence, of turn, of message."""
+"""Tokens that a file names as ends: of the sequence, of a turn, of a message. Many name the first alone."""
+FORM = 2
+"""Of what is made of a file; folders of another one are left alone, and may be removed."""
 INSTEAD = "Set target.model to a whole GGUF file, or to the model's own folder or Hub id"
 
 
@@ -120,35 +123,41 @@ def _known(file: Path, cache: Path, dtype: torch.dtype) -> Path | None:
     known = _sum_file(file, cache)
     if not known.exists():
         return None
-    return cache / f"{known.read_text(encoding='utf-8')}-{str(dtype).removeprefix('torch.')}"
+    return cache / f"{known.read_text(encoding='utf-8')}-{str(dtype).removeprefix('torch.')}-{FORM}"
 
 
 def _check(file: Path) -> None:
     """Raises TargetError for a file that lacks what a target needs, before minutes are spent on it."""
     if importlib.util.find_spec("gguf") is None:
         raise TargetError(f"reading {file} needs the package gguf. Run: pip install 'coral-decoding[gguf]'")
-    fields = _fields(file)
+    fields, _ = _read(file)
     if "general.architecture" not in fields:
         raise TargetError(f"{file} does not say of which architecture its model is. {INSTEAD}")
     if (fields.get("split.count") or 1) > 1:
+        first = file.with_name(re.sub(r"-\d{5}-of-", "-00001-of-", file.name))
         raise TargetError(
             f"{file} is one of {fields['split.count']} parts. "
-            f"Join them with: llama-gguf-split --merge {file} WHOLE.gguf"
+            f"Join them with: llama-gguf-split --merge {first} WHOLE.gguf"
         )
     if "tokenizer.ggml.tokens" not in fields:
         raise TargetError(f"{file} holds no tokenizer. {INSTEAD}")
+    gguf_rope.scaling(file, *_read(file))
 
 
-def _fields(file: Path) -> dict[str, Any]:
-    """The file's metadata; of an array, how long it is. Raises TargetError when the file ends early or is damaged."""
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The file's metadata, of an array how long it is; and its tensors by name, as `gguf` has them.
+
+    Raises TargetError when the file ends early or is damaged.
+    """
     import gguf
 
     try:
-        fields = gguf.GGUFReader(file).fields
-        return {
+        reader = gguf.GGUFReader(file)
+        fields = {
             name: len(field.data) if field.types[:1] == [gguf.GGUFValueType.ARRAY] else field.contents()
-            for name, field in fields.items()
+            for name, field in reader.fields.items()
         }
+        return fields, {tensor.name: tensor for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise TargetError(
             f"{file} is damaged, or was cut off while it was copied ({first_line(error)}). Fetch it again"
@@ -176,7 +185,8 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise TargetError(f"{file} lacks {len(missing)} of its model's tensors, {missing[0]} among them. {INSTEAD}")
-    fields = _fields(file)
+    fields, tensors = _read(file)
+    gguf_rope.apply(model.config, fields, gguf_rope.scaling(file, fields, tensors))
     ends = [int(fields[key]) for name in END_IDS if (key := f"tokenizer.ggml.{name}_token_id") in fields]
     model.generation_config.eos_token_id = sorted(set(ends)) or tokenizer.eos_token_id
     model.hf_quantizer = None  # the weights are plain: nothing of the file's form is left

@@ -20,18 +20,26 @@ def choose(tokenizer: Any, chosen: str) -> list[int]:
     tokenizer.chat_template = _read(chosen)
     if chosen == "plain" and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token }}", "")
-    dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL}]
     try:
-        tail = render(tokenizer, dialogue).rpartition(SENTINEL)[2]
+        tail, ends = ending(tokenizer)
     except DataError as error:
         raise TargetError(f"target.chat_template is '{chosen}': {error}") from error
-    ends = [token for token in text_ids(tokenizer, tail) if token in control_ids(tokenizer)][:1]
     if chosen in NAMED and chosen != "plain" and not ends:
         raise TargetError(
             f"target.chat_template is '{chosen}', which ends an answer with {tail.strip() or 'the end-of-text token'}, "
             "and the tokenizer has no such token: no answer would end. Set target.chat_template=plain"
         )
     return ends
+
+
+def ending(tokenizer: Any) -> tuple[str, list[int]]:
+    """What the template puts behind an answer, and the control token in it that ends one, where there is one.
+
+    Raises DataError for a tokenizer without a template, or one that does not render.
+    """
+    dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL}]
+    tail = render(tokenizer, dialogue).rpartition(SENTINEL)[2]
+    return tail, [token for token in text_ids(tokenizer, tail) if token in control_ids(tokenizer)][:1]
 
 
 def _read(chosen: str) -> str:

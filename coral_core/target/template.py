@@ -147,16 +147,16 @@ def user_turn(tokenizer: Any) -> UserTurn:
             "cannot write prompts. Set data.prompts to a file or a Hub dataset"
         )
     header, tail = text.split(SENTINEL)
+    if not tail.strip():
+        raise DataError(
+            f"the chat template of {_name(tokenizer)} puts nothing after a user's words, so its target cannot write "
+            "prompts: they would not end. Set data.prompts to a file or a Hub dataset"
+        )
     opening = text_ids(tokenizer, header.rstrip(" "))
     if not opening:
         raise DataError(
             f"the chat template of {_name(tokenizer)} puts nothing before a user's words, so its target cannot write "
             "prompts: there is nothing to continue. Set data.prompts to a file or a Hub dataset"
-        )
-    if not tail.strip():
-        raise DataError(
-            f"the chat template of {_name(tokenizer)} puts nothing after a user's words, so its target cannot write "
-            "prompts: they would not end. Set data.prompts to a file or a Hub dataset"
         )
     first = text_ids(tokenizer, tail.lstrip())[:1]
     stop_ids = control_ids(tokenizer).intersection(first)

@@ -13,7 +13,7 @@ import transformers
 from coral_core import embedded
 from coral_core.errors import TargetError
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import gguf_file
+from coral_core.target import gguf_file, gguf_rope
 from coral_core.target.load import load_target
 from tests.tiny import SHAPE, tiny_target
 
@@ -45,7 +45,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write(path: Path, **changes: Any) -> Path:
     """tiny_target("llama") as a GGUF file in float32, as llama.cpp's converter lays it out.
 
-    `changes`: architecture, tokens, template, split (of so many files), leave_out (a tensor's name).
+    `changes`: architecture, tokens, template, split (of so many files), leave_out (a tensor's name), more (tensors
+    besides), floats (of metadata), strings (likewise), eos (and no end of a turn).
     """
     writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
     writer.add_context_length(SHAPE["max_position_embeddings"])
@@ -65,11 +66,16 @@ def write(path: Path, **changes: Any) -> Path:
         writer.add_token_types([3] * 4 + [1] * 92)
         writer.add_token_merges(["a b"])
         writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
-        writer.add_eot_token_id(3)
+        writer.add_eos_token_id(changes.get("eos", 2))
+        if "eos" not in changes:
+            writer.add_eot_token_id(3)
     if template := changes.get("template", TEMPLATE):
         writer.add_chat_template(template)
-    for name, values in tensors():
+    for name, number in changes.get("floats", {}).items():
+        writer.add_float32(name, number)
+    for name, text in changes.get("strings", {}).items():
+        writer.add_string(name, text)
+    for name, values in [*tensors(), *changes.get("more", {}).items()]:
         if name != changes.get("leave_out"):
             writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -109,6 +115,61 @@ def test_it_answers_as_the_model_that_it_was_made_from(tmp_path: Path) -> None:
     assert target.stop_ids == {2, 3}  # the end of the sequence, and of a turn
     assert target.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab<e>"
     assert target.tokenizer("ab<e>")["input_ids"] == [95, 2]
+
+
+def angles(target: Any) -> torch.Tensor:
+    """How far each half of a head's dimensions turns from one position to the next."""
+    return target.model.base_model.rotary_emb.inv_freq
+
+
+def test_the_scaling_of_the_rotary_embedding_is_read(tmp_path: Path) -> None:
+    """transformers leaves it out of a GGUF: Llama 3.1's is a tensor, YaRN's and Gemma 3's are metadata."""
+    plain_E = angles(load(write(tmp_path / "plain.gguf")))
+    config = transformers.LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "llama3", "factor": 8.0, **gguf_rope.LLAMA3}
+    )
+    wanted_E = transformers.LlamaForCausalLM(config).model.rotary_emb.inv_freq
+    factor_E = (plain_E / wanted_E).numpy()
+    assert factor_E.min() == 1 and factor_E.max() > 2
+    tensor = {"rope_freqs.weight": factor_E}
+    torch.testing.assert_close(angles(load(write(tmp_path / "llama3.gguf", more=tensor))), wanted_E)
+    scaled = {"floats": {"llama.rope.scaling.factor": 4.0}, "strings": {"llama.rope.scaling.type": "linear"}}
+    torch.testing.assert_close(angles(load(write(tmp_path / "linear.gguf", **scaled))), plain_E / 4)
+    scaled["strings"] = {"llama.rope.scaling.type": "yarn"}
+    yarn = load(write(tmp_path / "yarn.gguf", **scaled))
+    assert yarn.model.config.rope_parameters["rope_type"] == "yarn" and yarn.model.config.rope_parameters["factor"] == 4
+    scaled["strings"] = {"llama.rope.scaling.type": "none"}
+    torch.testing.assert_close(angles(load(write(tmp_path / "none.gguf", **scaled))), plain_E)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"more": {"rope_freqs.weight": np.array([1, 2, 3, 5], np.float32)}},
+        {"more": {"rope_factors_long.weight": np.ones(4, np.float32)}},
+        {"strings": {"llama.rope.scaling.type": "longrope"}, "floats": {"llama.rope.scaling.factor": 4.0}},
+        {"strings": {"llama.rope.scaling.type": "new"}, "floats": {"llama.rope.scaling.factor": 4.0}},
+    ],
+)
+def test_a_scaling_that_is_not_known_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(TargetError, match="scales its rotary embedding in a way that is not read"):
+        load(write(tmp_path / "odd.gguf", **changes))
+
+
+def test_gemmas_global_layers_are_scaled_and_the_largest_ones_attention_too() -> None:
+    config = transformers.Gemma3TextConfig(
+        hidden_size=64, num_attention_heads=4, head_dim=8, num_hidden_layers=62, layer_types=["full_attention"] * 62
+    )
+    gguf_rope.apply(config, {"general.architecture": "gemma3"}, {"rope_type": "linear", "factor": 8.0})
+    assert config.rope_parameters["full_attention"]["factor"] == 8.0
+    assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"
+    assert config.query_pre_attn_scalar == 16
+
+
+def test_an_answer_ends_where_the_template_ends_it(tmp_path: Path) -> None:
+    """Gemma's and Phi-3's files name the end of the text alone, and their turns end with another token."""
+    assert load(write(tmp_path / "tiny.gguf", eos=0)).stop_ids == {0, 2}
+    assert load(write(tmp_path / "bare.gguf", eos=0, template="")).stop_ids == {0}
 
 
 def test_it_is_converted_once_and_again_when_it_changes(tmp_path: Path, cache: Path) -> None:
@@ -165,7 +226,7 @@ def test_of_two_processes_at_once_one_converts(tmp_path: Path, cache: Path) -> N
     assert [process.exitcode for process in both] == [0, 0]
     made.get()
     assert made.empty()
-    assert len([name for name in cache.iterdir() if name.name.endswith("float32")]) == 1
+    assert len([name for name in cache.iterdir() if name.name.endswith(f"float32-{gguf_file.FORM}")]) == 1
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
