@@ -21,11 +21,15 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.sampling import Ahead, Sampler
+from coral_core.decoding.step import room
 from coral_core.decoding.tree import Draft, Verdict, walk
 from coral_core.errors import DataError, TargetError
 from coral_core.recipe.loader import load_recipe
 from coral_core.run import Run
 from coral_core.target.load import wrap
+
+NO_TEXT = ("pixel_", "image_", "video_", "audio", "input_features", "inputs_embeds")
+"""How the arguments of `generate` begin by which a model is given something else than tokens."""
 
 
 @dataclasses.dataclass
@@ -42,6 +46,8 @@ class Stepper:
     """The target's own logits per token, where asked for."""
     scores: tuple[torch.Tensor, ...] | None
     """The processed ones, where asked for."""
+    end: int
+    """Length of `ids_BT` at which the answer ends at the latest: a draft may reach beyond the target's context."""
     done: bool = False
 
     looks_back = False
@@ -61,7 +67,7 @@ class Stepper:
         else:
             picked_1 = scores_1V.argmax(-1)
         self.ids_BT = torch.cat((self.ids_BT, picked_1[:, None]), dim=1)
-        self.done = bool(self.criteria(self.ids_BT, self.scores).all())
+        self.done = bool(self.criteria(self.ids_BT, self.scores).all()) or self.ids_BT.shape[1] >= self.end
         if self.streamer is not None:
             self.streamer.put(picked_1.cpu())
         return picked_1.to(device)
@@ -112,11 +118,15 @@ class Speculate:
 
         `streamer` comes from the caller's frame where transformers does not pass it. An answer ends, besides where
         `generate` would end it, at the end of the target's context. Raises DataError for what coral does not do:
-        several rows, beams, a cache of the user's own, attentions and hidden states; TargetError for another model.
+        several rows, beams, images, embeddings, a cache of the user's own, attentions and hidden states; TargetError
+        for another model.
         """
         streamer = streamer or _dropped_streamer()
         self._refuse(model, input_ids, generation_config, model_kwargs)
         wants = generation_config.return_dict_in_generate
+        mask_BT = model_kwargs.get("attention_mask")
+        prompt = (input_ids if mask_BT is None else input_ids[mask_BT.bool()]).flatten().tolist()
+        most = room(self.engine.target, prompt, generation_config.max_length - input_ids.shape[1])
         stepper = Stepper(
             ids_BT=input_ids,
             processors=logits_processor,
@@ -125,12 +135,11 @@ class Speculate:
             streamer=streamer,
             logits=() if wants and generation_config.output_logits else None,
             scores=() if wants and generation_config.output_scores else None,
+            end=input_ids.shape[1] + most,
         )
-        mask_BT = model_kwargs.get("attention_mask")
-        prompt = (input_ids if mask_BT is None else input_ids[mask_BT.bool()]).flatten().tolist()
         # The criteria decide where the answer ends, the model's stop tokens among them.
         engine = dataclasses.replace(self.engine, target=dataclasses.replace(self.engine.target, stop_ids=frozenset()))
-        for _ in engine.decode(prompt, stepper, generation_config.max_length - input_ids.shape[1]):
+        for _ in engine.decode(prompt, stepper, most):
             if stepper.done:
                 break
         if streamer is not None:
@@ -150,6 +159,8 @@ class Speculate:
         cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))  # transformers 5.24 renamed it
         if getattr(cache, "_is_user_defined", False) or (cache is not None and cache.get_seq_length() > 0):
             raise DataError("past_key_values: coral keeps a cache of its own; leave it out and give the whole prompt")
+        if given := [name for name, value in model_kwargs.items() if value is not None and name.startswith(NO_TEXT)]:
+            raise DataError(f"{given[0]}: coral decodes text alone; leave it out, or generate without custom_generate")
         if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
             raise DataError("output_attentions and output_hidden_states: coral returns neither; leave them out")
 

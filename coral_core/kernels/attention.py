@@ -53,6 +53,8 @@ def attend(
     """[B,T,H,E] of queries [B,H,T,E] over keys and values [B,J,K,E], in the form that transformers asks for."""
     layout = getattr(attention_mask, "columns", None)
     if layout is not None:
+        if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
+            raise NotImplementedError("exact attention with a bias, a cap or sinks")  # found by the probe, at loading
         return exact.attention(query, key, value, layout, kwargs.get("scaling")), None
     strange = kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None or kwargs.get("dropout")
     causal = attention_mask is None and query.shape[2] > 1

@@ -92,8 +92,11 @@ def _shared(fields: Fields) -> Fields:
     options = fields.get("stream_options", {})
     if not isinstance(options, dict) or not isinstance(options.get("include_usage", False), bool):
         raise Refusal("'stream_options' must be an object such as {\"include_usage\": true}", param="stream_options")
+    sampling = {name: _given(fields, name, check) for name, check in SAMPLING.items() if name in fields}
+    if sampling.get("top_k") == -1:  # vLLM's word for off
+        sampling["top_k"] = 0
     return {
-        "sampling": {name: _given(fields, name, check) for name, check in SAMPLING.items() if name in fields},
+        "sampling": sampling,
         "stops": _stops(fields.get("stop", [])),
         "stream": bool(_given(fields, "stream", _switch)),
         "include_usage": options.get("include_usage", False),
@@ -186,7 +189,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 SAMPLING: dict[str, Callable[[Any], str | None]] = {
     "temperature": _number(0, 2),
     "top_p": _number(1e-6, 1),
-    "top_k": _whole(0),
+    "top_k": _whole(-1),
     "min_p": _number(0, 1),
     "repetition_penalty": _number(1e-2, 10),
     "seed": _whole(-(2**63), 2**63 - 1),

@@ -12,8 +12,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from coral_core.api.generate import Speculate
-from coral_core.decoding.engine import Engine
+from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.sampling import Sampler
 from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import DataError, TargetError
 from tests.decoding.test_lossless import some_prompt
@@ -141,6 +142,21 @@ def test_the_generation_config_decides_where_an_answer_ends() -> None:
     assert len(assert_same(both(prompt, eos_token_id=None, max_new_tokens=1))) == 7
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_an_answer_ends_with_the_context_however_far_a_draft_reaches(seed: int) -> None:
+    coral = speculate()
+    target = coral.engine.target
+    prompt = some_prompt(seed, target.max_positions - 7)
+    ids = target.model.generate(
+        torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, custom_generate=coral
+    )
+    endless = dataclasses.replace(target, stop_ids=frozenset())
+    assert ids[0, len(prompt) :].tolist() == [
+        token for event in plain(endless, prompt, Sampler(), NEW) for token in event.new_ids
+    ]
+    assert ids.shape[1] == target.max_positions
+
+
 def test_a_padded_prompt() -> None:
     """The padding is not decoded; a repetition penalty leaves it out."""
     prompt = some_prompt(4, 6)
@@ -166,6 +182,8 @@ def test_what_coral_cannot_do_is_refused_by_name() -> None:
         generate(prompt, past_key_values=transformers.DynamicCache(config=model.config))
     with pytest.raises(DataError, match="output_attentions"):
         generate(prompt, return_dict_in_generate=True, output_hidden_states=True)
+    with pytest.raises(DataError, match="pixel_values: coral decodes text alone"):
+        coral(model, prompt, [], [], transformers.GenerationConfig(max_length=9), pixel_values=torch.ones(1))
     other = dataclasses.replace(tiny_target("llama"), model=tiny_target("qwen2").model)
     stranger = Speculate(dataclasses.replace(coral.engine, target=other))
     with pytest.raises(TargetError, match="made for another model"):

@@ -37,6 +37,10 @@ def test_a_completion_takes_a_text_or_ids(prompt: object, text: str | None, ids:
     assert (ask.text, ask.ids, ask.messages, ask.max_new_tokens) == (text, ids, None, 3)
 
 
+def test_vllms_word_for_no_top_k_is_taken() -> None:
+    assert read_chat(HELLO | {"top_k": -1}).sampling == {"top_k": 0}
+
+
 def test_null_is_absent() -> None:
     fields = parse(b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stop": null, "seed": null}')
     ask = read_chat(fields)
@@ -69,7 +73,7 @@ WRONG = {
     "max_completion_tokens": [0, []],
     "temperature": [-0.1, 2.1, "0", True, [], 1e400],
     "top_p": [0, 1.1, "x"],
-    "top_k": [-1, 0.5],
+    "top_k": [-2, 0.5],
     "min_p": [2, -1],
     "repetition_penalty": [0, 11],
     "seed": [0.5, "x", 2**63, False],
