@@ -29,6 +29,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     by_kind["raced"] = raced
     found: dict[str, Any] = {"questions": {kind: asked(some) for kind, some in by_kind.items() if some}}
     found |= rounds_figures([row for row in counted if row["temperature"] == 0])
+    if sampled := coral_over_others([row for row in counted if row["temperature"] == 1], STEPS):
+        found["equal_steps_sampled"] = sampled  # greedy ones: equal_steps
     found |= speed_figures([row for row in raced if row["temperature"] == 0], ships(counted))
     equal = [lane["equal"] for row in raced for lane in row["lanes"].values() if "equal" in lane]
     return found | {"lossless_share": fmean(equal) if equal else None}

@@ -75,6 +75,8 @@ def test_methods_of_equal_steps_are_compared_apart() -> None:
     assert found["tau"] == {"coral": 4.0, "coral-steps": 4.0, "hass": 3.75, "hass-steps": 3.75}
     assert found["coral_over_hass"] == pytest.approx(4 / 3), "the seed that both have"
     assert found["equal_steps"]["coral_over_hass"] == pytest.approx(32 / 30), "both seeds"
+    sampled = [{**one, "temperature": 1.0} for one in steps]
+    assert real_figures.figures(sampled)["equal_steps_sampled"] == found["equal_steps"]
     assert found["questions"]["counted, steps"] == {"T = 0": 1} and "equal_steps" not in real_figures.figures(
         counted("gsm8k", "a")
     )
