@@ -130,7 +130,7 @@ def _check(file: Path) -> None:
     """Raises TargetError for a file that lacks what a target needs, before minutes are spent on it."""
     if importlib.util.find_spec("gguf") is None:
         raise TargetError(f"reading {file} needs the package gguf. Run: pip install 'coral-decoding[gguf]'")
-    fields, _ = _read(file)
+    fields, tensors = _read(file)
     if "general.architecture" not in fields:
         raise TargetError(f"{file} does not say of which architecture its model is. {INSTEAD}")
     if (fields.get("split.count") or 1) > 1:
@@ -141,7 +141,7 @@ def _check(file: Path) -> None:
         )
     if "tokenizer.ggml.tokens" not in fields:
         raise TargetError(f"{file} holds no tokenizer. {INSTEAD}")
-    gguf_rope.scaling(file, *_read(file))
+    gguf_rope.scaling(file, fields, tensors)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,7 +23,8 @@ YARN |= {"yarn_beta_slow": "beta_slow"}
 NARROW = {("gemma2", 46), ("gemma3", 62)}
 """Architecture and layers of the 27B models, whose scores are divided by the root of hidden / heads, not of the head's
 width (llama.cpp, `f_attention_scale`)."""
-READ_BY_TRANSFORMERS = ("gpt-oss",)
+READ_BY_TRANSFORMERS = ("gpt-oss", "gemma4")
+"""Architectures whose scaling transformers reads, or knows: Gemma 4's factors name the dimensions that do not turn."""
 
 
 def scaling(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
@@ -38,10 +39,8 @@ def scaling(file: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> dict
         return _llama3(file, name, fields, np.asarray(tensors[FACTORS].data, np.float64))
     prefix = f"{name}.rope.scaling."
     said = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
-    kind, factor = (
-        said.pop("type", "linear"),
-        float(said.pop("factor", 0) or fields.get(f"{name}.rope.scale_linear", 0)),
-    )
+    kind = said.pop("type", "linear")
+    factor = float(said.pop("factor", 0) or fields.get(f"{name}.rope.scale_linear", 0))
     said.pop("finetuned", None)
     if kind == "longrope" or any(tensor.startswith("rope_factors_") for tensor in tensors):
         raise _unknown(file, "longrope")
@@ -75,7 +74,7 @@ def apply(config: Any, fields: dict[str, Any], scaled: dict[str, Any]) -> None:
     config, name = config.get_text_config(), fields["general.architecture"]
     if (name, config.num_hidden_layers) in NARROW:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {}  # GPT-2 has none
     by_layer = "full_attention" in rope  # Gemma 3's sliding layers are not scaled
     own = rope["full_attention"] if by_layer else rope
     if scaled and own.get("rope_type", "default") == "default":

@@ -166,6 +166,12 @@ def test_gemmas_global_layers_are_scaled_and_the_largest_ones_attention_too() ->
     assert config.query_pre_attn_scalar == 16
 
 
+def test_what_has_no_rotary_embedding_or_one_that_transformers_reads_is_left_alone() -> None:
+    gguf_rope.apply(transformers.GPT2Config(), {"general.architecture": "gpt2"}, {})
+    factors = {"rope_freqs.weight": None}
+    assert gguf_rope.scaling(Path("x.gguf"), {"general.architecture": "gemma4"}, factors) == {}
+
+
 def test_an_answer_ends_where_the_template_ends_it(tmp_path: Path) -> None:
     """Gemma's and Phi-3's files name the end of the text alone, and their turns end with another token."""
     assert load(write(tmp_path / "tiny.gguf", eos=0)).stop_ids == {0, 2}
