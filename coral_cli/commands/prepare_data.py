@@ -107,12 +107,22 @@ def _print_summary(store: Store) -> None:
         ("of them held out", f"{facts['holdout_dialogues']:,}"),
         ("tokens", f"{facts['tokens']:,}"),
         ("answer tokens", f"{facts['answer_tokens']:,}"),
+        *_cut(store),
         ("size", size_text(facts["bytes"])),
         *((f"from {name}", f"{count:,}") for name, count in facts["sources"].items() if len(facts["sources"]) > 1),
         *((f"left out: {reason}", f"{count:,}") for reason, count in facts["skipped"].items()),
         *((f"field not read: {name}", f"{count:,}") for name, count in facts.get("unread", {}).items()),
     ]
     print_table(("data", store.folder.parent.name), rows)
+
+
+def _cut(store: Store) -> list[tuple[str, str]]:
+    """How many dialogues end before their answer does: of a model that thinks first, they may be nearly all."""
+    cut, spec = store.manifest.facts.get("cut_samples"), store.manifest.recipe["data"]
+    if not cut:
+        return []
+    limits = f"data.max_new_tokens={spec['max_new_tokens']} or data.max_length={spec['max_length']}"
+    return [(f"cut at {limits}", f"{cut:,} ({cut / store.manifest.facts['samples']:.0%})")]
 
 
 def _print_sample(store: Store, index: int, tokenizer: Any) -> None:

@@ -137,7 +137,9 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
         else:
             target = job.target.tapping(job.taps)
             samples = tap_all(target, pieces, spec.batch_size, held_dtype(target, job.dtype), features)
-        _finish(work, write_shard(work, number, samples, job.dtype, holdout_samples=held, names=names))
+        facts = write_shard(work, number, samples, job.dtype, holdout_samples=held, names=names)
+        cut = sum(piece.answer[-1] and piece.ids[-1] not in job.target.stop_ids for piece in pieces)
+        _finish(work, dataclasses.replace(facts, cut_samples=cut))
         features.advance(len(plan.shards[number]), 0)
 
     for number in list(missing):

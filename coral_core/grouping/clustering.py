@@ -23,6 +23,8 @@ _ROUNDS = 8
 _DOUBT = 3.0
 """Probability mass, in tokens, at which what was seen of a token counts as much as its head row; on pico 0.3, 1, 3 and
 10 kept 98.9, 99.3, 99.5 and 98.6 % of what the drafter gets right, at 8 of 64 groups."""
+_LEAST_WISH = -60.0
+"""The least logarithm of a wish, beside a row's greatest: float32 holds its exponential and its inverse."""
 
 
 def frequency_order(count_V: torch.Tensor) -> torch.Tensor:
@@ -113,13 +115,15 @@ def balanced_assignment(score_VG: torch.Tensor, size_G: torch.Tensor, *, rounds:
     Sinkhorn's prices make groups equally wanted; then rows go to their best group with room, each group taking those
     that want it most, until all are placed. Not the optimum (an assignment problem), which is cubic in V.
     """
-    log_size_G = size_G.to(score_VG.dtype).log()
     sharp_VG = score_VG / (0.1 * score_VG.std().clamp_min(1e-6))
-    price_G = torch.zeros_like(log_size_G)
+    # Factors in place of prices: 40 rounds over 262,144 rows and 256 groups take 6 s of a core, with logarithms 49.
+    wish_VG = (sharp_VG - sharp_VG.amax(dim=1, keepdim=True)).clamp_min_(_LEAST_WISH).exp_()
+    share_G = size_G.to(score_VG.dtype)
+    factor_G = torch.ones_like(share_G)
     for _ in range(rounds):
-        share_VG = (sharp_VG - price_G).log_softmax(dim=1)
-        price_G = price_G + share_VG.logsumexp(dim=0) - log_size_G
-    wish_VG, room_G = sharp_VG - price_G, size_G.clone()
+        factor_G = share_G / ((1 / (wish_VG @ factor_G)) @ wish_VG)
+    wish_VG = torch.add(sharp_VG, factor_G.log(), out=wish_VG)
+    room_G = size_G.clone()
     group_V = torch.full((len(score_VG),), -1)
     while (left_V := (group_V < 0).nonzero()[:, 0]).numel():
         want_V = wish_VG[left_V].masked_fill(room_G == 0, -torch.inf)

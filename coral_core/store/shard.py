@@ -56,6 +56,8 @@ class ShardFacts:
     answer_tokens: int
     holdout_samples: int = 0
     """The last of the samples, never learnt from."""
+    cut_samples: int = 0
+    """Samples whose last answer was cut at a limit: what the target writes behind it is not learnt."""
 
 
 def shard_name(number: int) -> str:

@@ -7,6 +7,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from coral_cli.main import app
+from coral_core.recipe.loader import load_recipe
+from coral_core.store.store import Store
+from coral_core.target.load import load_target
 
 ROWS = [{"prompt": text} for text in ("Hello.", "Find me a bus.", "What does `ls` do?", "And `cd`?", "")]
 
@@ -23,17 +26,27 @@ def coral(*words: str) -> Result:
     return CliRunner().invoke(app, ["prepare-data", *keys, *words])
 
 
+def cut_at(limit: int) -> int:
+    """Dialogues of the store that hold so many tokens of the target's, none of which ends an answer."""
+    store = Store.open(Path("runs/t/data"))
+    ends = load_target(load_recipe(None, []).target).stop_ids
+    samples = [store[index] for index in range(len(store))]
+    return sum(int(one.answer_T.sum()) == limit and int(one.ids_T[-1]) not in ends for one in samples)
+
+
 def test_a_run_its_samples_and_a_second_run(folder: Path) -> None:
     first = coral("--show", "1")
     assert first.exit_code == 0, first.output
     lines = first.stdout.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:7]] == [
+    assert [line.split("|")[1].strip() for line in lines[2:8]] == [
         "dialogues",
         "of them held out",
         "tokens",
         "answer tokens",
+        "cut at data.max_new_tokens=8 or data.max_length=512",
         "size",
     ]
+    assert lines[6].split("|")[2].strip() == f"{cut_at(8)} ({cut_at(8) / 4:.0%})"
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert ["left out: with an empty message (first: p.jsonl line 5)", "1"] in cells
     assert "--- sample 0: " in first.stdout
