@@ -2,7 +2,7 @@
 
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, TargetError
-from coral_core.export.layouts import Layout
+from coral_core.export.layouts import LAYOUTS, Layout
 from coral_core.export.wide import WIDE
 from coral_core.target.load import tap_layers
 from coral_core.target.target import Target
@@ -10,6 +10,7 @@ from coral_core.target.target import Target
 OURS = "Serve it with coral, or run: coral export --to hf"
 OTHERWISE = "Train one without: coral train train.preset=coral3. Or run: coral export --to hf"
 """What mends the lack of EAGLE-3.1's norms: `coral3` reads the same layers, so that the data stay."""
+NARROW = "It can with a drafter of EAGLE-2's shape: coral train train.preset=drawn. Or run: coral export --to hf"
 
 
 def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:
@@ -31,7 +32,9 @@ def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:
 def refuse_target(layout: Layout, model_type: str, target: Target) -> None:
     """Raises TargetError when the engine cannot lend this target's embedding and head as coral does."""
     if reason := layout.why_not(model_type):
-        raise TargetError(f"{layout.engine} cannot draft for a target of type '{model_type}': {reason}. {OURS}")
+        raise TargetError(
+            f"{layout.engine} cannot draft for a target of type '{model_type}': {reason}. {_other_shape(layout, model_type)}"
+        )
     lent = target.lent
     if lent.head_bias_V is not None:
         raise TargetError(f"the target's LM head has a bias, which {layout.engine}'s drafter leaves out. {OURS}")
@@ -39,6 +42,12 @@ def refuse_target(layout: Layout, model_type: str, target: Target) -> None:
         raise TargetError(f"the target scales its logits by {lent.logit_scale:g}; {layout.engine} would not. {OURS}")
     if lent.logit_softcap:
         raise TargetError(f"the target caps its logits at {lent.logit_softcap:g}; {layout.engine} would not. {OURS}")
+
+
+def _other_shape(layout: Layout, model_type: str) -> str:
+    """What mends it where the engine serves such a target with a drafter of EAGLE-2's shape."""
+    serves = any(WIDE[name] is layout and not narrow.why_not(model_type) for name, narrow in LAYOUTS.items())
+    return NARROW if serves else OURS
 
 
 def refuse_drafter(layout: Layout, drafter: Drafter) -> None:

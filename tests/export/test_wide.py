@@ -16,6 +16,7 @@ from coral_core.errors import ArtifactError, TargetError
 from coral_core.export import gguf_file
 from coral_core.export.bring_in import bring_in
 from coral_core.export.run import GGUF, export_engine, formats, serve_command
+from coral_core.export.layouts import LAYOUTS
 from coral_core.export.wide import WIDE
 from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import Recipe
@@ -124,6 +125,15 @@ def test_a_tied_head_is_written_beside_the_embedding(tmp_path, to):
     folder = export_engine(to, publish(tmp_path, target, random_drafter(target, taps=TAPS)), target, tmp_path)
     weights = load_file(folder / "model.safetensors")
     assert torch.equal(weights.get("lm_head.weight", target.lent.embed_VD), weights["embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(("to", "family"), [("vllm", "gemma3-mixed"), ("sglang", "gemma3-mixed"), ("vllm", "gpt2")])
+def test_a_target_that_is_served_in_another_shape_is_told_how_to_train_it(tmp_path, to, family):
+    target = deep(family)
+    with pytest.raises(TargetError, match=f"{LAYOUTS[to].engine} cannot draft for a target") as caught:
+        export_engine(to, publish(tmp_path, target, random_drafter(target, taps=TAPS)), target, tmp_path)
+    served = not LAYOUTS[to].why_not(target.model.config.model_type)
+    assert ("coral train train.preset=drawn" in str(caught.value)) is served is (family != "gpt2")
 
 
 @pytest.mark.parametrize(
