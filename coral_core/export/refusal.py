@@ -32,9 +32,8 @@ def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:
 def refuse_target(layout: Layout, model_type: str, target: Target) -> None:
     """Raises TargetError when the engine cannot lend this target's embedding and head as coral does."""
     if reason := layout.why_not(model_type):
-        raise TargetError(
-            f"{layout.engine} cannot draft for a target of type '{model_type}': {reason}. {_other_shape(layout, model_type)}"
-        )
+        remedy = _other_shape(layout, model_type)
+        raise TargetError(f"{layout.engine} cannot draft for a target of type '{model_type}': {reason}. {remedy}")
     lent = target.lent
     if lent.head_bias_V is not None:
         raise TargetError(f"the target's LM head has a bias, which {layout.engine}'s drafter leaves out. {OURS}")

@@ -15,8 +15,8 @@ from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.export import gguf_file
 from coral_core.export.bring_in import bring_in
-from coral_core.export.run import GGUF, export_engine, formats, serve_command
 from coral_core.export.layouts import LAYOUTS
+from coral_core.export.run import GGUF, export_engine, formats, serve_command
 from coral_core.export.wide import WIDE
 from coral_core.recipe.loader import load_recipe
 from coral_core.recipe.schema import Recipe
