@@ -26,7 +26,7 @@ import torch
 from benchmarks import decode_gpu
 from benchmarks.record import machine
 from benchmarks.train import LLAMA_3_8B, Job
-from coral_core.artifacts import git_commit, versions
+from coral_core.artifacts import git_commit, versions, write_text
 
 ROOT = Path(__file__).parent.parent
 FORMS = ("eager", "recorded", "compiled")
@@ -135,7 +135,7 @@ def main() -> None:
         value["parts"].append(run(part, LIMIT_S[part.name], log))
         last = value["parts"][-1]
         print(f"{part.name}: {last['error'] or 'ok'} ({last['elapsed_s']:.0f} s)", file=sys.stderr, flush=True)
-        (options.out / "gpu.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_text(options.out / "gpu.json", json.dumps(value, indent=1) + "\n")
     print(options.out / "gpu.json")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from coral_core.artifacts import git_commit, versions
+from coral_core.artifacts import git_commit, versions, write_text
 from coral_core.bench.evaluate import device_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ def record(name: str, figures: dict[str, Any], rows: list[dict[str, Any]], part:
     if part:
         before = json.loads(path.read_text(encoding="utf-8")).get("parts", {}) if path.exists() else {}
         value["parts"] = before | {part: made}
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
     return path
 
 
