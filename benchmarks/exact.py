@@ -7,7 +7,8 @@ a decoder with a drafter reads it: in chains and trees that hold a part of the a
 engine verifies, judges and keeps the right rows of. Every logit of every right row is compared with the step's, bit for
 bit, and every token that the engine emits. No drafter is needed: how many tokens a round accepts is drawn. The chat
 reads its second and third prompt behind the rows of the answer before. Four answers at a time are written again side by
-side. Rows are kept in benchmarks/results/exact.jsonl as they come; a run goes on behind the last one.
+side. Rows are kept in benchmarks/results/exact.jsonl as they come; a run goes on with those of the same commit and the
+same target, and tells of no others.
 Axes: B batch of one, T position, D hidden, M tree row, V vocabulary, X any axes.
 """
 
@@ -17,6 +18,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ import torch
 
 from benchmarks.batch import decode_all
 from benchmarks.record import RESULTS, record
+from benchmarks.rows import Row, append, read
+from coral_core.artifacts import fingerprint, git_commit
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Eager, Engine
@@ -188,15 +192,20 @@ def costs(target: Target, prompt: list[int]) -> dict[str, float]:
     return found
 
 
-def rows_of(model: str, dtype: str, answers: int, tokens: int, done: set[str]) -> Any:
-    """Measure what is not done yet, a row for each answer and each way to read it."""
+def rows_of(model: str, dtype: str, answers: int, tokens: int, done: set[str]) -> Iterator[Row]:
+    """Measure what is not done yet, a row for each answer and each way to read it.
+
+    A row is of one commit, one target and so many answers side by side: another number of them is another row.
+    """
     name = Path(model).parent.name if Path(model).name == "hf" else Path(model).name
     target = Target.from_pretrained(model, dtype=DTYPES[dtype], device="cpu")
+    commit, shared = git_commit(), {"model": name, "dtype": dtype}
+    made_by = {"target": target.fingerprint, "commit": commit}
     words = torch.randint(100, 5000, (answers, 64), generator=torch.Generator().manual_seed(0)).tolist()
     for first in range(0, answers, BATCH):
         numbers = range(first, min(first + BATCH, answers))
         temperature = float(first // BATCH % 2)
-        key = f"{name} {dtype} {first} T={temperature:g} {tokens}"
+        key = fingerprint([shared, made_by, len(numbers), first, temperature, tokens])
         if key in done:
             continue
         prompts = [words[number][: 16 + number % 48] for number in numbers]
@@ -208,11 +217,35 @@ def rows_of(model: str, dtype: str, answers: int, tokens: int, done: set[str]) -
             differ = {way: differing(target, prompt, answer, at, sampler, number) for way, at in TREES.items()}
             differ |= {"chat": chat_differs(target, prompt, answer), f"batch of {len(prompts)}": differs}
             rows.append({"answer": number, "differing": differ})
-        shared = {"key": key, "model": name, "dtype": dtype, "temperature": temperature, "tokens": tokens}
-        yield shared | {"answers": rows}
-    key = f"{name} {dtype} cost"
+        asked = {"first": first, "temperature": temperature, "tokens": tokens}
+        yield {"key": key, **shared, **made_by, **asked, "answers": rows}
+    key = fingerprint([shared, made_by, "cost"])
     if key not in done:
-        yield {"key": key, "model": name, "dtype": dtype, "exact_over_inexact_by_rows": costs(target, words[0] * 4)}
+        yield {"key": key, **shared, **made_by, "exact_over_inexact_by_rows": costs(target, words[0] * 4)}
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Those of today's commit; where batches of several sizes begin at one answer, the one that was measured last."""
+    commit = git_commit()
+    own = (row for row in rows if row.get("commit") == commit)
+    names = ("model", "dtype", "target", "temperature", "tokens", "first")
+    return list({tuple(row.get(name) for name in names): row for row in own}.values())
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """How many answers have the bits of the plain ones, and what that costs."""
+    found: dict[str, Any] = {}
+    for dtype in DTYPES:
+        read_again = [answer for row in rows if row["dtype"] == dtype for answer in row.get("answers", ())]
+        if read_again:
+            equal = sum(not any(one["differing"].values()) for one in read_again)
+            found |= {f"{dtype}_equal_share": equal / len(read_again), f"{dtype}_answers": len(read_again)}
+    found["exact_over_inexact_tokens_per_s"] = {
+        f"{row['model']} {row['dtype']}": row["exact_over_inexact_by_rows"]
+        for row in rows
+        if "exact_over_inexact_by_rows" in row
+    }
+    return found
 
 
 @torch.no_grad()
@@ -224,28 +257,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
     kept = RESULTS / "exact.jsonl"
-    rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.exists() else []
-    with kept.open("a", encoding="utf-8") as file:
-        for model in options.model:
-            for dtype in (name for name in DTYPES if not options.dtype or DTYPES[name] in options.dtype):
-                done = {row["key"] for row in rows}
-                for row in rows_of(model, dtype, options.answers, options.tokens, done):
-                    rows.append(row)
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-                    print(json.dumps(row), flush=True)
-    figures: dict[str, Any] = {}
-    for dtype in DTYPES:
-        read = [answer for row in rows if row["dtype"] == dtype for answer in row.get("answers", ())]
-        if read:
-            figures[f"{dtype}_equal_share"] = sum(not any(one["differing"].values()) for one in read) / len(read)
-            figures[f"{dtype}_answers"] = len(read)
-    figures["exact_over_inexact_tokens_per_s"] = {
-        f"{row['model']} {row['dtype']}": row["exact_over_inexact_by_rows"]
-        for row in rows
-        if "exact_over_inexact_by_rows" in row
-    }
-    record("exact", figures, rows)
+    for model in options.model:
+        for dtype in (name for name in DTYPES if not options.dtype or DTYPES[name] in options.dtype):
+            done = {row["key"] for row in read(kept)}
+            for row in rows_of(model, dtype, options.answers, options.tokens, done):
+                append(kept, row)
+                print(json.dumps(row), flush=True)
+    rows = newest(read(kept))
+    record("exact", figures(rows), rows)
 
 
 if __name__ == "__main__":

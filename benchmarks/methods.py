@@ -36,6 +36,7 @@ from benchmarks.methods_bench import PAPERS_TREE, Bench, Variant, open_bench
 from benchmarks.methods_table import METHODS, Row, compare, shown
 from benchmarks.methods_time import step_costs, timed, training_seconds
 from benchmarks.record import record
+from benchmarks.rows import append, read
 from coral_cli.options import read_recipe
 from coral_core.errors import CoralError
 from coral_core.recipe.schema import PRESETS, Recipe, TrainSpec
@@ -57,15 +58,13 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path, self.done = path, {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(line)
+        for row in read(path):
             self.done[row.pop("key")] = row
 
     def keep(self, key: str, row: Row) -> None:
         """A row that is finished."""
         self.done[key] = row
-        with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, **row}) + "\n")
+        append(self.path, {"key": key, **row})
 
     def finished(self, bench: Bench, variants: Sequence[Variant]) -> list[Variant]:
         """Those of the variants whose rows are there."""

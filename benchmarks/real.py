@@ -27,8 +27,9 @@ from typing import Any
 from benchmarks.decode_race import generated
 from benchmarks.llamacpp import LlamaCpp, rewritten
 from benchmarks.real_figures import drafts_with, figures, is_ours, llama_figures, parts, speed
-from benchmarks.real_rounds import Asked, Drafted, Row, append, read, rounds
+from benchmarks.real_rounds import Asked, Drafted, Row, rounds
 from benchmarks.record import RESULTS, record
+from benchmarks.rows import append, read
 from coral_core.artifacts import fingerprint
 from coral_core.bench.baseline import generate_lane
 from coral_core.bench.questions import from_file

@@ -4,11 +4,8 @@ They are found by replay (benchmarks/replay.py), at the price of drafting: a pro
 no race needs these rounds. They are counts, which a busy machine does not change. A row is one answer of one method.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 from benchmarks import replay
 from benchmarks.real_figures import Row
+from benchmarks.rows import append, read
 from coral_core.artifacts import Manifest, fingerprint
 from coral_core.bench.race import run_lane
 from coral_core.decoding.engine import Engine
@@ -109,19 +107,3 @@ def counted(target: Target, engines: Sequence[Engine], asked: Asked, tokens: int
 def key(row: Row) -> tuple[Any, ...]:
     """What a row is of."""
     return tuple(row[name] for name in ("bench", "question", "temperature", "method", "head", "settings"))
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row, on a line of its own also behind one that was cut off."""
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-        whole = file.read() in (b"", b"\n")
-        file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
-
-
-def read(path: Path) -> Iterator[Row]:
-    """The rows that are there; a last line that was cut off is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)

@@ -69,6 +69,17 @@ def test_a_row_that_was_measured_is_kept_when_a_later_one_fails(
     assert len(Rows(path).done) == 1
 
 
+def test_a_row_that_was_cut_off_is_measured_again(measured: list[str], tmp_path: Path) -> None:
+    bench, path = FakeBench(), tmp_path / "methods.jsonl"
+    wanted = [Variant("methods", name, 0, 9) for name in ("hass", "coral", "eagle2")]
+    with ThreadPoolExecutor(1) as pool:
+        rows = list(Rows(path).measured(bench, wanted[:2], pool))  # type: ignore[arg-type]
+        path.write_text(path.read_text()[:-9])
+        again = list(Rows(path).measured(bench, wanted, pool))  # type: ignore[arg-type]
+    assert measured == ["hass", "coral", "coral", "eagle2"] and again[:2] == rows
+    assert Rows(path).finished(bench, wanted) == wanted  # type: ignore[arg-type]
+
+
 QUICK = Recipe(train=TrainSpec(**UNSET, **PRESETS["quick"]))  # type: ignore[arg-type]
 COSTS = {"eagle2 1": 1.0, "hass 1": 1.0, "hass 2": 2.0, "hass 3": 3.0, "coral 1": 1.0, "coral 2": 2.0, "coral 3": 4.0}
 

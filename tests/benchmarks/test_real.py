@@ -169,17 +169,6 @@ def test_only_the_fastest_of_lanes_that_do_the_same_goes_on() -> None:
     assert figures["lookup_speedup_greedy"] == pytest.approx(5.0 / 4.0), "of the lanes that answered both questions"
 
 
-def test_a_row_that_was_cut_off_is_measured_again(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    assert list(real_rounds.read(path)) == []
-    whole = json.dumps(row("gsm8k", "a"))
-    path.write_text(f"{whole}\n{whole[: whole.rindex('}')]}")
-    assert list(real_rounds.read(path)) == [row("gsm8k", "a")]
-    for name in ("b", "c"):
-        real_rounds.append(path, row("gsm8k", name))
-    assert list(real_rounds.read(path)) == [row("gsm8k", name) for name in "abc"]
-
-
 SHAPE = TreeShape(depth=3, nodes=6, topk=2)
 
 
