@@ -3,14 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import embed
 from coral_core import embedded
 from coral_core.artifacts import Manifest
 from coral_core.bench.questions import held_out
 from coral_core.drafter.load import load_drafter
+from coral_core.errors import ArtifactError
 from recipes.real import ship
 
 
@@ -47,3 +50,40 @@ def test_what_is_shipped_is_whole_and_in_bfloat16(shipped: Path) -> None:
     )
     assert made.fingerprint == before.fingerprint and not made.damaged(shipped / "drafter")
     assert Manifest.read(shipped / "head", "head", "coral group-head").inputs["drafter"] == made.fingerprint
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["drafter/manifest.json", "drafter/model.safetensors", "head/manifest.json"])
+def test_a_run_that_is_damaged_replaces_nothing(tmp_path: Path, shipped: Path, damage: str) -> None:
+    run, pico = tmp_path / "trained" / "some-model", tmp_path / "pico"
+    embed.embed(run, pico)
+    assert Manifest.read(pico / "drafter", "drafter", "").damaged(pico / "drafter") == []
+    assert load_drafter(pico / "drafter").fc.weight.dtype == torch.bfloat16
+    (run / damage).write_bytes(b"no")
+    for copy, place in ((ship.ship, shipped), (embed.embed, pico)):
+        before = contents(place)
+        with pytest.raises(ArtifactError):
+            copy(run, place)
+        assert contents(place) == before
+
+
+def test_a_copy_that_is_stopped_replaces_nothing(
+    tmp_path: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, pico = tmp_path / "trained" / "some-model", tmp_path / "pico"
+    embed.embed(run, pico)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for module, copy, place in ((ship, ship.ship, shipped), (embed, embed.embed, pico)):
+        before = contents(place)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, "save_drafter", stopped)
+            copy(run, place)
+        assert {name: data for name, data in contents(place).items() if ".partial" not in name} == before
+        copy(run, place)
+        assert contents(place) == before, "what was left of it is gone"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from coral_core import embedded
-from coral_core.artifacts import Manifest
+from coral_core.artifacts import Manifest, check_files, partial, replace_folder
 from coral_core.drafter.load import load_drafter, save_drafter
 
 PROMPTS = 40
@@ -19,17 +19,26 @@ PROMPTS = 40
 
 
 def ship(run: Path, to: Path) -> None:
-    """Copy drafter, head, recipe and some held-out prompts; the drafter is rounded to bfloat16."""
-    shutil.rmtree(to, ignore_errors=True)
-    (to / "drafter").mkdir(parents=True)
-    manifest = Manifest.read(run / "drafter", "drafter", "coral train")
-    save_drafter(load_drafter(run / "drafter").to(torch.bfloat16), to / "drafter")
-    manifest.sealed(to / "drafter").write(to / "drafter")
+    """Copy drafter, head, recipe and some held-out prompts; the drafter is rounded to bfloat16.
+
+    All is read and written beside `to` first: what lies there stays as it is until the new one is whole.
+    """
+    manifest, drafter = Manifest.read(run / "drafter", "drafter", "coral train"), load_drafter(run / "drafter")
     if (run / "head").exists():
-        shutil.copytree(run / "head", to / "head")
-    shutil.copyfile(run / "recipe.yaml", to / "recipe.yaml")
+        Manifest.read(run / "head", "head", "coral group-head")
+        check_files(run / "head", (), "coral group-head")
+    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
     prompts = json.loads((run / "data" / "holdout.json").read_text(encoding="utf-8"))[:PROMPTS]
-    (to / "holdout.json").write_text(json.dumps(prompts) + "\n", encoding="utf-8")
+    work = partial(to)
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "drafter").mkdir(parents=True)
+    save_drafter(drafter.to(torch.bfloat16), work / "drafter")
+    manifest.sealed(work / "drafter").write(work / "drafter")
+    if (run / "head").exists():
+        shutil.copytree(run / "head", work / "head")
+    (work / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (work / "holdout.json").write_text(json.dumps(prompts) + "\n", encoding="utf-8")
+    replace_folder(work, to)
 
 
 if __name__ == "__main__":
