@@ -6,9 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from coral_core.errors import DataError
 
 # Share of the training tokens. Only what people wrote under permissive licences: GPTeacher (written by GPT-4) and the
 # arena's answers (written by other models) are left out; medquad and novels are large, and teach little talk.
@@ -67,15 +70,30 @@ def _ngrams(text: str) -> Iterator[str]:
     return (" ".join(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a value of JSON, at any depth; names of fields are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
 def benchmark_ngrams(folder: Path) -> frozenset[str]:
-    """Every run of ten words in the questions and answers of the benchmark files (JSONL with strings at any depth)."""
+    """Every run of ten words in the questions and answers of the benchmark files (JSONL with strings at any depth).
+
+    Raises DataError where there are none: a benchmark's questions would be trained on, and nothing would tell.
+    """
     found: set[str] = set()
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            for value in json.loads(line).values():
-                for text in value if isinstance(value, list) else [value]:
-                    if isinstance(text, str):
-                        found.update(_ngrams(text))
+            for text in _strings(json.loads(line)):
+                found.update(_ngrams(text))
+    if not found:
+        raise DataError(
+            f"no file *.jsonl in {folder} holds {NGRAM} words in a row, so that no dialogue would be left out. "
+            "Give --benchmarks a folder with one BENCH.jsonl for each benchmark"
+        )
     return frozenset(found)
 
 

@@ -12,11 +12,13 @@ docstring; no corpus asks that way, so half of MBPP's tasks are asked in that fo
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from coral_core.artifacts import write_text
+from coral_core.errors import DataError
 from recipes.pico import corpora
 from recipes.pico.prompts import user_turns
 
@@ -68,13 +70,19 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     rng = np.random.default_rng(0)
-    forbidden = corpora.benchmark_ngrams(options.benchmarks)
+    try:
+        forbidden = corpora.benchmark_ngrams(options.benchmarks)
+    except DataError as error:
+        sys.exit(f"error: {error}")
     rows: list[dict[str, list[str]]] = []
     for source, count in COUNTS.items():
-        asked = questions(source, corpora.clean(corpora.read(options.corpora, source), forbidden))
+        whole = corpora.read(options.corpora, source)
+        clean = corpora.clean(whole, forbidden)
+        asked = questions(source, clean)
         chosen = rng.permutation(len(asked))[:count]
         rows += [{"turns": asked[i]} for i in chosen]
-        print(f"{source}: {len(chosen)} of {len(asked)}")
+        left_out = f"{len(whole) - len(clean)} of {len(whole)} dialogues left out"
+        print(f"{source}: {len(chosen)} of {len(asked)} prompts; {left_out}")
     options.to.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.to, "".join(json.dumps(rows[i]) + "\n" for i in rng.permutation(len(rows))))
 

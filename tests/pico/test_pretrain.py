@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from coral_core.errors import DataError
 from recipes.pico import corpora, pretrain
 from recipes.pico.tokenizer import train_tokenizer
 
@@ -27,6 +28,18 @@ def test_a_dialogue_that_quotes_a_benchmark_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "bench.jsonl").write_text(json.dumps({"turns": [f"Well, {QUESTION}?"], "id": 3}) + "\n")
     quotes, clean = dialogue("x", QUESTION.upper()), dialogue("how many apples does tom have after lunch", "two")
     assert corpora.clean([quotes, clean], corpora.benchmark_ngrams(tmp_path)) == [clean]
+
+
+def test_questions_are_found_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"data": {"turns": [{"text": QUESTION}]}}) + "\n")
+    assert QUESTION.split()[:10] in [gram.split() for gram in corpora.benchmark_ngrams(tmp_path)]
+
+
+def test_a_folder_without_questions_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bench.jsonl").write_text(json.dumps({"turns": ["Too short."]}) + "\n")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match=f"no file .* in {folder} holds 10 words in a row.* Give --benchmarks"):
+            corpora.benchmark_ngrams(folder)
 
 
 def test_a_dialogue_and_its_copy_fall_on_the_same_side() -> None:
