@@ -99,15 +99,21 @@ def _answer(prompt: list[int], tokens: int) -> Answer:
             accepted[timings["draft_n"]] = timings["draft_n_accepted"]
     rounds = [later - earlier for earlier, later in itertools.pairwise(accepted.values())]
     text = "".join(piece["choices"][0]["text"] for piece in pieces)
-    return Answer(text, rounds[:-1], float(pieces[-1]["timings"]["predicted_per_second"]))
+    spent = pieces[-1]["timings"]
+    return Answer(text, rounds[:-1], 1e3 * after_first(spent) / spent["predicted_ms"])
 
 
 def _decode(text: str, tokens: int, temperature: float) -> Lane:
     wanted = {"prompt": text, "max_tokens": tokens, "temperature": temperature, "seed": 0, "cache_prompt": False}
     answer: dict[str, Any] = _own[0].handle_completions(wanted)
     spent = answer["timings"]
-    emitted = [1] * int(spent["predicted_n"])
+    emitted = [1] * after_first(spent)
     return Lane([], spent["prompt_ms"] / 1e3, spent["predicted_ms"] / 1e3, [], emitted, {})
+
+
+def after_first(spent: dict[str, Any]) -> int:
+    """The tokens that its clock of decoding saw: it starts when the first one is there, which is counted too."""
+    return int(spent["predicted_n"]) - 1
 
 
 def rewritten(model: Path, to: Path, weights: str) -> Path:

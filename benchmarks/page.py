@@ -149,13 +149,13 @@ def methods_and_heads(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
     """Of one bench; a method that was counted and not raced has no speed."""
     counted, raced = real_figures.parts(rows)
-    if not counted:
+    if not any((real_figures.method(row), row["head"]) == (method, head) for row in counted):
         return "-"
 
     def own(name: str) -> bool:
         return real_figures.drafts_with(name) == method and name.split()[1] == head
 
-    raced = real_figures.last_race(raced, own)
+    raced = real_figures.last_race(raced, own, real_figures.made_of(counted, method))
     names = real_figures.lanes_of(raced)
     ours = [name for name in names if own(name)]
     plains = [name for name in names if real_figures.is_plain(name)]

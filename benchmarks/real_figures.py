@@ -4,7 +4,7 @@ Axes: N row: a seed, P prompt.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +18,8 @@ STEPS = "-steps"
 """Behind a method's name: trained for as many steps as the others so named, where the plain names had equal time."""
 
 Row = dict[str, Any]
+Made = dict[str, list[str]]
+"""Fingerprints of the drafter, and of its grouped head where it has one, by METHOD or METHOD@SEED."""
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
@@ -31,7 +33,10 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     found |= rounds_figures([row for row in counted if row["temperature"] == 0])
     if sampled := coral_over_others([row for row in counted if row["temperature"] == 1], STEPS):
         found["equal_steps_sampled"] = sampled  # greedy ones: equal_steps
-    found |= speed_figures([row for row in raced if row["temperature"] == 0], ships(counted))
+    greedy, own = [row for row in raced if row["temperature"] == 0], ships(counted)
+    found |= speed_figures(greedy, own, made_of((row for row in counted if row["temperature"] == 0), own))
+    if llama := llama_figures(raced):
+        found["llamacpp"] = llama
     equal = [lane["equal"] for row in raced for lane in row["lanes"].values() if "equal" in lane]
     return found | {"lossless_share": fmean(equal) if equal else None}
 
@@ -140,9 +145,9 @@ def seeds(counted: Sequence[Row], name: str, head: str) -> dict[str, dict[tuple[
 # ---- the race
 
 
-def speed_figures(raced: Sequence[Row], own: str) -> dict[str, float]:
+def speed_figures(raced: Sequence[Row], own: str, made: Made) -> dict[str, float]:
     """A method's fastest lane and prompt lookup over the fastest plain lane; the grouped head over the full one."""
-    raced = last_race(raced, lambda name: drafts_with(name) == own)
+    raced = last_race(raced, lambda name: drafts_with(name) == own, made)
     names = lanes_of(raced)
     coral = [name for name in names if drafts_with(name) == own]
     plains = [name for name in names if is_plain(name)]
@@ -181,10 +186,32 @@ def drafts_with(name: str) -> str:
     return without_seed(name.split()[0]) if is_ours(name) else ""
 
 
-def last_race(raced: Sequence[Row], wanted: Callable[[str], bool]) -> list[Row]:
-    """Races of other drafters, or of other settings, stand beside each other: the last one that has a wanted lane."""
-    having = [row["settings"] for row in raced if any(map(wanted, row["lanes"]))]
-    return [row for row in raced if row["settings"] == having[-1]] if having else []
+def last_race(raced: Sequence[Row], wanted: Callable[[str], bool], made: Made | None = None) -> list[Row]:
+    """Races of other drafters, or of other settings, stand beside each other: the last one that has a wanted lane.
+
+    With `made`, one of these drafters, where its rows tell; rows of up to 2026-11-30 do not.
+    """
+    having = [row for row in raced if any(map(wanted, row["lanes"]))]
+    fitting = [(is_of(row, made or {}), row["settings"]) for row in having]
+    for fits in (True, None):
+        if found := [settings for told, settings in fitting if told is fits]:
+            return [row for row in raced if row["settings"] == found[-1]]
+    return []
+
+
+def is_of(raced: Row, made: Made) -> bool | None:
+    """Whether a race was run with these drafters, and their heads where it had any; None where the rows do not tell."""
+    pairs = [(own, made[name]) for name, own in raced.get("drafters", {}).items() if name in made]
+    return all(a == b for own, other in pairs for a, b in zip(own, other, strict=False)) if pairs else None
+
+
+def made_of(counted: Iterable[Row], name: str) -> Made:
+    """What a method was counted with, where its rows tell."""
+    found: Made = {}
+    for row in counted:
+        if method(row) == name and len(row.get("made", ())) > len(found.get(row["method"], ())):
+            found[row["method"]] = row["made"]
+    return found
 
 
 def is_plain(name: str) -> bool:
@@ -212,7 +239,7 @@ def speed(raced: Sequence[Row], name: str) -> float:
 
 def llama_figures(rows: Sequence[Row]) -> dict[str, float]:
     """llama.cpp's speed, and coral's plain loop over it in the same bits."""
-    greedy = [row for row in parts(rows)[1] if row["temperature"] == 0]
+    greedy = [row for row in rows if "lanes" in row and row["temperature"] == 0]
     greedy = last_race(greedy, lambda name: name == "llamacpp q4")
     if not greedy:
         return {}

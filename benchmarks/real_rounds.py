@@ -89,8 +89,9 @@ def rounds(
                 done[key(rows[place])] = rows[place] | counts
                 append(path, rows[place] | counts)
             print(f"rounds {number}/{len(asked)}: {one.bench} {one.question}, T={one.temperature:g}", file=sys.stderr)
-    own = {(one.name, head, settings) for (one, head, _), settings in zip(made, settings, strict=True)}
-    return [row for row in done.values() if (row["method"], row["head"], row["settings"]) in own]
+    own = {(one.name, head, name): prints for (one, head, prints), name in zip(made, settings, strict=True)}
+    named = [((row["method"], row["head"], row["settings"]), row) for row in done.values()]
+    return [row | {"made": own[name]} for name, row in named if name in own]
 
 
 def counted(target: Target, engines: Sequence[Engine], asked: Asked, tokens: int, seed: int) -> Iterator[Row]:

@@ -63,6 +63,17 @@ def test_the_table_of_real_models():
     ], "tau of the fixed tree over all seeds; the speed of the tree that pays over the fastest plain lane"
 
 
+def test_a_method_that_was_counted_on_some_benches_only_has_no_tau_on_the_others():
+    rows = [*counted("mt-bench", "a"), *({**one, "method": "eagle2-steps"} for one in counted("gsm8k", "b")[:1])]
+    lines = page.real_table(rows).splitlines()[2:]
+    assert [[cell.strip() for cell in line.split("|")[3:-1]] for line in lines] == [
+        ["EAGLE-2, equal steps, full head", "-", "4.00"],
+        ["HASS, full head", "3.75", "-"],
+        ["CORAL, full head", "4.00", "-"],
+        ["CORAL, grouped head", "3.00", "-"],
+    ]
+
+
 def test_nested_figures_have_dotted_names():
     assert page.flat({"tau": {"coral": 3.5}, "gain": 1.25}) == [("tau.coral", "3.5"), ("gain", "1.25")]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import real, real_figures, real_rounds, record
-from coral_core.bench.race import run_lane
+from benchmarks import llamacpp, real, real_figures, real_rounds, record
+from coral_core.bench.race import Lane, run_lane
 from coral_core.decoding.engine import Engine
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
@@ -62,7 +62,7 @@ def test_figures_by_hand() -> None:
     assert found["grouped_tau_kept"] == pytest.approx(0.75)
     assert found["grouped_gain"] == pytest.approx(1.5)
     assert found["lossless_share"] == pytest.approx(7 / 8), "at both temperatures"
-    llama = real_figures.llama_figures(raced)
+    llama = found["llamacpp"]
     assert llama["q4_tokens_per_s"] == pytest.approx(60.0) and llama["q4_ngram_tokens_per_s"] == pytest.approx(120.0)
     assert llama["plain_over_llamacpp_same_bits"] == pytest.approx(0.5)
 
@@ -125,6 +125,19 @@ def test_a_race_of_its_own_and_other_questions_are_told_of_the_drafter_that_ship
     assert found["questions"]["raced"] == {"T = 0": 2} and found["speedup_greedy"] == pytest.approx(3.0), "the last"
 
 
+def test_speeds_are_those_of_the_drafter_that_was_counted() -> None:
+    """Two drafters of one name were raced: not the last race counts, but that of the drafter whose rounds are told."""
+    own, other = ({"coral": [name, f"head of {name}"]} for name in "ab")
+    first, later = row("gsm8k", "a") | {"drafters": own}, row("gsm8k", "a") | {"settings": "later", "drafters": other}
+    later["lanes"] = {**later["lanes"], "plain float32": lane(60, 60, 1.0)}
+    rounds = [{**one, "made": own["coral"][: 1 + (one["head"] == "grouped")]} for one in counted("gsm8k", "a")[:2]]
+    assert real_figures.figures([first, later, *rounds])["speedup_greedy"] == pytest.approx(2.5)
+    assert "speedup_greedy" not in real_figures.figures([later, *rounds]), "a race of another drafter alone"
+    untold = {name: value for name, value in first.items() if name != "drafters"}
+    assert real_figures.figures([later, untold, later, *rounds])["speedup_greedy"] == pytest.approx(2.5)
+    assert real_figures.figures([first, later, *counted("gsm8k", "a")])["speedup_greedy"] == pytest.approx(0.5)
+
+
 def test_methods_without_a_common_seed_are_not_compared() -> None:
     other = [{**one, "method": f"{one['method'].partition('@')[0]}@2"} for one in counted("gsm8k", "a")[:1]]
     assert "coral_over_hass" not in real_figures.figures([*counted("gsm8k", "a")[2:], *other])
@@ -150,6 +163,8 @@ def test_what_was_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.M
     kept = json.loads((tmp_path / "real.json").read_text())
     assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), again, *eagle2], "and another method, or temperature"
     assert kept["figures"]["smollm2"]["speedup_greedy"] == pytest.approx(2.5)
+    assert kept["figures"]["llamacpp"] == kept["figures"]["smollm2"]["llamacpp"], "of the last race"
+    assert kept["figures"]["qwen"]["llamacpp"]["q4_tokens_per_s"] == pytest.approx(60.0), "each model's own too"
     assert set(kept["parts"]) == {
         "qwen, race of coral, T = 0 and 1",
         "smollm2, race of coral and rounds of coral, hass, hass@1, T = 0",
@@ -205,10 +220,55 @@ def test_rounds_are_those_of_real_decoding_and_counted_once(tmp_path: Path) -> N
     halves: Any = SimpleNamespace(fingerprint=target.fingerprint, dtype=torch.bfloat16)
     assert real_rounds.rounds(target, methods, [], 20, 3, path) == both
     assert real_rounds.rounds(halves, methods, [], 20, 3, path) == [], "counted in another dtype"
+    assert {row["method"]: row["made"] for row in both} == {one.name: one.made("full") for one in methods}
     made = Untrained.made_engines
     assert real_rounds.rounds(target, methods, asked, 20, 3, path) == both
     assert (Untrained.made_engines, len(path.read_text().splitlines())) == (made, 6), "nothing is made for no row"
     assert real_rounds.rounds(target, methods, asked, 21, 3, path) != both, "longer answers are other rows"
+
+
+def test_a_race_tells_its_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of rows that were there already too: their settings are of the same drafters."""
+    monkeypatch.setattr(real, "asked", lambda *_: [real_rounds.Asked("gsm8k", "a", 0.0, [1, 2])])
+    monkeypatch.setattr(real, "llama_lanes", lambda *_: [])
+    answers = [Lane([1, 2], 0.5, 1.0, [0], [1], {})]
+    monkeypatch.setattr(real, "lanes", lambda _: [("plain float32", lambda *_: answers[0])])
+    drafter = Untrained("coral", tmp_path)
+    options = argparse.Namespace(limit=1, drafters=[drafter], tokens=8, heat=1, benches=["gsm8k"])
+    options.rows = tmp_path / "rows.jsonl"
+    target: Any = SimpleNamespace(fingerprint="t", tokenizer=None)
+    rows = real.race(options, target)
+    assert [one["drafters"] for one in rows] == [{"coral": ["coral", "full"]}]
+    answers.clear()
+    assert real.race(options, target) == rows, "read from the file"
+
+
+def test_a_row_tells_of_what_came_after_the_prefill() -> None:
+    """Prompt lookup's first round may write several tokens, all before its clock starts; llama.cpp tells no ids."""
+    lanes = {
+        "plain float32": Lane([1, 2, 3, 4, 5, 6], 0.5, 1.0, [0] * 5, [1] * 5, {}),
+        "lookup float32": Lane([1, 2, 3, 4, 5, 6], 0.5, 1.0, [2], [3], {}),
+        "llamacpp q4": Lane([], 0.5, 1.0, [], [1] * 5, {}),
+    }
+    found = real.turn({name: lambda prompt, _, lane=lane: lane for name, lane in lanes.items()}, [7], 0.0, 1)
+    assert {name: row["tokens"] for name, row in found.items()} == {
+        "plain float32": 6,
+        "lookup float32": 4,
+        "llamacpp q4": 6,
+    }
+    assert real_figures.speed([{"lanes": found}], "lookup float32") == 3.0
+
+
+def test_llamacpps_clock_starts_behind_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = {"predicted_n": 9, "predicted_ms": 2000.0, "prompt_ms": 500.0, "predicted_per_second": 4.5}
+
+    class Server:
+        def handle_completions(self, wanted: dict[str, Any], take: Any = None) -> dict[str, Any] | None:
+            return take({"choices": [{"text": "a"}], "timings": spent}) if take else {"timings": spent}
+
+    monkeypatch.setattr(llamacpp, "_own", [Server()])
+    lane = llamacpp._decode("a", 9, 0.0)
+    assert sum(lane.emitted) / lane.decode_s == llamacpp._answer([1], 9).tokens_per_s == 4.0
 
 
 def test_a_drafter_is_named_with_its_run(tmp_path: Path) -> None:
