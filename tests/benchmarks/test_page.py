@@ -1,5 +1,7 @@
 """The page of results and the README's table say what the files say."""
 
+import json
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -33,6 +35,9 @@ def test_what_the_readme_says_of_pico_is_in_the_file():
 
 def test_every_file_of_results_is_on_the_page():
     assert {path.stem for path in page.RESULTS.glob("*.json")} <= page.ABOUT.keys()
+    sources = [path.read_text(encoding="utf-8") for path in (page.ROOT / "benchmarks").glob("*.py")]
+    written = {name for source in sources for name in re.findall(r"\brecord\(\"([\w-]+)\"", source)}
+    assert "decode-gpu" in written <= page.ABOUT.keys(), "what no one has measured yet too"
 
 
 @pytest.mark.parametrize(
@@ -85,5 +90,10 @@ def test_a_part_keeps_the_command_that_made_it(tmp_path: Path, monkeypatch: pyte
     for model in ("one", "two"):
         monkeypatch.setattr(sys, "argv", ["race.py", model])
         record.record("race", {"speedup": 2.0}, [], model)
+    path = tmp_path / "race.json"
+    value = page.load("race")
+    value["parts"]["two"]["note"] = "Stopped at 30 questions."
+    path.write_text(json.dumps(value))
     shown = page.section("race", "A race.")
+    assert shown.count("\n\nStopped at 30 questions.\n\n") == 1
     assert "one: `python -m benchmarks.race one`" in shown and "two: `python -m benchmarks.race two`" in shown
