@@ -64,6 +64,18 @@ def test_the_compiled_lane_says_what_plain_says_and_is_no_baseline() -> None:
     assert [(row["answers"], row["equal"]) for row in rows] == [(2, 2)] * 5
     assert rows[-1]["kind"] == "compiled" and rows[-1]["best_plain"] != "compiled float32"
     assert rows[-1]["tau"] == 1.0
+    ours = {
+        **rows[0],
+        "kind": "coral",
+        "method": "coral full",
+        "tokens_per_s": 3 * rows[-1]["tokens_per_s"],
+        "other_share": 0.0,
+    }
+    found = decode.figures([*rows, ours])
+    assert found["speedup_over_compiled"] == pytest.approx(3) and found["best"]["compiled"] == "compiled float32"
+    assert found["compiled_answers"] == {"answers": 2, "equal": 2}
+    assert found["compiled_over_plain"] == rows[-1]["tokens_per_s"] / rows[0]["tokens_per_s"]
+    assert "speedup_over_compiled" not in decode.figures([*rows[:-1], ours])
 
 
 def test_an_untouched_model_is_transformers_own_and_leaves_the_target_as_it_is() -> None:

@@ -33,6 +33,14 @@ def test_what_the_readme_says_of_pico_is_in_the_file():
     assert f"{min(sampled):.1f} to {max(sampled):.1f} at temperature 1" in text
 
 
+def test_what_the_readme_says_of_compiled_decoding_is_in_the_file():
+    text = " ".join((page.ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = page.load("decode")["figures"]
+    equal, answers = found["compiled_answers"]["equal"], found["compiled_answers"]["answers"]
+    assert f"coral was {found['speedup_over_compiled']:.2f} times as fast as it" in text
+    assert f"{equal} of its {answers} answers equalled plain ones" in text
+
+
 def test_every_file_of_results_is_on_the_page():
     assert {path.stem for path in page.RESULTS.glob("*.json")} <= page.ABOUT.keys()
     sources = [path.read_text(encoding="utf-8") for path in (page.ROOT / "benchmarks").glob("*.py")]
