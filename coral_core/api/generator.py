@@ -67,12 +67,16 @@ class Generator:
         return self.engine.decode(self._ids(prompt), sampler, max_new_tokens)
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """The answer's text, piece by piece; `options` are those of `rounds`."""
-        text = TextStream(self.engine.target.tokenizer)
+        """The answer's text, piece by piece; `options` are those of `rounds`.
+
+        After token ids it is what the text of all ids has beyond that of the prompt: a first space is kept.
+        """
+        text = None
         for event in self.rounds(prompt, **options):
+            text = text or TextStream(self.engine.target.tokenizer, _before(prompt))  # ids that the round has taken
             if piece := text.feed(event.new_ids):
                 yield piece
-        if piece := text.rest():
+        if text and (piece := text.rest()):
             yield piece
 
     def generate(self, prompt: Prompt, **options: Any) -> str:
@@ -85,6 +89,12 @@ class Generator:
         if prompt and isinstance(prompt[0], dict):
             return prompt_ids(self.engine.target.tokenizer, prompt)  # type: ignore[arg-type]  # a dialogue, as its first
         return list(prompt)  # type: ignore[arg-type]  # ids, as the first is no message
+
+
+def _before(prompt: Prompt) -> Sequence[int]:
+    """The ids that an answer goes on from: a prompt of ids; the answer in a dialogue begins a text of its own."""
+    said = isinstance(prompt, str) or isinstance(prompt[0], dict)
+    return [] if said else prompt  # type: ignore[return-value]  # ids, as the first is no message
 
 
 def _refuse_stranger(target: Target, drafter: Drafter) -> None:

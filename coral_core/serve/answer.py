@@ -94,6 +94,8 @@ class Answer:
             limit = _limit(self.service, self.ask, len(prompt))
         except Refusal as refusal:
             return None, refusal
+        if self.ask.messages is None:  # a completion goes on from its prompt's text
+            self.stream = TextStream(self.service.target.tokenizer, prompt)
         sampler = dataclasses.replace(self.service.sampler, **self.ask.sampling)
         return Request(prompt, sampler, limit), Opened(len(prompt))
 

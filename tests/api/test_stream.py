@@ -2,6 +2,7 @@
 
 import functools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -85,8 +86,8 @@ def tokenizer_of(kind: str) -> transformers.PreTrainedTokenizerFast:
     return KINDS[kind]()
 
 
-def streamed(tokenizer: Any, ids: list[int], at_once: int) -> str:
-    stream = TextStream(tokenizer)
+def streamed(tokenizer: Any, ids: list[int], at_once: int, before: Sequence[int] = ()) -> str:
+    stream = TextStream(tokenizer, before)
     pieces = [stream.feed(ids[first : first + at_once]) for first in range(0, len(ids), at_once)]
     text = "".join([*pieces, stream.rest()])
     assert text == stream.text
@@ -105,6 +106,39 @@ def test_streamed_text_is_the_decoded_whole(kind: str) -> None:
         whole = tokenizer.decode(ids, skip_special_tokens=True)
         for at_once in (1, 4):
             assert streamed(tokenizer, ids, at_once) == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_prompt_the_text_is_what_the_whole_has_beyond_the_prompts(kind: str) -> None:
+    """Cut at every place of code, and at random places of ids at random."""
+    tokenizer, draw = tokenizer_of(kind), random.Random(1)
+    code = tokenizer(CODE)["input_ids"]
+    cuts = [(code, cut) for cut in range(len(code))]
+    for few in (3, 20, len(tokenizer)):
+        some = draw.sample(range(len(tokenizer)), min(few, len(tokenizer)))
+        cuts += [(draw.choices(some, k=150), draw.randrange(150)) for _ in range(20)]
+    compared = 0
+    for ids, cut in cuts:
+        prompt, whole = (tokenizer.decode(some, skip_special_tokens=True) for some in (ids[:cut], ids))
+        if whole.startswith(prompt) and not prompt.endswith("\ufffd"):  # else the answer changes the prompt's own text
+            assert prompt + streamed(tokenizer, ids[cut:], 1, ids[:cut]) == whole
+            compared += 1
+    assert compared > len(code) / 2
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "metaspace"])
+def test_an_answer_after_a_prompt_keeps_its_first_space(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    prompt, answer = (tokenizer.convert_tokens_to_ids(pieces) for pieces in (["▁def", "x"], ["▁return", "x"]))
+    assert streamed(tokenizer, answer, 1, [1, *prompt]) == " returnx"
+    assert streamed(tokenizer, answer, 1) == streamed(tokenizer, answer, 1, [1]) == "returnx"
+
+
+def test_a_character_that_a_prompt_of_ids_leaves_open_is_told_whole() -> None:
+    for kind, pieces in (("llama-2", ["<0xC3>", "<0xA9>"]), ("byte-level", make_tokenizer().tokenize("é"))):
+        tokenizer = tokenizer_of(kind)
+        x, first, last = tokenizer.convert_tokens_to_ids(["x", *pieces])
+        assert streamed(tokenizer, [last, x], 1, [x, first]) == "éx"
 
 
 def test_an_indented_line_keeps_its_spaces() -> None:
