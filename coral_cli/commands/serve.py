@@ -46,21 +46,23 @@ def serve(
 
     from coral_cli.console import tell
     from coral_core.serve.app import make_app
+    from coral_core.serve.hosts import OwnHosts
     from coral_core.serve.worker import OneThread
 
     thread = OneThread()
     app = make_app(thread.submit(lambda: _service(run)).result(), thread, active, waiting)
-    if host in LOCAL[:2]:
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-        # A web page whose name was pointed at this machine must not read answers: its requests carry that name.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL[:2]))
+    if host in LOCAL:
+        app.add_middleware(OwnHosts)
     else:
         tell(f"listening on {host}: whoever reaches this port may ask; there are no keys")
     listening.listen()  # whoever reads the next line may connect
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}/v1"
     tell(f"{run.recipe.name} answers at {address}, Ctrl-C stops")
+    most = run.recipe.decode.max_new_tokens
+    tell(
+        f"an answer ends after {most} tokens unless a request sets max_tokens; change that with decode.max_new_tokens=N"
+    )
     config = uvicorn.Config(
         app, log_config=_log_config(uvicorn.config.LOGGING_CONFIG), timeout_graceful_shutdown=SHUTDOWN_S, ws="none"
     )
