@@ -21,10 +21,10 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class TextStream:
     """The text of one answer, piece by piece, in time linear in its tokens."""
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         """`before` are the ids that the answer goes on from and whose text is known; none for an answer that begins
         a text of its own."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.text = ""
         self._ids = list(before[self._first(before) :])
         known = self._decode(self._ids)
@@ -83,7 +83,7 @@ class TextStream:
         return first
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens))
 
     def _is_byte(self, token: int) -> bool:
         return BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or "") is not None

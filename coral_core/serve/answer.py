@@ -4,7 +4,8 @@ All of it runs in the worker's thread: model and tokenizer have one user.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from coral_core.api.stream import TextStream
@@ -13,9 +14,9 @@ from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request
 from coral_core.errors import DataError
-from coral_core.serve.protocol import Ask, Refusal
+from coral_core.serve.protocol import WORDS, Ask, Refusal
 from coral_core.target.target import Target
-from coral_core.target.template import Message, prompt_ids, shown_fields
+from coral_core.target.template import Message, prompt_ids, render, shown_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Answer:
 
     def __init__(self, service: Service, ask: Ask) -> None:
         self.service, self.ask = service, ask
-        self.stream, self.stop = TextStream(service.target.tokenizer), StopText(ask.stops)
+        self.stream, self.stop = self._text([]), StopText(ask.stops)
 
     def open(self) -> tuple[Request | None, Refusal | Opened]:
         """What is to be decoded, and how many tokens the prompt has; or why nothing is."""
@@ -95,7 +96,7 @@ class Answer:
         except Refusal as refusal:
             return None, refusal
         if self.ask.messages is None:  # a completion goes on from its prompt's text
-            self.stream = TextStream(self.service.target.tokenizer, prompt)
+            self.stream = self._text(prompt)
         sampler = dataclasses.replace(self.service.sampler, **self.ask.sampling)
         return Request(prompt, sampler, limit), Opened(len(prompt))
 
@@ -103,7 +104,7 @@ class Answer:
         """What a round added, and whether the answer is done: at a stop string, or after its `last` round."""
         text, drafted = "", event.kind != "prefill"
         for count, token in enumerate(event.new_ids, start=1):
-            text += self.stop.feed(self.stream.feed([token]))
+            text += self.stop.feed(self.stream.feed(self._shown(token)))
             if self.stop.hit:
                 return Piece(text, count, drafted, "stop"), True
         if not last:
@@ -113,27 +114,53 @@ class Answer:
         text = text if self.stop.hit else text + self.stop.held
         return Piece(text, len(event.new_ids), drafted, "stop" if ended else "length"), True
 
+    def _text(self, before: Sequence[int]) -> TextStream:
+        return TextStream(self.service.target.tokenizer, before, skip_special_tokens=not self.ask.shows_special)
+
+    def _shown(self, token: int) -> list[int]:
+        """The token, but for the one that ends an answer whose special tokens are shown."""
+        return [] if self.ask.shows_special and token in self.service.target.stop_ids else [token]
+
 
 def _prompt(service: Service, ask: Ask) -> list[int]:
     """The request's token ids. Raises Refusal."""
     tokenizer = service.target.tokenizer
     try:
         if ask.messages is not None:
-            _refuse_unread(tokenizer, ask.messages)
-            ids = prompt_ids(tokenizer, ask.messages)
+            _refuse_taken(tokenizer, ask.variables)
+            _refuse_unread(tokenizer, ask.messages, ask.variables)
+            ids = prompt_ids(tokenizer, ask.messages, **ask.variables)
         else:
-            ids = tokenizer(ask.text)["input_ids"] if ask.ids is None else ask.ids
+            ids = _text_ids(tokenizer, ask.text or "", ask.special) if ask.ids is None else ask.ids
         service.target.refuse_strange(ids)
     except DataError as error:
         raise Refusal(str(error), param="prompt" if ask.messages is None else "messages") from error
     return ids
 
 
-def _refuse_unread(tokenizer: Any, messages: Sequence[Message]) -> None:
-    """Raises Refusal for a field of a message that the chat template does not show."""
-    shown = shown_fields(tokenizer, messages)
+def _text_ids(tokenizer: Any, text: str, special: bool | None) -> list[int]:
+    """Ids of a text. With `special` None, the tokenizer's special tokens are not put before a text that begins with
+    them, as one does that a client made by the chat template."""
+    bare: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(text)["input_ids"]
+    added = len(whole) - len(bare)
+    there = whole[added:] == bare and bare[:added] == whole[:added]
+    return bare if special is False or (special is None and there) else whole
+
+
+def _refuse_taken(tokenizer: Any, variables: Collection[str]) -> None:
+    """Raises Refusal for a variable that coral or transformers gives to the template."""
+    taken = {*inspect.signature(render).parameters, *inspect.signature(tokenizer.apply_chat_template).parameters}
+    if wrong := sorted(taken.intersection(variables)):
+        where = f"chat_template_kwargs.{wrong[0]}"
+        raise Refusal(f"{where} is not for a request to set; leave it out", param=where)
+
+
+def _refuse_unread(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
+    """Raises Refusal for words of a message that the chat template does not show."""
+    shown = shown_fields(tokenizer, messages, **variables)
     for place, message in enumerate(messages):
-        if unread := sorted(set(message) - shown - {"role", "content"}):
+        if unread := sorted(WORDS.intersection(message) - shown):
             where = f"messages[{place}].{unread[0][:60]}"
             raise Refusal(f"the target's chat template does not show {where}; leave it out", param=where)
 

@@ -1,8 +1,9 @@
 """OpenAI's chat and completions API as values: requests read and checked, answers and errors written. No network here.
 
 Fields and defaults as in https://platform.openai.com/docs/api-reference/chat and .../completions; `top_k`, `min_p` and
-`repetition_penalty` are the extensions that vLLM knows too. A field that would change the answer and is not known is
-refused: an answer that quietly ignores what was asked is a wrong answer.
+`repetition_penalty` are the extensions that vLLM knows too, and so are `chat_template_kwargs`, `add_special_tokens` and
+`skip_special_tokens`. A field that would change the answer and is not known is refused: an answer that quietly ignores
+what was asked is a wrong answer.
 """
 
 import dataclasses
@@ -35,9 +36,13 @@ class Ask:
 
     messages: list[Message] | None = None
     """A dialogue for the chat template; None for a completion."""
+    variables: Fields = dataclasses.field(default_factory=dict)
+    """What the client says to the template besides."""
     text: str | None = None
     """The prompt of a completion, or its token ids:"""
     ids: list[int] | None = None
+    special: bool | None = None
+    """Whether the tokenizer puts its special tokens before the text; None: unless they are there."""
     max_new_tokens: int | None
     """None: the recipe's."""
     sampling: dict[str, Any]
@@ -45,6 +50,8 @@ class Ask:
     stops: tuple[str, ...] = ()
     stream: bool = False
     include_usage: bool = False
+    shows_special: bool = False
+    """Whether the answer's text has its special tokens."""
 
 
 def parse(body: bytes) -> Fields:
@@ -65,18 +72,18 @@ def parse(body: bytes) -> Fields:
 
 def read_chat(fields: Fields) -> Ask:
     """A body of /v1/chat/completions. Raises Refusal, naming the field."""
-    _refuse_unknown(fields, {"messages", "max_completion_tokens"})
+    _refuse_unknown(fields, {"messages", "max_completion_tokens", "chat_template_kwargs", "reasoning_effort"})
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refusal("'messages' must be a list with at least one message", param="messages")
     read = [_message(message, f"messages[{place}]") for place, message in enumerate(messages)]
     limit = _given(fields, "max_completion_tokens", _whole(1)) or _given(fields, "max_tokens", _whole(1))
-    return Ask(messages=read, max_new_tokens=limit, **_shared(fields))
+    return Ask(messages=read, variables=_variables(fields), max_new_tokens=limit, **_shared(fields))
 
 
 def read_completion(fields: Fields) -> Ask:
     """A body of /v1/completions. Raises Refusal, naming the field."""
-    _refuse_unknown(fields, {"prompt"})
+    _refuse_unknown(fields, {"prompt", "add_special_tokens"})
     prompt = fields.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
@@ -84,7 +91,8 @@ def read_completion(fields: Fields) -> Ask:
     ids = prompt if isinstance(prompt, list) and all(type(token) is int for token in prompt) else None
     if not text and not ids:
         raise Refusal("'prompt' must be one text, or one list of token ids, and not empty", param="prompt")
-    return Ask(text=text, ids=ids, max_new_tokens=_given(fields, "max_tokens", _whole(1)), **_shared(fields))
+    special, limit = _given(fields, "add_special_tokens", _switch), _given(fields, "max_tokens", _whole(1))
+    return Ask(text=text, ids=ids, special=special, max_new_tokens=limit, **_shared(fields))
 
 
 def _shared(fields: Fields) -> Fields:
@@ -100,7 +108,18 @@ def _shared(fields: Fields) -> Fields:
         "stops": _stops(fields.get("stop", [])),
         "stream": bool(_given(fields, "stream", _switch)),
         "include_usage": options.get("include_usage", False),
+        "shows_special": _given(fields, "skip_special_tokens", _switch) is False,
     }
+
+
+def _variables(fields: Fields) -> Fields:
+    """What a chat template reads besides the messages."""
+    variables = fields.get("chat_template_kwargs", {})
+    if not isinstance(variables, dict):
+        rule = 'an object such as {"enable_thinking": false}'
+        raise Refusal(f"'chat_template_kwargs' must be {rule}", param="chat_template_kwargs")
+    effort = _given(fields, "reasoning_effort", lambda value: None if isinstance(value, str) else "a word")
+    return variables if effort is None else {"reasoning_effort": effort} | variables
 
 
 def _message(message: Any, where: str) -> Message:
@@ -177,10 +196,12 @@ def _refuse_unknown(fields: Fields, own: set[str]) -> None:
     if not isinstance(fields.get("model"), str):
         raise Refusal("'model' must be the name of a model; GET /v1/models lists them", param="model")
     for name, value in fields.items():
+        if name in own:
+            continue
         if name in NEUTRAL:
-            if not any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in NEUTRAL[name]):
+            if not any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in NEUTRAL[name]):
                 raise Refusal(f"'{name}' is {_shown(value)}, which coral cannot do; leave it out", param=name)
-        elif name not in KNOWN | own:
+        elif name not in KNOWN:
             raise Refusal(f"unknown field '{name[:60]}'", param=name[:60])
 
 
@@ -213,14 +234,36 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "add_special_tokens": (False,),  # of a chat, whose template writes its own
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
 }
 """Fields that coral does not have, with the values that ask for nothing. 0 is not False: `logprobs: 0` of a completion
 asks for the chosen tokens' own."""
 
-WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("verbosity", "prediction"),  # OpenAI's own models read the first; the second is for speed alone
+    *("request_id", "priority", "cache_salt", "cache_prompt"),  # of vLLM and llama.cpp
+}
 """Fields that do not change an answer; they are accepted and not read."""
 
-KNOWN = {"model", "max_tokens", "stop", "stream", "stream_options"} | WITHOUT_EFFECT | set(SAMPLING)
+KNOWN = {"model", "max_tokens", "stop", "stream", "stream_options", "skip_special_tokens"}
+KNOWN |= WITHOUT_EFFECT | set(SAMPLING)
+
+WORDS = {
+    *("tool_calls", "function_call", "tool_call_id", "reasoning", "reasoning_content", "thinking"),
+    *("refusal", "audio", "images"),
+}
+"""Fields of a message that say something: where the chat template does not show one, the request is refused. Others,
+such as `name` and `id`, are left to the template."""
 
 
 # ---- answers

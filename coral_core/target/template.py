@@ -76,12 +76,15 @@ class UserTurn:
     """What follows the words, as text."""
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message], now: datetime.datetime | None = None) -> list[int]:
+def prompt_ids(
+    tokenizer: Any, messages: Sequence[Message], now: datetime.datetime | None = None, **variables: Any
+) -> list[int]:
     """Ids of a dialogue up to where the target begins its answer. Raises DataError when the template refuses it.
 
-    `now` is the time that a template with a date shows; None is the clock's.
+    `now` is the time that a template with a date shows; None is the clock's. `variables` are what the template reads
+    besides, such as `enable_thinking`.
     """
-    return text_ids(tokenizer, render(tokenizer, messages, generation_prompt=True, now=now))
+    return text_ids(tokenizer, render(tokenizer, messages, generation_prompt=True, now=now, **variables))
 
 
 def encode(
@@ -185,7 +188,7 @@ def takes_system(tokenizer: Any) -> bool:
     return True
 
 
-def shown_fields(tokenizer: Any, messages: Sequence[Message]) -> frozenset[str]:
+def shown_fields(tokenizer: Any, messages: Sequence[Message], **variables: Any) -> frozenset[str]:
     """The fields beside role and content that the template shows: without one, its text is another."""
     names = {name for message in messages for name in message} - {"role", "content"}
     template = template_of(tokenizer)
@@ -193,12 +196,12 @@ def shown_fields(tokenizer: Any, messages: Sequence[Message]) -> frozenset[str]:
     if not named:
         return frozenset()
     now = datetime.datetime.now()
-    whole = render(tokenizer, messages, now=now)
+    whole = render(tokenizer, messages, now=now, **variables)
 
     def without(name: str) -> list[Message]:
         return [{key: value for key, value in message.items() if key != name} for message in messages]
 
-    return frozenset(name for name in named if render(tokenizer, without(name), now=now) != whole)
+    return frozenset(name for name in named if render(tokenizer, without(name), now=now, **variables) != whole)
 
 
 def render(

@@ -12,11 +12,13 @@ from coral_core import Drafter, Generator, Target
 from coral_core.artifacts import Manifest
 from coral_core.decoding.engine import plain
 from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.embedded import FOLDER as PICO
 from coral_core.errors import ArtifactError
 from coral_core.export.run import export_hf
 from coral_core.head.heads import FullHead, GroupedHead
+from tests.api.test_stream import metaspace
 from tests.export.helpers import publish, random_drafter
 from tests.tiny import tiny_target
 
@@ -52,6 +54,17 @@ def test_the_ten_lines_of_the_readme_run_as_they_stand(capsys):
     assert len(code.strip().splitlines()) <= 10
     exec(compile(code, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.split()) > 3
+
+
+def test_the_answer_to_ids_goes_on_from_their_text(monkeypatch):
+    """The first space of a sentencepiece text is the prompt's; after a dialogue an answer begins a text of its own."""
+    tokenizer = metaspace()
+    target = dataclasses.replace(tiny_target("llama"), tokenizer=tokenizer)
+    generator = Generator(target, random_drafter(target), TreeShape(depth=2, nodes=3, topk=1))
+    prompt, answer = (tokenizer.convert_tokens_to_ids(pieces) for pieces in (["▁def", "x"], ["▁return", "x"]))
+    monkeypatch.setattr(generator, "rounds", lambda prompt: iter([Round(answer, "prefill")]))
+    assert generator.generate(prompt) == " returnx"
+    assert generator.generate("def") == generator.generate([{"role": "user", "content": "def"}]) == "returnx"
 
 
 def test_the_head_comes_along_with_the_folder_that_has_one(tmp_path):

@@ -1,5 +1,7 @@
 """Requests read, and each bad one refused by the name of its field."""
 
+import dataclasses
+
 import pytest
 
 from coral_core.serve.protocol import Refusal, parse, read_chat, read_completion
@@ -35,6 +37,33 @@ def test_a_chat_request_is_read() -> None:
 def test_a_completion_takes_a_text_or_ids(prompt: object, text: str | None, ids: list[int] | None) -> None:
     ask = read_completion({"model": "tiny", "prompt": prompt, "max_tokens": 3})
     assert (ask.text, ask.ids, ask.messages, ask.max_new_tokens) == (text, ids, None, 3)
+
+
+IDLE = {
+    "verbosity": "low",
+    "prediction": {"type": "content", "content": "x"},
+    "prompt_cache_retention": "24h",
+    "service_tier": "flex",
+    "parallel_tool_calls": True,
+    "reasoning_effort": "low",
+    "skip_special_tokens": True,
+    "add_special_tokens": False,
+    "spaces_between_special_tokens": True,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "stop_token_ids": [],
+    "length_penalty": 1.0,
+    "request_id": "r",
+    "cache_prompt": True,
+}
+
+
+def test_fields_that_ask_for_nothing_are_taken() -> None:
+    """Clients send them to any server."""
+    asked = dataclasses.replace(read_chat(HELLO | IDLE), variables={})
+    assert asked == read_chat(HELLO)
 
 
 def test_vllms_word_for_no_top_k_is_taken() -> None:
@@ -88,6 +117,14 @@ WRONG = {
     "tool_choice": ["required", {}],
     "response_format": [{"type": "json_object"}, 3],
     "modalities": [["audio"]],
+    "chat_template_kwargs": [3, [], "enable_thinking"],
+    "reasoning_effort": [3, ["low"]],
+    "add_special_tokens": [True],
+    "skip_special_tokens": [1, "no"],
+    "ignore_eos": [True, 0],
+    "min_tokens": [5],
+    "stop_token_ids": [[3]],
+    "grammar": ["root ::= x"],
     "temperatur": [1],
     "x" * 1000: [1],
 }
