@@ -85,8 +85,8 @@ class Answer:
     """What the worker makes of one request's rounds: pieces of text, up to the first stop string."""
 
     def __init__(self, service: Service, ask: Ask) -> None:
-        self.service, self.ask = service, ask
-        self.stream, self.stop = self._text([]), StopText(ask.stops)
+        self.service, self.ask, self.stop = service, ask, StopText(ask.stops)
+        self.stream: TextStream
 
     def open(self) -> tuple[Request | None, Refusal | Opened]:
         """What is to be decoded, and how many tokens the prompt has; or why nothing is."""
@@ -95,8 +95,9 @@ class Answer:
             limit = _limit(self.service, self.ask, len(prompt))
         except Refusal as refusal:
             return None, refusal
-        if self.ask.messages is None:  # a completion goes on from its prompt's text
-            self.stream = self._text(prompt)
+        before = prompt if self.ask.messages is None else []  # a completion goes on from its prompt's text
+        hides = not self.ask.shows_special
+        self.stream = TextStream(self.service.target.tokenizer, before, skip_special_tokens=hides)
         sampler = dataclasses.replace(self.service.sampler, **self.ask.sampling)
         return Request(prompt, sampler, limit), Opened(len(prompt))
 
@@ -113,9 +114,6 @@ class Answer:
         ended = self.stop.hit or event.new_ids[-1] in self.service.target.stop_ids
         text = text if self.stop.hit else text + self.stop.held
         return Piece(text, len(event.new_ids), drafted, "stop" if ended else "length"), True
-
-    def _text(self, before: Sequence[int]) -> TextStream:
-        return TextStream(self.service.target.tokenizer, before, skip_special_tokens=not self.ask.shows_special)
 
     def _shown(self, token: int) -> list[int]:
         """The token, but for the one that ends an answer whose special tokens are shown."""
@@ -172,8 +170,9 @@ def _limit(service: Service, ask: Ask, prompt: int) -> int:
     if prompt == 0 or prompt + wanted > context:
         asked = "" if ask.max_new_tokens is None else f", max_tokens is {wanted}"
         long = prompt == 0 or prompt >= context
+        mend = "give another prompt" if long else f"ask for {context - prompt} tokens at most"
         raise Refusal(
-            f"the prompt has {prompt} tokens{asked}, and the context holds {context}",
+            f"the prompt has {prompt} tokens{asked}, and the context holds {context}; {mend}",
             param=("prompt" if ask.messages is None else "messages") if long else "max_tokens",
             code="context_length_exceeded" if prompt else None,
         )

@@ -221,6 +221,7 @@ def _failure(told: Any) -> Response:
     return JSONResponse(refusal.body, refusal.status)
 
 
+_HERE = "Ask for POST /v1/chat/completions, POST /v1/completions, GET /v1/models or GET /health"
 _SHUTTING_DOWN = Refusal("the server is shutting down", status=503, code="shutting_down")
 _BUSY = JSONResponse(
     Refusal("too many requests are waiting; try again", status=503, code="overloaded").body, 503, {"Retry-After": "1"}
@@ -237,7 +238,7 @@ async def _refused(request: Request, refusal: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     """Paths and methods that do not exist."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}. {_HERE}"
     return JSONResponse(Refusal(message, status=error.status_code).body, error.status_code, error.headers)
 
 

@@ -7,6 +7,7 @@ what was asked is a wrong answer.
 """
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -202,7 +203,12 @@ def _refuse_unknown(fields: Fields, own: set[str]) -> None:
             if not any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in NEUTRAL[name]):
                 raise Refusal(f"'{name}' is {_shown(value)}, which coral cannot do; leave it out", param=name)
         elif name not in KNOWN:
-            raise Refusal(f"unknown field '{name[:60]}'", param=name[:60])
+            raise Refusal(f"unknown field '{name[:60]}'; {_mend(name[:60], own)}", param=name[:60])
+
+
+def _mend(name: str, own: set[str]) -> str:
+    near = difflib.get_close_matches(name, {*KNOWN, *own, *NEUTRAL}, n=1)
+    return f"did you mean '{near[0]}'?" if near else "leave it out"
 
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -155,6 +155,12 @@ def test_the_clients_own_errors_are_raised(client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError) as long:
             client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1000, stream=streamed)
         assert long.value.code == "context_length_exceeded"
+        room = 256 - len(prompt_ids(make_service().target.tokenizer, HELLO))
+        assert f"and the context holds 256; ask for {room} tokens at most" in long.value.message
+    with pytest.raises(openai.BadRequestError, match="the context holds 256; give another prompt"):
+        client.completions.create(model="tiny", prompt=[5] * 256)
+    with pytest.raises(openai.NotFoundError, match="/v1/responses: Not Found. Ask for POST /v1/chat/completions, "):
+        client.responses.create(model="tiny", input="x")
     with pytest.raises(openai.BadRequestError, match="token 259 has no row in the target's embedding, which has 259"):
         client.completions.create(model="tiny", prompt=[5, 259])
 

@@ -159,6 +159,13 @@ def test_log_probabilities_are_refused_and_not_left_out(logprobs: int) -> None:
         read_completion({"model": "tiny", "prompt": "x", "logprobs": logprobs})
 
 
+def test_a_field_that_is_nearly_one_is_told_the_other() -> None:
+    with pytest.raises(Refusal, match=r"unknown field 'temprature'; did you mean 'temperature'\?"):
+        read_chat(HELLO | {"temprature": 1})
+    with pytest.raises(Refusal, match="unknown field 'grammar'; leave it out"):
+        read_chat(HELLO | {"grammar": "root ::= x"})
+
+
 def test_what_belongs_to_the_other_kind_is_unknown() -> None:
     with pytest.raises(Refusal, match="unknown field 'messages'"):
         read_completion({**HELLO, "prompt": "x"})
