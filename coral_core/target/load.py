@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from coral_core import embedded
-from coral_core.errors import CoralWarning, DataError, TargetError, first_line
+from coral_core.errors import CoralWarning, TargetError, first_line
 from coral_core.kernels.layers import pack, shorten_norms
 from coral_core.kernels.precision import bfloat16_is_faster
 from coral_core.lent import Lent
@@ -80,12 +80,9 @@ def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:
     tokenizer = checkpoint.load_tokenizer(spec.model, source, options)
     if file is not None:
         gguf_file.add_template(tokenizer, file)
-    ends: list[int] = []
     if spec.chat_template:
-        ends = named_templates.choose(tokenizer, spec.chat_template)
-    elif file is not None:  # its metadata often name no end of a turn: Gemma's, Phi-3's
-        with contextlib.suppress(DataError):
-            _, ends = named_templates.ending(tokenizer)
+        named_templates.choose(tokenizer, spec.chat_template)
+    ends = named_templates.ends(tokenizer, incomplete=bool(spec.chat_template) or file is not None)
     if dialogues:
         template.template_of(tokenizer)
     model = checkpoint.load_model(spec.model, source, config, dtype, options).to(device)

@@ -11,9 +11,8 @@ from coral_core.errors import DataError, TargetError, did_you_mean
 from coral_core.target.template import FOLDER, NAMED, OFFER, SENTINEL, control_ids, render, text_ids
 
 
-def choose(tokenizer: Any, chosen: str) -> list[int]:
-    """Give a tokenizer the template of a name or a file, in place of its own. Gives the token that ends an answer in
-    it, where there is one.
+def choose(tokenizer: Any, chosen: str) -> None:
+    """Give a tokenizer the template of a name or a file, in place of its own.
 
     Raises TargetError for a template that is not there, does not render, or whose answers would not end.
     """
@@ -21,25 +20,38 @@ def choose(tokenizer: Any, chosen: str) -> list[int]:
     if chosen == "plain" and tokenizer("a")["input_ids"][:1] != [tokenizer.bos_token_id]:
         tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token }}", "")
     try:
-        tail, ends = ending(tokenizer)
+        tail, controls = ending(tokenizer)
     except DataError as error:
         raise TargetError(f"target.chat_template is '{chosen}': {error}") from error
-    if chosen in NAMED and chosen != "plain" and not ends:
+    if chosen in NAMED and chosen != "plain" and not controls:
         raise TargetError(
             f"target.chat_template is '{chosen}', which ends an answer with {tail.strip() or 'the end-of-text token'}, "
             "and the tokenizer has no such token: no answer would end. Set target.chat_template=plain"
         )
-    return ends
+
+
+def ends(tokenizer: Any, *, incomplete: bool) -> list[int]:
+    """The tokens with which the template ends an answer, as far as they are known to end one.
+
+    The tokenizer's end of sequence is, where the template puts it there: the generation config of a fine-tuned base
+    model often names the base's own end alone. Where what the model came with is `incomplete`, as the metadata of GGUF
+    files are (Gemma's, Phi-3's), the first control token is one too. In other models it may end a part of an answer.
+    """
+    try:
+        _, controls = ending(tokenizer)
+    except DataError:  # no template, or one that does not render
+        return []
+    return [token for token in controls if token == tokenizer.eos_token_id or (incomplete and token == controls[0])]
 
 
 def ending(tokenizer: Any) -> tuple[str, list[int]]:
-    """What the template puts behind an answer, and the control token in it that ends one, where there is one.
+    """What the template puts behind an answer, and the control tokens in it.
 
     Raises DataError for a tokenizer without a template, or one that does not render.
     """
     dialogue = [{"role": "user", "content": "."}, {"role": "assistant", "content": SENTINEL}]
-    tail = render(tokenizer, dialogue).rpartition(SENTINEL)[2]
-    return tail, [token for token in text_ids(tokenizer, tail) if token in control_ids(tokenizer)][:1]
+    tail, controls = render(tokenizer, dialogue).rpartition(SENTINEL)[2], control_ids(tokenizer)
+    return tail, [token for token in text_ids(tokenizer, tail) if token in controls]
 
 
 def _read(chosen: str) -> str:

@@ -12,7 +12,7 @@ from coral_core import embedded
 from coral_core.errors import DataError, TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.load import load_target
-from coral_core.target.named_templates import choose
+from coral_core.target.named_templates import choose, ends
 from coral_core.target.target import Target
 from coral_core.target.template import NAMED, encode, prompt_ids, user_turn
 from tests.target.chat_templates import CHATML, LLAMA_2, TAGGED, VICUNA
@@ -47,12 +47,14 @@ def test_a_named_template_is_the_published_format(name: str, opening: list[dict[
 @pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("llama-2", "</s>"), ("vicuna", "</s>")])
 def test_the_token_that_ends_an_answer_is_found(name: str, end: str) -> None:
     tokenizer = bare(PUBLISHED[name][0])
-    assert choose(tokenizer, name) == [tokenizer.convert_tokens_to_ids(end)]
+    choose(tokenizer, name)
+    assert set(ends(tokenizer, incomplete=True)) == {tokenizer.convert_tokens_to_ids(end)}
 
 
 def test_plain_continues_the_text() -> None:
     tokenizer = bare("Llama-2")
-    assert choose(tokenizer, "plain") == []
+    choose(tokenizer, "plain")
+    assert ends(tokenizer, incomplete=True) == []
     assert tokenizer.decode(prompt_ids(tokenizer, [DIALOGUE[0]])) == "Hi there."
     assert tokenizer.decode(prompt_ids(tokenizer, [SYSTEM, *DIALOGUE[:3]])) == (
         "Be brief.\n\nHi there.Hello you.\n\nAnd now?"
@@ -107,6 +109,20 @@ def test_a_target_is_another_one_with_its_template_and_ends_where_that_says(tmp_
     assert len({plain.fingerprint, mine.fingerprint, load(folder, "").fingerprint}) == 3
     (tmp_path / "copy.jinja").write_text(file.read_text())
     assert load(folder, str(tmp_path / "copy.jinja")).fingerprint == mine.fingerprint
+
+
+@pytest.mark.parametrize("own_end", [True, False])
+def test_a_fine_tuned_base_model_ends_where_its_tokenizer_and_template_do(tmp_path: Path, own_end: bool) -> None:
+    """Its generation_config.json is the base's. A control token that is not the tokenizer's end may end a part of an
+    answer alone, as gpt-oss's <|end|> does, and adds nothing."""
+    folder = base_model(tmp_path / "tuned", weights=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token if own_end else next(t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token)
+    (folder / "chat_template.jinja").write_text(TAGGED.replace("<|im_end|>", end))
+    target = load(folder, "")
+    wanted = {2, tokenizer.eos_token_id} if own_end else {2}
+    own = target.model.generation_config.eos_token_id
+    assert target.stop_ids == wanted == set(own if isinstance(own, list) else [own])
 
 
 @pytest.mark.parametrize(
