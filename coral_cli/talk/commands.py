@@ -44,7 +44,7 @@ def _system(session: Session, argument: str) -> str:
     if argument == "-":
         session.system = ""
         return "no system prompt from now on"
-    if not takes_system(session.target.tokenizer):
+    if not takes_system(session.target.tokenizer, answered=False):
         raise CoralError("this target's chat template shows no system prompt; say it in a message instead")
     session.system = argument
     return "the system prompt is set; /system - removes it"

@@ -137,8 +137,9 @@ class Fit:
         self.tokenizer = target.tokenizer
         self.stop_ids = target.stop_ids
         self.spec = spec
-        self._takes_system = takes_system(target.tokenizer)
+        self._takes_system = takes_system(target.tokenizer, answered=True)
         self._keeps_turns = keeps_turns(target.tokenizer, target.stop_ids)
+        self._refused: set[tuple[str, ...]] = set()
 
     def read(self, dialogue: Dialogue) -> Dialogue:
         """The dialogue with those fields of its messages that the chat template shows."""
@@ -154,15 +155,21 @@ class Fit:
 
     def following(self, dialogue: Dialogue, answers: Sequence[str]) -> list[int] | None:
         """The prompt of the turn behind these answers; None where none can follow, as it leaves no room for another or
-        the template refuses what was said, such as an empty answer. Raises DataError for a first one that is refused.
+        the template refuses what was said, such as an empty answer (`refused` counts these). Raises DataError for a first
+        one that is refused.
         """
         try:
             ids = self.prompt(dialogue.messages(answers))
         except DataError:
             if not answers:
                 raise
+            self._refused.add((dialogue.system, *dialogue.users))
             return None
         return ids if len(ids) < self.spec.max_length else None
+
+    def refused(self, dialogues: Sequence[Dialogue]) -> int:
+        """How many of these end early since the template, or the target, refused a later turn of them."""
+        return sum((dialogue.system, *dialogue.users) in self._refused for dialogue in dialogues)
 
     def measure(self, dialogue: Dialogue) -> tuple[Dialogue, int]:
         """The dialogue as the template takes it, and its tokens at most. Raises UnusableError when it is no use."""

@@ -19,6 +19,7 @@ from coral_core.data.endpoint import Endpoint
 from coral_core.data.job import COMMAND, Job, check_recipe, dtype_name, standing_of_other_count, standing_words
 from coral_core.data.meter import Meter
 from coral_core.data.plan import PLAN, PROMPTS, Fit, Plan, make_plan
+from coral_core.data.prompts import Dialogue
 from coral_core.data.shards import answer, held_dtype, tap_all, words_only
 from coral_core.data.sources import SELF
 from coral_core.errors import ArtifactError, DataError
@@ -131,7 +132,7 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
     features = Meter(progress if reads else silent, "features", total, done)
     held_from = len(plan.dialogues) - spec.holdout
 
-    def write(number: int, pieces: list[Encoded], held: int, names: Sequence[str] = ()) -> None:
+    def write(number: int, pieces: list[Encoded], held: int, refused: int, names: Sequence[str] = ()) -> None:
         if job.online:
             samples = [words_only(piece) for piece in pieces]
         else:
@@ -139,37 +140,41 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
             samples = tap_all(target, pieces, spec.batch_size, held_dtype(target, job.dtype), features)
         facts = write_shard(work, number, samples, job.dtype, holdout_samples=held, names=names)
         cut = sum(piece.answer[-1] and piece.ids[-1] not in job.target.stop_ids for piece in pieces)
-        _finish(work, dataclasses.replace(facts, cut_samples=cut))
+        _finish(work, dataclasses.replace(facts, cut_samples=cut, refused_dialogues=refused))
         features.advance(len(plan.shards[number]), 0)
 
     for number in list(missing):
         if words is not None and (kept := words.pieces(number)) is not None:
             answers.advance(len(plan.shards[number]), 0)
-            write(number, kept, words.store.shard_facts(number).holdout_samples)
+            stood = words.store.shard_facts(number)
+            write(number, kept, stood.holdout_samples, stood.refused_dialogues)
             missing.remove(number)
-    for number, dialogues in _answered(job, plan, missing, answers):
+    for number, dialogues, refused in _answered(job, plan, missing, answers):
         rows = list(zip(plan.shards[number], dialogues, strict=True))
         held = sum(len(several) for row, several in rows if row >= held_from)
         names = [plan.place(row) for row, several in rows for _ in several]
-        write(number, [piece for several in dialogues for piece in several], held, names)
+        write(number, [piece for several in dialogues for piece in several], held, refused, names)
     answers.finish()
     features.finish()
 
 
-def _answered(job: Job, plan: Plan, numbers: list[int], meter: Meter) -> Iterator[tuple[int, list[list[Encoded]]]]:
-    """Those shards' numbers, each with the pieces of its dialogues: from the server, or from the target here."""
+def _answered(job: Job, plan: Plan, numbers: list[int], meter: Meter) -> Iterator[tuple[int, list[list[Encoded]], int]]:
+    """Those shards' numbers, each with the pieces of its dialogues, from the server or from the target here; and how
+    many of these end before a turn that was refused."""
     fit, seed = Fit(job.target, job.recipe.data, plan.now), job.recipe.seed
-    shards = (
-        (number, [plan.dialogues[row] for row in plan.shards[number]], derive_seed(seed, "answers", number))
-        for number in numbers
-    )
+
+    def dialogues_of(number: int) -> list[Dialogue]:
+        return [plan.dialogues[row] for row in plan.shards[number]]
+
+    shards = ((number, dialogues_of(number), derive_seed(seed, "answers", number)) for number in numbers)
     if job.recipe.data.endpoint:
-        yield from Ahead(fit, job.model_name, job.endpoint_key).shards(shards, meter)
+        for number, pieces in Ahead(fit, job.model_name, job.endpoint_key).shards(shards, meter):
+            yield number, pieces, fit.refused(dialogues_of(number))
         return
     target = job.target.tapping(job.taps)
     keep = None if job.online else held_dtype(target, job.dtype)
     for number, dialogues, shard_seed in shards:
-        yield number, answer(target, dialogues, fit, shard_seed, meter, keep)
+        yield number, answer(target, dialogues, fit, shard_seed, meter, keep), fit.refused(dialogues)
 
 
 def _finish(folder: Path, facts: ShardFacts) -> None:
@@ -253,10 +258,13 @@ def _seal(job: Job, plan: Plan, shards: list[ShardFacts], work: Path, manifest: 
     """Write what makes the folder a store, and clear what only a resumed run needs."""
     count = len(plan.dialogues)
     held = [plan.dialogues[row] for row in range(count - job.recipe.data.holdout, count)]
+    skipped = {f"{reason} (first: {where})": count for reason, (count, where) in plan.skipped.items()}
+    if refused := sum(shard.refused_dialogues for shard in shards):
+        skipped["later turns that the chat template or the target cannot take, of so many dialogues"] = refused
     facts = {
         "dialogues": count,
         "holdout_dialogues": len(held),
-        "skipped": {f"{reason} (first: {where})": count for reason, (count, where) in plan.skipped.items()},
+        "skipped": skipped,
         "unread": {f"{name} (first: {where})": count for name, (count, where) in plan.unread.items()},
         "sources": plan.sources,
         "dtype": dtype_name(job.dtype),

@@ -58,6 +58,8 @@ class ShardFacts:
     """The last of the samples, never learnt from."""
     cut_samples: int = 0
     """Samples whose last answer was cut at a limit: what the target writes behind it is not learnt."""
+    refused_dialogues: int = 0
+    """Those that end before a turn which the chat template refused."""
 
 
 def shard_name(number: int) -> str:

@@ -40,6 +40,9 @@ GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PRINTED_PART = re.compile(r"""["']type["']: """)
 DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 SWITCH = re.compile(r"(?:^|(?<=\s))/\w+")
+TAG = re.compile(r"</?[\w-]+>")
+REASONED = "<think>\n.\n</think>\n\n<thought>\n.\n</thought>\n\n<answer>\n.\n</answer>"
+"""An answer with reasoning, in the tags of Qwen3, EXAONE-Deep and Hunyuan."""
 PROMPT_VARIABLES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False})
 """An empty think block belongs to the prompt, not to the answer: the longest generation prompt that agrees has it."""
 
@@ -134,7 +137,7 @@ def keeps_turns(tokenizer: Any, stop_ids: Collection[int]) -> bool:
 
     `join` then makes one sequence of a dialogue, but for the rare answer whose text has other tokens when cut anew.
     """
-    user, words = {"role": "user", "content": "."}, "<think>\n.\n</think>\n\n."
+    user, words = {"role": "user", "content": "."}, REASONED
     now = datetime.datetime.now()
     written = prompt_ids(tokenizer, [user], now) + text_ids(tokenizer, words) + closing_ids(tokenizer, stop_ids)
     later = prompt_ids(tokenizer, [user, {"role": "assistant", "content": words}, user], now)
@@ -179,10 +182,14 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(number for number, token in added if token.content.strip())
 
 
-def takes_system(tokenizer: Any) -> bool:
-    """Whether the template shows a system message (Gemma's raises, some drop it)."""
+def takes_system(tokenizer: Any, *, answered: bool) -> bool:
+    """Whether the template shows a system message (Gemma's raises, some drop it) in a prompt; with `answered`, in a
+    dialogue that ends in an answer, too. Mistral-7B-Instruct-v0.3's shows it in a last message of a user alone."""
+    system, user, answer = ({"role": role, "content": "."} for role in ("system", "user", "assistant"))
+    system["content"] = SENTINEL
     try:
-        render(tokenizer, [{"role": "system", "content": SENTINEL}, {"role": "user", "content": "."}])
+        for dialogue in ([user], [user, answer, user], *([[user, answer]] if answered else [])):
+            render(tokenizer, [system, *dialogue])
     except DataError:
         return False
     return True
@@ -291,14 +298,16 @@ def _in_parts(message: Message) -> Message:
 def _shows(shown: str, message: Message) -> bool:
     """Whether a text, `_bare`, holds a message's words, however they are spaced, cased or escaped.
 
-    A template may leave out an answer's reasoning, so that only the end of an answer is looked for, and switches of the
-    kind of /no_think, so that words that begin with a slash are not.
+    A template may leave out an answer's reasoning, and the tags around the rest (EXAONE-Deep's </thought>, Hunyuan's
+    <answer>), so that only the end of an answer is looked for, behind its last tag; and switches of the kind of
+    /no_think, so that words that begin with a slash are not.
     """
     content = message["content"]
     if not isinstance(content, str):
         return True
     if message["role"] == "assistant":
-        content = content.rpartition("</think>")[2]
+        pieces = TAG.split(content.rpartition("</think>")[2])
+        content = next((piece for piece in reversed(pieces) if piece.strip()), "")
     as_json = (json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (True, False))
     for words in map(_bare, (content, *as_json)):
         if (words[-64:] if message["role"] == "assistant" else words) in shown:

@@ -55,6 +55,31 @@ def test_what_is_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
     assert count == 2
 
 
+def test_dialogues_whose_later_turns_are_refused_are_counted(tmp_path: Path) -> None:
+    """Nothing may follow the first answer to a q; of an r the template takes all."""
+    refusal = (
+        "{% if messages[0]['content'][0] == 'q' and messages | length > 2 %}{{ raise_exception('no') }}{% endif %}"
+    )
+    rows = [{"turns": [f"{letter}{number}", "and?"]} for letter in "qr" for number in range(4)]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    store = prepare(make_job(tmp_path, make_target(refusal + CHATML), prompts=path))
+    ((reason, count),) = store.manifest.facts["skipped"].items()
+    assert reason.startswith("later turns that the chat template or the target cannot take") and count == 4
+    assert sum(shard["refused_dialogues"] for shard in store.manifest.facts["shards"]) == 4
+
+
+def test_a_system_message_that_the_template_drops_before_an_answer_is_learnt_from(tmp_path: Path) -> None:
+    """Mistral-7B-Instruct-v0.3's shows it where a user has the last word: each dialogue with an answer was refused."""
+    shown = "{% if message['role'] != 'system' or messages[-1]['role'] == 'user' %}{{"
+    template = CHATML.replace("{{", shown, 1).replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]} for row in answered(8)]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    job = make_job(tmp_path, make_target(template), prompts=path, regenerate="none")
+    store = prepare(job)
+    text = job.target.tokenizer.decode(store[0].ids_T)
+    assert len(store) == 8 and text.startswith("<|im_start|>user\nBe brief.\n\nQuestion")
+
+
 def test_a_file_with_every_kind_of_trouble_is_told_line_by_line(tmp_path: Path) -> None:
     """Each reason is counted in the summary, with the line where it first came."""
     user, assistant = ({"role": role, "content": "w" * 30} for role in ("user", "assistant"))

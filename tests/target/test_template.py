@@ -255,7 +255,7 @@ def test_what_surrounds_a_users_words(family: Family) -> None:
 def test_a_system_message_is_shown_where_the_template_takes_one(family: Family) -> None:
     tokenizer = make_tokenizer(family)
     messages = [{"role": "system", "content": "Be brief."}, *DIALOGUE]
-    assert takes_system(tokenizer) == family.system
+    assert takes_system(tokenizer, answered=True) == takes_system(tokenizer, answered=False) == family.system
     if not family.system:
         return
     pieces = encode(tokenizer, messages, stops(tokenizer, family))

@@ -10,7 +10,7 @@ import transformers
 
 from coral_core.errors import DataError
 from coral_core.target import template
-from coral_core.target.template import Encoded, encode, prompt_ids, render, shown_fields, takes_system
+from coral_core.target.template import Encoded, encode, keeps_turns, prompt_ids, render, shown_fields, takes_system
 from tests.data.helpers import SPECIAL, make_tokenizer
 
 USER = {"role": "user", "content": "Which way is north?"}
@@ -115,12 +115,47 @@ def test_an_answer_may_be_shown_from_where_its_reasoning_ends() -> None:
     assert answer in render(tokenizer, messages) and "Which star" not in render(tokenizer, messages)
 
 
+SHORTENED = {
+    "EXAONE-Deep": ("thought", "{{ message['content'].split('</thought>')[-1].lstrip('\n') }}"),
+    "Hunyuan": ("think", "{{ message['content'].split('<answer>')[-1].strip('</answer>').strip() }}"),
+}
+
+
+@pytest.mark.parametrize("name", SHORTENED)
+def test_an_earlier_answer_may_be_shown_without_its_reasoning_and_tags(name: str) -> None:
+    """With 64 letters and more in the last words, and with less: the tags themselves are not looked for."""
+    reasoning, shown = SHORTENED[name]
+    tokenizer = tokenizer_of(each("{% if loop.last %}" + TEXT + "{% else %}" + shown + "{% endif %}"))
+    for answer in (ANSWER["content"], "It is north." * 9, "Use <b>bold</b>"):
+        tagged = f"<answer>\n{answer}\n</answer>" if name == "Hunyuan" else answer
+        words = f"<{reasoning}>\nWhich star?\n</{reasoning}>\n{tagged}"
+        assert answer in render(tokenizer, [USER, {"role": "assistant", "content": words}, USER])
+    assert not keeps_turns(tokenizer, tokenizer.convert_tokens_to_ids(SPECIAL[2:]))
+    dropped = tokenizer_of(each("{% if loop.last %}" + TEXT + "{% endif %}"))
+    with pytest.raises(DataError, match=r"leaves out the words of message 2 \(role assistant\)"):
+        prompt_ids(dropped, [{"role": "user", "content": ""}, {"role": "assistant", "content": words}, USER])
+
+
+def test_a_system_message_that_is_shown_in_the_last_message_alone_is_not_taken() -> None:
+    """Mistral-7B-Instruct-v0.3 puts it before the user's words, where these are the last message."""
+    text = (
+        "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+        "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+        "{% for message in rest %}{% if message['role'] == 'user' %}<|im_start|>"
+        "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ message['content'] }}\n"
+        "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(text)
+    assert "Be brief." in render(tokenizer, [{"role": "system", "content": "Be brief."}, USER])
+    assert takes_system(tokenizer, answered=False) and not takes_system(tokenizer, answered=True)
+
+
 def test_a_system_message_that_is_dropped_or_refused_is_not_taken() -> None:
     system = "{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     for text, taken in ((each(TEXT), True), (each(PARTS), True), (each(system + TEXT), False)):
-        assert takes_system(tokenizer_of(text)) is taken
+        assert takes_system(tokenizer_of(text), answered=True) is taken
     dropped = tokenizer_of(each("{% if message['role'] != 'system' %}{{ message['content'] }}{% endif %}"))
-    assert not takes_system(dropped)
+    assert not takes_system(dropped, answered=False)
     with pytest.raises(DataError, match="leaves out the words of messages of the role system"):
         prompt_ids(dropped, [{"role": "system", "content": "."}, USER])
 
