@@ -96,9 +96,14 @@ class Best:
 
 
 def fits(lent: Lent, rows_VD: torch.Tensor) -> bool:
-    """Whether the kernel serves this head: on a GPU with Triton, and logits that are plain products."""
+    """Whether the kernel serves this head: on a GPU with Triton, and logits that are plain products.
+
+    Triton has no products of bfloat16 below compute capability 8.0 (T4, V100).
+    """
     plain = lent.logit_scale == 1.0 and not lent.logit_softcap and rows_VD.shape[1] % 64 == 0
-    return plain and rows_VD.is_cuda and importlib.util.find_spec("triton") is not None
+    if not plain or not rows_VD.is_cuda or importlib.util.find_spec("triton") is None:
+        return False
+    return rows_VD.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rows_VD.device) >= (8, 0)
 
 
 def grouped_best(

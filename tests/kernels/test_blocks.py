@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from coral_core.head.groups import balanced_sizes
-from coral_core.kernels.blocks import Best, grouped_best
+from coral_core.kernels.blocks import Best, fits, grouped_best
 
 
 def grouped_best_reference(
@@ -55,6 +56,25 @@ def agrees(device: str, dtype: torch.dtype, atol: float) -> None:
         torch.testing.assert_close(logit_NR, wanted_NR, rtol=0, atol=atol)
         if dtype == torch.float32:
             assert torch.equal(row_NR, wanted_row_NR)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "served"),
+    [
+        (torch.bfloat16, (7, 5), False),
+        (torch.bfloat16, (8, 0), True),
+        (torch.float16, (7, 5), True),
+        (torch.float32, (7, 0), True),
+    ],
+)
+def test_bfloat16_is_for_gpus_that_multiply_it(
+    dtype: torch.dtype, capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    rows_VD = SimpleNamespace(shape=(V, D), is_cuda=True, dtype=dtype, device="cuda")
+    lent = SimpleNamespace(logit_scale=1.0, logit_softcap=0.0)
+    assert fits(lent, rows_VD) is served
 
 
 def test_the_reference_by_hand() -> None:
