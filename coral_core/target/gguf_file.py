@@ -21,13 +21,13 @@ import torch
 from coral_core import hub
 from coral_core.artifacts import file_sha256, fingerprint, write_text
 from coral_core.errors import TargetError, first_line
-from coral_core.target import gguf_rope
+from coral_core.target import gguf_rope, gguf_splits, template
 
 ON_THE_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)", re.IGNORECASE)
 CHAT_TEMPLATE = "chat_template.jinja"
 END_IDS = ("eos", "eot", "eom")
 """Tokens that a file names as ends: of the sequence, of a turn, of a message. Many name the first alone."""
-FORM = 2
+FORM = 3
 """Of what is made of a file; folders of another one are left alone, and may be removed."""
 INSTEAD = "Set target.model to a whole GGUF file, or to the model's own folder or Hub id"
 
@@ -55,10 +55,11 @@ def find(model: str, revision: str) -> Path | None:
         raise TargetError(f"cannot fetch {where}: {first_line(error)}. {INSTEAD}") from error
 
 
-def unpack(file: Path, dtype: torch.dtype) -> Path:
+def unpack(file: Path, dtype: torch.dtype, *, own_template: bool = False) -> Path:
     """The folder of a GGUF file's model in `dtype`; the first call makes it, which takes seconds to minutes.
 
-    Raises TargetError for what is no GGUF, is damaged, or cannot be read by transformers.
+    Raises TargetError for what is no GGUF, is damaged, or cannot be read by transformers. With `own_template`, the
+    first call raises DataError for a file that has no chat template.
     """
     import filelock
 
@@ -73,7 +74,10 @@ def unpack(file: Path, dtype: torch.dtype) -> Path:
             folder = _known(file, cache, dtype)
             assert folder is not None
             if not folder.is_dir():
-                _check(file)
+                fields = _check(file)
+                if own_template and not (fields.get("tokenizer.chat_template") or _beside(file)):
+                    template.known(str(file))
+                gguf_splits.warn(file, fields)
                 partial = cache / f".{folder.name}.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 try:
@@ -88,9 +92,14 @@ def unpack(file: Path, dtype: torch.dtype) -> Path:
 def add_template(tokenizer: Any, file: Path) -> None:
     """Name a tokenizer by its GGUF file, and give it the chat template beside the file where the file holds none."""
     tokenizer.name_or_path = str(file)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _beside(file) or None
+
+
+def _beside(file: Path) -> str:
+    """The chat template beside a file; '' where there is none."""
     beside = file.with_name(CHAT_TEMPLATE)
-    if not tokenizer.chat_template and beside.is_file():
-        tokenizer.chat_template = beside.read_text(encoding="utf-8")
+    return beside.read_text(encoding="utf-8") if beside.is_file() else ""
 
 
 @contextlib.contextmanager
@@ -126,8 +135,9 @@ def _known(file: Path, cache: Path, dtype: torch.dtype) -> Path | None:
     return cache / f"{known.read_text(encoding='utf-8')}-{str(dtype).removeprefix('torch.')}-{FORM}"
 
 
-def _check(file: Path) -> None:
-    """Raises TargetError for a file that lacks what a target needs, before minutes are spent on it."""
+def _check(file: Path) -> dict[str, Any]:
+    """The metadata of a file. Raises TargetError for one that lacks what a target needs, before minutes are spent on
+    it."""
     if importlib.util.find_spec("gguf") is None:
         raise TargetError(f"reading {file} needs the package gguf. Run: pip install 'coral-decoding[gguf]'")
     fields, tensors = _read(file)
@@ -142,6 +152,7 @@ def _check(file: Path) -> None:
     if "tokenizer.ggml.tokens" not in fields:
         raise TargetError(f"{file} holds no tokenizer. {INSTEAD}")
     gguf_rope.scaling(file, fields, tensors)
+    return fields
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,6 +198,7 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
         raise TargetError(f"{file} lacks {len(missing)} of its model's tensors, {missing[0]} among them. {INSTEAD}")
     fields, tensors = _read(file)
     gguf_rope.apply(model.config, fields, gguf_rope.scaling(file, fields, tensors))
+    gguf_splits.apply(tokenizer, fields)
     ends = [int(fields[key]) for name in END_IDS if (key := f"tokenizer.ggml.{name}_token_id") in fields]
     model.generation_config.eos_token_id = sorted(set(ends)) or tokenizer.eos_token_id
     model.hf_quantizer = None  # the weights are plain: nothing of the file's form is left

@@ -46,8 +46,8 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device, checkpoint: Path | None) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU (float16 on one that only converts bfloat16), and on a processor that is faster in it,
-    for a checkpoint that is large. Answers in 16 bits may differ from those in float32: the output names it.
+    """`auto` is bfloat16 on a GPU (float16 on one that only converts it), and on a processor that is faster in it, for
+    a checkpoint that is large. Answers in 16 bits may differ from those in float32: the output names it.
 
     `checkpoint` is its file or folder; None where it is on the Hub.
     """
@@ -77,7 +77,11 @@ def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:
     file = None if spec.model == embedded.NAME else gguf_file.find(spec.model, spec.revision)
     folder = Path(embedded.model_source(spec.model)).expanduser()
     dtype = pick_dtype(spec.dtype, device, file or (folder if folder.is_dir() else None))
-    source, options = _source(spec) if file is None else (str(gguf_file.unpack(file, dtype)), {})
+    if file is None:
+        source, options = _source(spec)
+    else:
+        own_template = dialogues and not spec.chat_template
+        source, options = str(gguf_file.unpack(file, dtype, own_template=own_template)), {}
     options = checkpoint.reachable(spec.model, source, options)
     config = checkpoint.load_config(spec.model, source, options)
     tokenizer = checkpoint.load_tokenizer(spec.model, source, options)

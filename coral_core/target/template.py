@@ -386,14 +386,23 @@ def template_of(tokenizer: Any) -> str:
     if tokenizer.chat_template:
         template: str = tokenizer.get_chat_template()
         return template
+    return known(str(tokenizer.name_or_path))
+
+
+def known(model: str) -> str:
+    """The template of a model that was published without one. Raises DataError when none is known for its name."""
     for name in KNOWN:
-        if name in str(tokenizer.name_or_path).lower():
+        if name in model.lower():
             return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     raise DataError(
-        f"the tokenizer of {_name(tokenizer)} has no chat template. Set target.chat_template to {OFFER}; or "
+        f"the tokenizer of {_quoted(model)} has no chat template. Set target.chat_template to {OFFER}; or "
         "target.model to a chat model"
     )
 
 
 def _name(tokenizer: Any) -> str:
-    return repr(str(tokenizer.name_or_path) or "the target")
+    return _quoted(str(tokenizer.name_or_path))
+
+
+def _quoted(model: str) -> str:
+    return repr(model or "the target")

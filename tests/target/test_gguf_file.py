@@ -1,7 +1,10 @@
 """A GGUF file is the model that it was made from, is converted once, and is refused in one line where it is no use."""
 
+import dataclasses
 import multiprocessing
+import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 import transformers
 
 from coral_core import embedded
-from coral_core.errors import TargetError
+from coral_core.errors import CoralWarning, DataError, TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target import gguf_file, gguf_rope
 from coral_core.target.load import load_target
@@ -45,8 +48,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write(path: Path, **changes: Any) -> Path:
     """tiny_target("llama") as a GGUF file in float32, as llama.cpp's converter lays it out.
 
-    `changes`: architecture, tokens, template, split (of so many files), leave_out (a tensor's name), more (tensors
-    besides), floats (of metadata), strings (likewise), eos (and no end of a turn).
+    `changes`: architecture, tokens, merges, template, split (of so many files), leave_out (a tensor's name),
+    more (tensors besides), floats (of metadata), strings (likewise), eos (and no end of a turn), pre (how text is
+    split).
     """
     writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
     writer.add_context_length(SHAPE["max_position_embeddings"])
@@ -62,9 +66,11 @@ def write(path: Path, **changes: Any) -> Path:
         writer.add_uint16("split.count", changes["split"])
     if tokens := changes.get("tokens", ["<u>", "<s>", "<e>", "<t>", *(chr(33 + i) for i in range(91)), "ab"]):
         writer.add_tokenizer_model("gpt2")
+        if pre := changes.get("pre", "gpt-2"):
+            writer.add_tokenizer_pre(pre)
         writer.add_token_list(tokens)
         writer.add_token_types([3] * 4 + [1] * 92)
-        writer.add_token_merges(["a b"])
+        writer.add_token_merges(changes.get("merges", ["a b"]))
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(changes.get("eos", 2))
         if "eos" not in changes:
@@ -265,7 +271,6 @@ def test_a_file_of_a_hub_repository_is_fetched(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_template_beside_the_file_serves_where_it_holds_none(tmp_path: Path) -> None:
-    from coral_core.errors import DataError
     from coral_core.target.template import prompt_ids
 
     path = write(tmp_path / "tiny.gguf", template="")
@@ -274,6 +279,51 @@ def test_a_template_beside_the_file_serves_where_it_holds_none(tmp_path: Path) -
         prompt_ids(load(path).tokenizer, messages)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     assert prompt_ids(load(path).tokenizer, messages)[-1] == 2
+
+
+def test_without_a_template_a_dialogue_is_refused_before_minutes_are_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "tiny.gguf", template="")
+    convert = gguf_file._convert
+    monkeypatch.setattr(gguf_file, "_convert", lambda *_: pytest.fail("converted"))
+    spec = TargetSpec(model=str(path), dtype="float32", device="cpu")
+    with pytest.raises(
+        DataError, match=r"the tokenizer of '.*tiny\.gguf' has no chat template\. Set target\.chat_temp"
+    ):
+        load_target(spec, dialogues=True)
+    monkeypatch.setattr(gguf_file, "_convert", convert)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    assert load_target(spec, dialogues=True).tokenizer.chat_template == TEMPLATE
+    (tmp_path / "chat_template.jinja").unlink()
+    vicuna = write(tmp_path / "vicuna.gguf", template="", pre="mpt")
+    assert load_target(dataclasses.replace(spec, model=str(vicuna)), dialogues=True).tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("pre", "says"), [("gpt-2", ""), ("smollm", ""), ("qwen2", ""), ("bloom", "is 'bloom'"), ("", "hold")]
+)
+def test_a_split_that_is_not_known_is_told_once(pre: str, says: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    path = write(tmp_path / "tiny.gguf", pre=pre)
+    for first in (True, False):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            load(path)
+        told = [str(one.message) for one in said if one.category is CoralWarning]
+        assert len(told) == bool(says and first)
+        assert all(
+            re.search(rf"tiny\.gguf: .*{says}.*Set target\.model to the model's own folder", one) for one in told
+        )
+
+
+def test_digits_are_split_as_the_model_learnt_them(tmp_path: Path) -> None:
+    """transformers splits SmolLM2's text as GPT-2 does, which parts the last space from the others before a digit."""
+    tokens = ["<u>", "<s>", "<e>", "<t>", *(chr(33 + i) for i in range(90)), "Ċ", "ĊĊ"]
+    names = {"tokens": tokens, "merges": ["Ċ Ċ"]}
+    for pre, expected in (("smollm", ["ĊĊ", "1", "2", "a"]), ("gpt-2", ["Ċ", "Ċ", "1", "2", "a"])):
+        tokenizer = load(write(tmp_path / f"{pre}.gguf", pre=pre, **names)).tokenizer
+        assert tokenizer.tokenize("\n\n12a") == expected
 
 
 REFUSED = {
