@@ -10,8 +10,10 @@ from coral_core.decoding.engine import Engine
 from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
+from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
+from coral_core.errors import ArtifactError
 from coral_core.head.heads import FullHead, Head, StaticHead
 from coral_core.head.load import COMMAND as HEAD_COMMAND
 from coral_core.head.load import load_head
@@ -44,6 +46,20 @@ class Run:
     def sampler(self) -> Sampler:
         """The recipe's distribution and seed."""
         return sampler(self.recipe)
+
+    def refuse_unmade(self) -> None:
+        """Raises ArtifactError, as `engine` does, for a drafter or a head that is missing: before a target is read."""
+        with published(self.made):
+            Manifest.read(self.made / "drafter", "drafter", DRAFTER_COMMAND)
+            if self.recipe.head.kind != "full" and not self._brings_head():
+                Manifest.read(self.made / "head", "head", HEAD_COMMAND)
+
+    def _brings_head(self) -> bool:
+        """Whether the drafter has an LM head of its own."""
+        try:
+            return bool(DrafterConfig.load(self.made / "drafter", "").draft_vocab_size)
+        except ArtifactError:  # it is told when the drafter is loaded
+            return True
 
     def target(self, *, dialogues: bool = False) -> Target:
         """The recipe's target, loaded, as `load_target` does; exact if the recipe decodes so."""

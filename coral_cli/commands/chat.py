@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,15 +73,25 @@ def _session(run: Run, speculative: bool) -> Session:
     from coral_cli.talk.session import Session
     from coral_core.decoding.engine import Engine
 
+    if speculative:
+        with _told():
+            run.refuse_unmade()
     target = run.target(dialogues=True)
 
     def engine() -> Engine:
-        try:
+        with _told():
             return engine_of(run, target)
-        except ArtifactError as error:
-            raise ArtifactError(f"{error}, or chat without a drafter: --no-speculative") from error
 
     return Session(target, run.sampler, run.recipe.decode.max_new_tokens, engine, drafted=speculative)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Say, where drafter or head are no use, that one may chat without."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}, or chat without a drafter: --no-speculative") from error
 
 
 def _turn(session: Session, words: str, show_drafts: bool) -> None:

@@ -51,8 +51,11 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
     from coral_core.bench.evaluate import evaluate as run_evaluation
     from coral_core.bench.methods import learnt_elsewhere, load_method
     from coral_core.report.tables import markdown
+    from coral_core.run import Run
 
     with open_run(arguments, runs) as run:
+        for contender in compared:
+            Run(contender.recipe, contender.folder).refuse_unmade()
         target = run.target(dialogues=any(not one.ids for bench in found for one in bench.questions))
         methods = [load_method(contender, target) for contender in compared]
         for folder in dict.fromkeys(method.folder for method in methods):

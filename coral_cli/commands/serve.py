@@ -107,6 +107,7 @@ def _listen(host: str, port: int, others: str) -> socket.socket:
 def _service(run: Run) -> Service:
     from coral_core.serve.answer import Service
 
+    run.refuse_unmade()
     engine = engine_of(run, run.target())
     return Service(run.recipe.name, engine, run.sampler, run.recipe.decode.max_new_tokens)
 
