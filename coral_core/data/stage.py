@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from coral_core.artifacts import COMPATIBILITY, Manifest, file_sha256, partial, refuse_unfinished, stage, write_text
 from coral_core.data.ahead import Ahead
 from coral_core.data.answer import derive_seed
@@ -79,7 +81,8 @@ def _plan(job: Job, name: str, work: Path, progress: Progress) -> None:
 
 
 def check_job(job: Job) -> None:
-    """Raises DataError for a recipe that this target, or its own keys together, cannot serve."""
+    """Raises DataError for a recipe that this target, or its own keys together, cannot serve; TargetError for a target
+    whose layers cannot be tapped."""
     check_recipe(job.recipe)
     spec = job.recipe.data
     if spec.max_length > job.target.max_positions:
@@ -87,6 +90,9 @@ def check_job(job: Job) -> None:
             f"data.max_length is {spec.max_length}, and the target has {job.target.max_positions} positions. "
             f"Set data.max_length to {job.target.max_positions} at most"
         )
+    if job.taps:
+        with torch.no_grad():
+            job.target.tapping(job.taps).forward(torch.zeros(1, 1, dtype=torch.long, device=job.target.device))
     if spec.endpoint:
         Endpoint(spec.endpoint, job.model_name, job.endpoint_key, time.sleep).check()
 

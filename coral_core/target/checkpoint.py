@@ -7,6 +7,7 @@ both with a warning. Here both are refused.
 import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from typing import Any
 import torch
 
 from coral_core import hub
-from coral_core.errors import TargetError, first_line
+from coral_core.errors import CoralWarning, TargetError, first_line
 
 WEIGHTS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TEKKEN_TYPES = ("mistral", "mistral3", "ministral", "ministral3", "mixtral")
+"""Model types whose tokenizer may be Mistral's Tekken, which has this token."""
+TEKKEN_TOKEN = "[TOOL_CALLS]"
+QUANTISED = (".bias", ".k_scale", ".v_scale")
+"""What quantised checkpoints hold for nobody: AutoGPTQ's zero biases, scales of an 8-bit cache."""
 LFS_POINTER = b"version https://git-lfs"
 """How the file begins that Git leaves in place of a large one which was not downloaded."""
 
@@ -73,15 +79,20 @@ def load_model(name: str, source: str, config: Any, dtype: torch.dtype, options:
         raise TargetError(
             f"cannot load target '{name}': {fault}. Restore its files, or set target.model to another model"
         )
+    if spare := _left_out(model, info):
+        warnings.warn(
+            f"target '{name}' is quantised, and its files hold {_some(spare)}, for which {type(model).__name__} has no "
+            "place: these are left out. Where answers are poor, set target.model to the model that is not quantised",
+            CoralWarning,
+            stacklevel=2,
+        )
     return model
 
 
-def load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
-    """The tokenizer in `source`. Raises TargetError when there is none, or it does not load."""
-    from transformers import AutoTokenizer
-
+def load_tokenizer(name: str, source: str, config: Any, options: dict[str, Any]) -> Any:
+    """The tokenizer in `source`. Raises TargetError when there is none, it does not load, or it loses spaces."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = _tokenizer(source, config, options)
     except Exception as error:  # as above
         folder = Path(source)
         if folder.is_dir() and not any(folder.glob("*token*")):
@@ -91,7 +102,40 @@ def load_tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
         else:
             reason = f"{first_line(error)}. Restore tokenizer.json and tokenizer_config.json"
         raise TargetError(f"target '{name}' has no tokenizer that loads: {reason}") from error
+    if _loses_spaces(tokenizer):
+        import transformers
+
+        raise TargetError(
+            f"the tokenizer of target '{name}' loses the spaces between words in transformers "
+            f"{transformers.__version__}. Run: pip install -U transformers, or restore the model's own tokenizer.json "
+            "and tokenizer_config.json"
+        )
     return tokenizer
+
+
+def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
+    """What transformers loads; of Mistral's Tekken the form with a chat template, and with its own split of words.
+
+    Its published tokenizer.json splits otherwise, as transformers knows, and mends when it is told to.
+    """
+    from transformers import AutoTokenizer
+
+    if config.model_type not in TEKKEN_TYPES:
+        return AutoTokenizer.from_pretrained(source, **options)
+    with _quiet():
+        # named, though it says nothing: mistral-common's tokenizer, which has no chat template, is not taken then
+        tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=None, **options)
+    unmended = getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False
+    if unmended and TEKKEN_TOKEN in tokenizer.get_vocab():
+        return AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
+    return tokenizer
+
+
+def _loses_spaces(tokenizer: Any) -> bool:
+    """Whether a text comes back as one word, though there is a token for a space."""
+    ids = tokenizer("a b\n\nc 12", add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip().casefold()
+    return text == "abc12" and not {" ", "Ġ", "▁"}.isdisjoint(tokenizer.get_vocab())
 
 
 @contextlib.contextmanager
@@ -188,11 +232,22 @@ def _fault(model: Any, info: dict[str, Any]) -> str:
         return f"{key} has the shape {list(found)}, and config.json says {list(expected)}"
     if missing := info["missing_keys"]:
         return f"its files lack {_some(missing)}, which config.json asks for"
-    if spare := [key for key in info["unexpected_keys"] if _within(model, key)]:
+    if spare := set(_spare(model, info)).difference(_left_out(model, info)):
         return f"its files hold {_some(spare)}, for which config.json has no place"
     if failed := info.get("error_msgs"):
         return str(failed[0]).splitlines()[0]
     return ""
+
+
+def _spare(model: Any, info: dict[str, Any]) -> list[str]:
+    """The keys too many, inside a part that the model has."""
+    return [key for key in info["unexpected_keys"] if _within(model, key)]
+
+
+def _left_out(model: Any, info: dict[str, Any]) -> list[str]:
+    """Those of them that a quantised checkpoint may hold."""
+    quantised = getattr(model.config, "quantization_config", None)
+    return [key for key in _spare(model, info) if quantised and key.endswith(QUANTISED)]
 
 
 def _within(model: Any, key: str) -> bool:

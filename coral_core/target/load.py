@@ -84,7 +84,7 @@ def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:
         source, options = str(gguf_file.unpack(file, dtype, own_template=own_template)), {}
     options = checkpoint.reachable(spec.model, source, options)
     config = checkpoint.load_config(spec.model, source, options)
-    tokenizer = checkpoint.load_tokenizer(spec.model, source, options)
+    tokenizer = checkpoint.load_tokenizer(spec.model, source, config, options)
     if file is not None:
         gguf_file.add_template(tokenizer, file)
     if spec.chat_template:

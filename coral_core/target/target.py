@@ -105,7 +105,7 @@ class Target:
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         cache: Any = None,
     ) -> torch.Tensor:
-        """Features [B,T,D]; with three taps [B,T,4D], the features last.
+        """Features [B,T,D]; with three taps [B,T,4D], the features last. Raises TargetError for taps of another shape.
 
         `mask` is additive [B,1,T,K], or one per layer type where the model mixes types. Rows past the context's end,
         drafted nodes that will not be emitted, are read at its last position.
@@ -131,6 +131,11 @@ class Target:
         if not self.taps:
             return out.last_hidden_state[:, :rows]
         taken = [*(out.hidden_states[layer] for layer in self.taps), out.last_hidden_state]
+        if strange := [list(state.shape) for state in taken if state.shape != taken[-1].shape]:
+            raise TargetError(
+                f"layers of {type(self.model).__name__} read states of the shape {strange[0]}, and a drafter reads "
+                f"{list(taken[-1].shape)}. Set train.preset=drawn train.shape=eagle2"
+            )
         return torch.cat([state_BTD[:, :rows] for state_BTD in taken], dim=-1)
 
     def mask(self, sees: Callable[[int], torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:

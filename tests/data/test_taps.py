@@ -1,6 +1,8 @@
 """The inputs of three layers beside the features: what is stored, and that words are never answered twice for them."""
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from coral_core.data import stage as module
 from coral_core.data.estimate import estimate
 from coral_core.data.job import Job, standing
-from coral_core.data.stage import prepare
+from coral_core.data.stage import check_job, prepare
 from coral_core.errors import TargetError
 from coral_core.store.batches import batch_of
 from coral_core.store.shard import FP8, Sample, Shard, shard_name, write_shard
@@ -158,6 +160,22 @@ def test_the_bytes_are_told_beforehand(tmp_path: Path) -> None:
     assert store.manifest.facts["bytes"] <= expected.size_bytes + 1000 * len(store.manifest.facts["shards"])
     plain = estimate(deep_job(tmp_path, feature_dtype="bfloat16", shape="eagle2"))
     assert expected.size_bytes - plain.size_bytes == expected.tokens * 3 * 16 * 2
+
+
+def test_layers_that_read_several_states_of_a_token_are_refused_before_one_is_answered(tmp_path: Path) -> None:
+    """Gemma 3n's read four of each, side by side before the batch."""
+    target = make_target(layers=4)
+    config = target.model.config
+
+    def forward(input_ids: torch.Tensor, past_key_values: object = None, **_: object) -> SimpleNamespace:
+        feature_BTD = torch.zeros(*input_ids.shape, 16)
+        return SimpleNamespace(hidden_states=[feature_BTD.expand(4, -1, -1, -1)] * 4, last_hidden_state=feature_BTD)
+
+    several = dataclasses.replace(target, model=SimpleNamespace(base_model=forward, config=config), exact=False)
+    says = r"read states of the shape \[4, 1, 1, 16\], and a drafter reads \[1, 1, 16\]\. Set train\.preset="
+    with pytest.raises(TargetError, match=says):
+        check_job(make_job(tmp_path, several, shape="eagle3"))
+    check_job(make_job(tmp_path, target, shape="eagle3"))
 
 
 def test_a_target_of_two_layers_is_refused_before_it_answers(tmp_path: Path) -> None:

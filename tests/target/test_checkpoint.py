@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from huggingface_hub import constants
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from coral_core import embedded, hub
 from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
-from coral_core.errors import TargetError
+from coral_core.errors import CoralWarning, TargetError
 from coral_core.recipe.schema import TargetSpec
+from coral_core.target import checkpoint
 from coral_core.target.checkpoint import reachable
 from coral_core.target.load import load_target
 from coral_core.target.target import Target
@@ -184,6 +186,80 @@ def test_the_text_of_a_model_that_also_reads_images_is_decoded(tmp_path: Path) -
     own_BT = target.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
     assert ids == own_BT[0, 4:].tolist()
     assert ids_of(list(tiny_engine(target).decode(prompt, Sampler(), 12))) == ids
+
+
+def test_what_quantised_files_hold_for_nobody_is_left_out_and_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AutoGPTQ's biases, which are zeros, and the scales of an 8-bit cache; a whole layer is none of these."""
+    part = "model.layers.0.self_attn"
+    more = {key: torch.zeros(1) for key in (f"{part}.q_proj.bias", f"{part}.k_scale", f"{part}.v_proj.v_scale")}
+    edit(folder, lambda weights: weights.update(more))
+    read = checkpoint._spare
+
+    def quantised(model: transformers.PreTrainedModel, info: dict[str, object]) -> list[str]:
+        """Its quantiser would need a package."""
+        model.config.quantization_config = {"quant_method": "gptq"}
+        return read(model, info)
+
+    assert "its files hold 3 weights" in refused(folder)
+    monkeypatch.setattr(checkpoint, "_spare", quantised)
+    with pytest.warns(CoralWarning, match=rf"is quantised, and its files hold 3 weights \(the first: {part}\.k_scale"):
+        load(folder)
+    edit(folder, lambda weights: weights.update({"model.layers.0.mlp.more.weight": torch.ones(2)}))
+    assert "its files hold model.layers.0.mlp.more.weight, for which" in refused(folder)
+
+
+def tokenizer_of(folder: Path, vocabulary: list[str], pre_tokenizer: object) -> transformers.PreTrainedTokenizerFast:
+    """As `load_tokenizer` reads what a tokenizer of these tokens was saved as, beside a config of Mistral's."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({token: place for place, token in enumerate(vocabulary)}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+    config = transformers.MistralConfig()
+    config.save_pretrained(folder)
+    change(folder, transformers_version="4.57.0")
+    return checkpoint.load_tokenizer("mine", str(folder), config, {})
+
+
+ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(tmp_path: Path) -> None:
+    """Early transformers 5 gave DeepSeek's distilled models Llama's marks of a space, which are no tokens there."""
+    marks = tokenizers.pre_tokenizers.Metaspace()
+    with pytest.raises(
+        TargetError, match=r"of target 'mine' loses the spaces between words in transformers .* Run: pip"
+    ):
+        tokenizer_of(tmp_path / "lost", ALPHABET, marks)
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer_of(tmp_path / "kept", ALPHABET, bytes_)
+    tokenizer_of(tmp_path / "letters", list("abcdefghijklmnopqrstuvwxyz0123456789"), bytes_)  # it has no space to lose
+
+
+@pytest.mark.parametrize("tekken", [True, False])
+def test_mistrals_tekken_is_split_as_the_model_learnt_it(
+    tmp_path: Path, tekken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its published tokenizer.json takes three digits for one word. Others' models of its type stay as they are."""
+    words = tokenizers.Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+")
+    split = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(words, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    vocabulary = [*ALPHABET, "[TOOL_CALLS]" if tekken else "[OTHER]", *(f"<{number}>" for number in range(100_001))]
+    read, asked = transformers.AutoTokenizer.from_pretrained, []
+
+    def noted(*given: object, **options: object) -> object:
+        asked.append(options)
+        return read(*given, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", noted)
+    tokenizer = tokenizer_of(tmp_path, vocabulary, split)
+    found = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 123")]
+    assert found == (["a", "Ġ", "1", "2", "3"] if tekken else ["a", "Ġ", "123"])
+    assert all("fix_mistral_regex" in options for options in asked), "else mistral-common's is taken, where it is"
 
 
 def test_a_folder_that_is_not_there() -> None:
