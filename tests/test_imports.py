@@ -70,6 +70,7 @@ BROUGHT = {
     "huggingface_hub": "transformers",
     "markdown_it": "rich",
     "pyarrow": "datasets",
+    "tokenizers": "transformers",
     "triton": "torch",
 }
 """Packages that one of ours brings, and whose versions are its own matter."""

@@ -150,9 +150,10 @@ def test_a_model_without_a_template_is_refused_before_its_weights_are_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base_model(tmp_path / "base", weights=False)
+    shutil.copytree(embedded.FOLDER / "drafter", "runs/mine/drafter")
     options = {"eval": ["--bench", "mine", "--questions", "mine.jsonl"]}.get(verb, ["data.holdout=0"])
     (tmp_path / "mine.jsonl").write_text('{"prompt": "Hello"}\n')
-    done = CliRunner().invoke(app, [verb, "name=mine", "target.model=base", *options])
+    done = CliRunner().invoke(app, [verb, "name=mine", "target.model=base", "head.kind=full", *options])
     assert done.exit_code == 1
     assert "has no chat template. Set target.chat_template to chatml, llama-2, vicuna" in done.stderr
     assert done.stderr.count("\n") == 1
