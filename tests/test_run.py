@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 
 from coral_core.api.generator import Generator
+from coral_core.decoding import measure
 from coral_core.decoding.engine import Engine
+from coral_core.decoding.policy.adaptive import AdaptiveTree
 from coral_core.decoding.policy.plan import TreeShape
+from coral_core.decoding.sampling import Sampler
 from coral_core.errors import ArtifactError, RecipeError
 from coral_core.recipe.loader import load_recipe
-from coral_core.run import Run
+from coral_core.run import Run, sampler
+from tests.decoding.policy.test_adaptive import PLAIN_CPU
 from tests.tiny import tiny_drafter, tiny_target
 
 
@@ -41,3 +45,20 @@ def test_a_drafter_of_another_target_is_refused_with_a_run_that_keeps_it(tmp_pat
     run = Run(load_recipe(None, ["name=mine"]), tmp_path)
     with pytest.raises(ArtifactError, match=r"Run: coral prepare-data name=mine-2, then coral train name=mine-2$"):
         run.manifest(tiny_target())
+
+
+def test_an_auto_tree_has_costs_that_are_kept_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(measure, "measure_costs", lambda engine: (measured.append(engine), PLAIN_CPU)[1])
+    monkeypatch.setattr(measure, "step_s", lambda engine: PLAIN_CPU.step_s)
+    run = Run(load_recipe(None, ["decode.tree=auto", "target.device=cpu"]), tmp_path)
+    target = run.target()
+    for engine in (run.engine(target), run.engine(target)):
+        assert engine.costs == PLAIN_CPU and isinstance(engine.plan(), AdaptiveTree)
+    assert (tmp_path / measure.FILE).is_file() and len(measured) == 1
+
+
+def test_the_sampler_is_the_recipes() -> None:
+    said = {"temperature": 0.7, "top_p": 0.8, "top_k": 9, "min_p": 0.05, "repetition_penalty": 1.3}
+    recipe = load_recipe(None, ["seed=4", *(f"decode.{key}={value}" for key, value in said.items())])
+    assert sampler(recipe) == Sampler(**said, seed=4)
