@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from coral_core.bench.methods import Method, learnt_elsewhere
 from coral_core.bench.questions import Bench, Question
 from coral_core.bench.race import PLAIN, Racers, fitting, race
 from coral_core.bench.samples import depths
+from coral_core.decoding.engine import Engine, plain
+from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.errors import DataError
 from coral_core.progress import silent
@@ -28,6 +31,11 @@ class Letters:
 
     def convert_ids_to_tokens(self, token: int) -> str:
         return chr(32 + token)
+
+
+def letters(tokenizer: Letters, messages: list[dict[str, str]]) -> list[int]:
+    """The ids of a dialogue, without a word on who speaks."""
+    return [ord(letter) - 32 for message in messages for letter in message["content"]]
 
 
 TARGET = dataclasses.replace(tiny_target(), tokenizer=Letters())
@@ -65,6 +73,15 @@ def interrupt(stage: str, done: int, total: int, numbers: dict[str, float]) -> N
         raise StopHereError
 
 
+class Wrong(Engine):
+    """Says another token than the target in its second place."""
+
+    def decode(self, *given: Any) -> Iterator[Round]:
+        for number, event in enumerate(super().decode(*given)):
+            first, *rest = event.new_ids
+            yield dataclasses.replace(event, new_ids=[(first + (number == 1)) % 96, *rest])
+
+
 @pytest.fixture(autouse=True)
 def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coral_core.bench.distribution.SEEDS", 8)
@@ -95,6 +112,47 @@ def test_several_methods_in_one_run(tmp_path: Path, temperature: float) -> None:
     for name in ("results.md", "results.tex", "report.html", "mine.jsonl", "manifest.json"):
         assert (tmp_path / "eval" / name).stat().st_size > 100
     assert "deep full" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_a_wrong_token_is_told_with_its_place(tmp_path: Path) -> None:
+    right = method("shallow full", 2)
+    wrong = Wrong(right.engine.target, right.engine.drafter, right.engine.head, right.engine.shape)
+    results = evaluate(
+        dataclasses.replace(plan(), methods=[dataclasses.replace(right, engine=wrong)]), tmp_path, silent
+    )
+    (numbers,) = numbers_of(results)
+    lossless = numbers["lossless"]
+    assert (lossless["checked"], lossless["equal"], lossless["ties"]) == (3, 0, 0)
+    assert (lossless["first_divergence"]["question"], lossless["first_divergence"]["position"]) == ("q0", 1)
+
+
+def test_no_code_of_an_answer_is_run_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr("coral_core.bench.grade.runs_through", lambda program: (ran.append(program), True)[1])
+    monkeypatch.setattr("coral_core.bench.race.prompt_ids", letters)
+    question = Question("q", turns=("def f():",), tests="assert f() == 1", entry_point="f")
+    for run_code in (False, True):
+        asked = dataclasses.replace(plan(), benches=[Bench("code", [question])], run_code=run_code)
+        (numbers, _) = numbers_of(evaluate(asked, tmp_path, silent))
+        assert bool(ran) == run_code == (numbers["answers"] is not None)
+
+
+def test_both_turns_of_a_question_are_raced_behind_the_plain_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[dict[str, str]]] = []
+
+    def noted(tokenizer: Letters, messages: list[dict[str, str]]) -> list[int]:
+        asked.append(list(messages))
+        return letters(tokenizer, messages)
+
+    monkeypatch.setattr("coral_core.bench.race.prompt_ids", noted)
+    right = method("shallow full", 2).engine
+    racers = Racers(TARGET, {"wrong": Wrong(right.target, right.drafter, right.head, right.shape)}, Sampler(), 4)
+    ((first, second),) = race(racers, [Question("talk", turns=("one", "two"))])
+    said = [token for event in plain(TARGET, [79, 78, 69], Sampler(), 4) for token in event.new_ids]
+    assert first.lanes[PLAIN].ids == said != first.lanes["wrong"].ids
+    answer = {"role": "assistant", "content": Letters().decode(said)}
+    assert asked[-1] == [{"role": "user", "content": "one"}, answer, {"role": "user", "content": "two"}]
+    assert (first.turn, second.turn, second.prompt_tokens) == (0, 1, 6 + len(said))
 
 
 def test_held_out_prompts_of_other_data_are_told(tmp_path: Path) -> None:
