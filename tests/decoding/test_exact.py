@@ -14,18 +14,20 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.batch import decode_all
 from coral_core.decoding import tree
 from coral_core.decoding.cache import SlotCache
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.step import prefill
+from coral_core.decoding.table import Request, Table
 from coral_core.kernels import exact
 from coral_core.kernels.layers import PackedLinear
 from coral_core.target.load import wrap
 from coral_core.target.target import Target
 from tests.decoding.test_lossless import ids_of, some_prompt
-from tests.tiny import OracleHead, tiny_drafter, tiny_target
+from tests.tiny import OracleHead, PlainHead, tiny_drafter, tiny_target
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral-sliding", "gemma", "gemma3-mixed", "phi3", "gpt-neox", "gpt2"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -248,3 +250,21 @@ def test_drafted_answers_are_plain_answers_in_16_bits(dtype: torch.dtype, temper
         rounds = [head.follow(event) for event in engine.decode(prompt, sampler, 80)]
         assert ids_of(rounds) == expected
         assert sum(event.accepted_drafts for event in rounds) > 20
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_side_by_side_are_plain_answers_in_bfloat16(temperature: float) -> None:
+    """A random drafter's tree of 60 nodes is right often enough."""
+    target = target_in("llama", torch.bfloat16)
+    engine = Engine(
+        target, tiny_drafter(target).to(target.dtype), PlainHead(target), TreeShape(depth=3, nodes=60, topk=20)
+    )
+    assert Table(engine, 4).engine.target.exact
+    asked = [Request(some_prompt(n, 1 + 5 * n), Sampler(temperature=temperature, seed=n), 24) for n in range(5)]
+    said: list[list[int]] = [[] for _ in asked]
+    accepted = 0
+    for number, event in decode_all(engine, asked, 4):
+        said[number] += event.new_ids
+        accepted += event.accepted_drafts
+    assert said == [ids_of(list(plain(target, one.prompt, one.sampler, one.max_new_tokens))) for one in asked]
+    assert accepted > 10
