@@ -1,5 +1,6 @@
 """The server as OpenAI's own client sees it."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -78,6 +79,16 @@ def test_a_chat_is_what_plain_decoding_says(
         assert usage.completion_tokens == 30 and usage.total_tokens == usage.prompt_tokens + 30
         assert usage.prompt_tokens == len(prompt_ids(service.target.tokenizer, HELLO))
         assert usage.tokens_per_round >= 1.0
+
+
+def test_what_a_request_leaves_open_is_as_the_service_has_it(service: Service) -> None:
+    own = Sampler(temperature=1.0, top_p=0.8)
+    expected = [plain_text(service, [5, 6], dataclasses.replace(own, seed=seed), 24) for seed in (3, 4)]
+    assert expected[0] != expected[1] != plain_text(service, [5, 6], Sampler(temperature=1.0, seed=4), 24)
+    with running(dataclasses.replace(service, sampler=own)) as address:
+        fields = {"model": "tiny", "prompt": [5, 6], "max_tokens": 24}
+        answers = [ask(address, "/v1/completions", {**fields, "seed": seed})[1] for seed in (3, 4)]
+    assert [answer["choices"][0]["text"] for answer in answers] == expected
 
 
 def test_without_a_seed_every_answer_is_another_and_its_seed_brings_it_back(client: openai.OpenAI) -> None:

@@ -187,3 +187,12 @@ def test_closing_tells_everybody_and_takes_nobody(worker: Worker, story: Story) 
     with pytest.raises(FullError):
         worker.submit(Answer("d", 1), story.tell("d"))
     assert worker.done.done()
+
+
+def test_closing_does_not_wait_for_a_long_round(worker: Worker, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coral_core.serve.worker.CLOSE_S", 0.1)
+    started(worker, story, Answer("a"))
+    closing = threading.Thread(target=worker.close, daemon=True)
+    closing.start()
+    closing.join(timeout=5)
+    assert not closing.is_alive() and not worker.done.done()
