@@ -5,7 +5,9 @@ import json
 import shlex
 import shutil
 import socket
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -281,6 +283,24 @@ def test_the_hub_is_asked_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not hub.answers() and hub.unreachable() == "HF_HUB_OFFLINE is set"
 
 
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_hub_that_answers_is_there_whatever_it_says(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert hub.answers()
+
+
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network the Hub's client tries each of several files six times, for half a minute each."""
     asked = []
@@ -294,3 +314,19 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
         load_target(TargetSpec(model="owner/name"))
     assert len(asked) <= 2
     assert reachable("owner/name", "owner/name", {}) == {"local_files_only": True}, "its client asks no server"
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_checkpoint_is_trusted_as_the_recipe_says(trusted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def load(*given: dict[str, object]) -> None:
+        seen.append(bool(given[-1]["trust_remote_code"]))
+        if len(seen) == 3:
+            raise TargetError("all are loaded")
+
+    for part in ("load_config", "load_tokenizer", "load_model"):
+        monkeypatch.setattr(checkpoint, part, load)
+    with pytest.raises(TargetError, match="all are loaded"):
+        load_target(TargetSpec(trust_remote_code=trusted))
+    assert seen == [trusted] * 3
