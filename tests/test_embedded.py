@@ -14,6 +14,7 @@ from coral_core.artifacts import Manifest
 from coral_core.bench.questions import held_out
 from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError
+from coral_core.recipe.loader import load_recipe
 from recipes.real import ship
 
 
@@ -87,3 +88,15 @@ def test_a_copy_that_is_stopped_replaces_nothing(
         assert {name: data for name, data in contents(place).items() if ".partial" not in name} == before
         copy(run, place)
         assert contents(place) == before, "what was left of it is gone"
+
+
+@pytest.mark.parametrize("run", [embedded.FOLDER, *embedded.SHIPPED.glob("*")], ids=lambda run: run.name)
+def test_what_the_package_holds_is_whole(run: Path, tmp_path: Path) -> None:
+    made = Manifest.read(run / "drafter", "drafter", "coral train")
+    head = Manifest.read(run / "head", "head", "coral group-head")
+    assert not made.damaged(run / "drafter") and not head.damaged(run / "head")
+    assert made.files and head.files and head.inputs["drafter"] == made.fingerprint
+    drafter, recipe = load_drafter(run / "drafter"), load_recipe(run / "recipe.yaml", [])
+    assert recipe.name == run.name
+    asked = held_out(tmp_path / run.name, recipe.target.model)
+    assert asked and all(0 <= token < drafter.config.vocab_size for one in asked for token in one.ids)
