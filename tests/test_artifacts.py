@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from coral_core.artifacts import (
     write_text,
 )
 from coral_core.errors import ArtifactError, CoralError, DataError
+from coral_core.lock import published
 from coral_core.recipe.loader import changes
 
 
@@ -141,6 +143,20 @@ def test_any_other_error_is_a_bug_and_keeps_the_partial_folder(tmp_path):
             (work / "made").touch()
             raise error
     assert names(tmp_path) == [".data.partial"]
+
+
+def test_a_folder_that_is_being_read_is_replaced_when_its_reader_is_done(tmp_path):
+    work, final = tmp_path / "work", tmp_path / "data"
+    for folder in (work, final):
+        folder.mkdir()
+    (work / "new").touch()
+    replacing = threading.Thread(target=artifacts.replace_folder, args=(work, final))
+    with published(tmp_path):
+        replacing.start()
+        replacing.join(0.3)
+        assert names(final) == []
+    replacing.join()
+    assert names(final) == ["new"]
 
 
 def test_a_killed_publication_loses_nothing(tmp_path, monkeypatch):

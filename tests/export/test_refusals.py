@@ -16,6 +16,7 @@ from coral_core.export.bring_in import bring_in
 from coral_core.export.folder import check_folder
 from coral_core.export.layouts import LAYOUTS
 from coral_core.export.run import export_engine, export_hf, open_source
+from coral_core.export.wide import WIDE
 from coral_core.target.target import Target
 from tests.export.helpers import RECIPE, publish, random_drafter
 from tests.tiny import FAMILIES, tiny_target
@@ -250,6 +251,30 @@ def test_each_family_gets_a_folder_or_a_reason(tmp_path, to, family):
         export_engine(to, source, target, tmp_path)
     assert "coral export --to hf" in str(caught.value)
     assert not (tmp_path / "export").exists()
+
+
+TYPES = {"gpt-oss": "gpt_oss", "Gemma-3": "gemma3_text"}
+"""What the page calls otherwise than the models' configs do."""
+
+
+def test_the_page_names_the_targets_that_each_engine_takes():
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    takes = {layout: set() for layout in LAYOUTS}
+    for names, *marks in rows[2:]:
+        types = {TYPES.get(name, name.lower().replace("-", "")) for name in names.split(", ") if name != "others"}
+        for layout, mark in zip(takes, marks, strict=True):
+            assert mark in ("yes", "no")
+            takes[layout] |= types if mark == "yes" else set()
+            assert all(bool(LAYOUTS[layout].why_not(name)) == (mark == "no") for name in types), (names, layout)
+    assert takes == {layout: LAYOUTS[layout].targets - {"qwen3_moe"} for layout in LAYOUTS}
+
+
+def test_the_targets_of_each_engine_for_eagle_3s_shape():
+    taken = {"llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss"}
+    expected = dict.fromkeys(("vllm", "sglang", "speculators"), taken) | {"eagle": {"llama", "qwen2", "mixtral"}}
+    assert {layout: set(WIDE[layout].targets) for layout in WIDE} == expected
+    assert all(WIDE[layout].why_not("gemma") for layout in WIDE)
 
 
 def lent_with(target: Target, **changes: object) -> Target:
