@@ -10,6 +10,7 @@ from coral_cli.main import app
 from coral_core.recipe.loader import load_recipe
 from coral_core.store.store import Store
 from coral_core.target.load import load_target
+from tests.data.server import Server, serving
 
 ROWS = [{"prompt": text} for text in ("Hello.", "Find me a bus.", "What does `ls` do?", "And `cd`?", "")]
 
@@ -61,6 +62,14 @@ def test_a_run_its_samples_and_a_second_run(folder: Path) -> None:
     changed = coral("data.max_new_tokens=5")
     assert changed.exit_code == 0
     assert "made anew, and replaced at the end, since data.max_new_tokens was 8, is 5" in changed.stderr
+
+
+def test_an_endpoint_is_sent_the_key_of_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORAL_ENDPOINT_KEY", "k")
+    with serving(Server()) as server:
+        done = coral(f"data.endpoint={server.url}", "data.regenerate=greedy")
+    assert done.exit_code == 0, done.output
+    assert set(server.keys) == {"Bearer k"}
 
 
 def test_a_dry_run_makes_nothing(folder: Path) -> None:

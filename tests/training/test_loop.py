@@ -1,6 +1,7 @@
 """The loop's promises: resume, accumulation, processes, when it stops."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -373,6 +374,36 @@ def test_a_second_stage_starts_from_another_drafter(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
     with pytest.raises(ArtifactError, match=r"vocab_size 7, this target's drafter has \d+. Set another"):
         train(slow, store, seed=9, work=tmp_path / "c", reports=Reports(lambda _: None))
+
+
+def test_a_tracker_is_told_the_numbers_of_the_log(tmp_path, monkeypatch):
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+
+    told = []
+
+    class Told(tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "tensorboard", False, None
+
+        def __init__(self, _run, **_):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            told.append(values["steps"])
+
+        def log(self, values, step, **_):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("finished")
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or find(name))
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Told)
+    _, lines = run_train(tiny_store(tmp_path / "data"), tmp_path / "work", steps=2, tracker="tensorboard")
+    numbers = [{key: value for key, value in line.items() if key not in ("stage", "step")} for line in lines]
+    assert told == [2, *((line["step"], told) for line, told in zip(lines, numbers, strict=True)), "finished"]
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
