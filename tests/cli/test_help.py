@@ -32,9 +32,8 @@ def test_help_imports_nothing_heavy(verb):
     assert heavy_after(code) == "[]"
 
 
-def test_help_takes_less_than_half_a_second():
+def processor_s(code: str, says: str) -> float:
     """The best of several runs, in seconds of processor time, which a busy machine does not stretch."""
-    code = "import sys; sys.argv = ['coral', '--help']; from coral_cli.main import main; main()"
     took_s = []
     for _ in range(4):
         begun = os.times()
@@ -42,8 +41,16 @@ def test_help_takes_less_than_half_a_second():
         ended = os.times()
         took_s.append(ended.children_user + ended.children_system - begun.children_user - begun.children_system)
         assert done.returncode == 0
-        assert "prepare-data" in done.stdout
-    assert min(took_s) < 0.5
+        assert says in done.stdout
+    return min(took_s)
+
+
+def test_help_takes_little_more_than_the_import_of_typer():
+    """1.4 times as long when this was written; importing rich alone would make it 3."""
+    help_s = processor_s(
+        "import sys; sys.argv = ['coral', '--help']; from coral_cli.main import main; main()", "prepare-data"
+    )
+    assert help_s < 2.5 * processor_s("import typer.main", "")
 
 
 def test_reading_a_recipe_needs_no_torch():

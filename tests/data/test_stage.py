@@ -142,8 +142,10 @@ def test_an_interruption_at_any_report_of_progress_changes_nothing(
     assert contents(store.folder) == whole
 
 
-@pytest.mark.parametrize("name", ["write_shard", "_finish", "_seal", "seal"])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("write_shard", 1), ("write_shard", 2), ("_finish", 1), ("_finish", 2), ("_seal", 1), ("seal", 1)],
+)
 def test_an_interruption_between_any_two_steps_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes], name: str, call: int
 ) -> None:
@@ -158,8 +160,6 @@ def test_an_interruption_between_any_two_steps_changes_nothing(
         return found
 
     monkeypatch.setattr(module, name, breaking)
-    if name in ("seal", "_seal") and call == 2:
-        calls.append(())
     with pytest.raises(InterruptedHereError):
         prepare(make_job(tmp_path))
     monkeypatch.undo()
