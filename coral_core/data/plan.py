@@ -155,8 +155,9 @@ class Fit:
 
     def following(self, dialogue: Dialogue, answers: Sequence[str]) -> list[int] | None:
         """The prompt of the turn behind these answers; None where none can follow, as it leaves no room for another or
-        the template refuses what was said, such as an empty answer (`refused` counts these). Raises DataError for a first
-        one that is refused.
+        the template refuses what was said, such as an empty answer (`refused` counts these).
+
+        Raises DataError for a first one that is refused.
         """
         try:
             ids = self.prompt(dialogue.messages(answers))
