@@ -76,7 +76,10 @@ def test_the_streamer_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
         put(streamer, value)
 
     monkeypatch.setattr(baseline._FirstToken, "put", noted)
-    lane = generate_lane(tiny_target(), [3, 4, 5], Sampler(), 6)
+    target = tiny_target()
+    monkeypatch.setattr(target.model, "generation_config", transformers.GenerationConfig(pad_token_id=0))
+    lane = generate_lane(target, [3, 4, 5], Sampler(), 6)
+    assert len(lane.ids) == 6
     assert given == [[3, 4, 5], *([token] for token in lane.ids)]
     assert lane.prefill_s > 0 and lane.decode_s > 0
 
