@@ -30,7 +30,6 @@ def test_the_package_stays_light_until_a_name_is_asked_for():
         from coral_core import Draft  # noqa: F401
 
 
-@pytest.mark.skipif(not (PICO / "drafter").exists(), reason="coral ships no drafter in this checkout")
 def test_ten_lines_stream_what_plain_decoding_says():
     target = Target.from_pretrained("pico")
     generator = Generator(target, Drafter.from_pretrained(PICO / "drafter"))
@@ -47,7 +46,6 @@ def test_ten_lines_stream_what_plain_decoding_says():
     assert "".join(pieces) == target.tokenizer.decode(expected, skip_special_tokens=True)
 
 
-@pytest.mark.skipif(not (PICO / "drafter").exists(), reason="coral ships no drafter in this checkout")
 def test_the_ten_lines_of_the_readme_run_as_they_stand(capsys):
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     code = next(part.split("```")[0] for part in text.split("```python")[1:] if "from coral_core import" in part)
