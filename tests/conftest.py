@@ -1,4 +1,4 @@
-"""One thread for the tests' arithmetic, before anything imports torch.
+"""One thread for the tests' arithmetic and no network, before anything imports torch or the Hub's client.
 
 The models are so small that a second thread only waits: on two busy cores tests/decoding took over eight minutes with
 two threads and two with one. What several threads compute in another way is tested with the fixture `threads`.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # `HF_HUB_OFFLINE=0 pytest -m network` for tests that download
 
 
 @pytest.fixture
