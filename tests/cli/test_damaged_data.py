@@ -225,7 +225,8 @@ def test_damage_to_unfinished_work_is_named_or_costs_only_time(
     whole = contents(run / kind)
     shutil.rmtree(run / kind)
     interrupt(monkeypatch, module, name, call)
-    assert CliRunner().invoke(app, [command, *KEYS, f"target.model={made / 'target'}", "--runs", str(run.parent)])
+    broken = CliRunner().invoke(app, [command, *KEYS, f"target.model={made / 'target'}", "--runs", str(run.parent)])
+    assert broken.exit_code == 130
     monkeypatch.undo()
     (work,) = (path for path in run.iterdir() if path.match(f".{kind}*.partial"))  # eval has a folder for each settings
     damage(work / file)
