@@ -117,12 +117,14 @@ def _print_summary(store: Store) -> None:
 
 
 def _cut(store: Store) -> list[tuple[str, str]]:
-    """How many dialogues end before their answer does: of a model that thinks first, they may be nearly all."""
+    """How many dialogues end before their last answer does: of a model that thinks first, they may be nearly all."""
     cut, spec = store.manifest.facts.get("cut_samples"), store.manifest.recipe["data"]
     if not cut:
         return []
-    limits = f"data.max_new_tokens={spec['max_new_tokens']} or data.max_length={spec['max_length']}"
-    return [(f"cut at {limits}", f"{cut:,} ({cut / store.manifest.facts['samples']:.0%})")]
+    limits = f"data.max_length={spec['max_length']}"
+    if spec["regenerate"] != "none":
+        limits = f"data.max_new_tokens={spec['max_new_tokens']} or {limits}"
+    return [(f"last answer cut at {limits}", f"{cut:,} ({cut / store.manifest.facts['samples']:.0%})")]
 
 
 def _print_sample(store: Store, index: int, tokenizer: Any) -> None:

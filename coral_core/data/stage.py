@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from coral_core.data.sources import SELF
 from coral_core.errors import ArtifactError, DataError
 from coral_core.processes import processes
 from coral_core.progress import Progress, silent
+from coral_core.recipe.schema import DataSpec
 from coral_core.store.shard import ShardFacts, row_bytes, shard_name, write_shard
 from coral_core.store.store import Store, seal
 from coral_core.target import compatibility
@@ -145,7 +146,7 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
             target = job.target.tapping(job.taps)
             samples = tap_all(target, pieces, spec.batch_size, held_dtype(target, job.dtype), features)
         facts = write_shard(work, number, samples, job.dtype, holdout_samples=held, names=names)
-        cut = sum(piece.answer[-1] and piece.ids[-1] not in job.target.stop_ids for piece in pieces)
+        cut = sum(_is_cut(piece, spec, job.target.stop_ids) for piece in pieces)
         _finish(work, dataclasses.replace(facts, cut_samples=cut, refused_dialogues=refused))
         features.advance(len(plan.shards[number]), 0)
 
@@ -162,6 +163,11 @@ def _make_shards(job: Job, plan: Plan, mine: range, work: Path, progress: Progre
         write(number, [piece for several in dialogues for piece in several], held, refused, names)
     answers.finish()
     features.finish()
+
+
+def _is_cut(piece: Encoded, spec: DataSpec, stop_ids: Collection[int]) -> bool:
+    """Whether the last answer goes on behind the piece. Given answers may end without a token of their own."""
+    return len(piece.ids) >= spec.max_length if spec.regenerate == "none" else piece.ids[-1] not in stop_ids
 
 
 def _answered(job: Job, plan: Plan, numbers: list[int], meter: Meter) -> Iterator[tuple[int, list[list[Encoded]], int]]:

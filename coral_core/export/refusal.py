@@ -10,7 +10,10 @@ from coral_core.target.target import Target
 OURS = "Serve it with coral, or run: coral export --to hf"
 OTHERWISE = "Train one without: coral train train.preset=coral3. Or run: coral export --to hf"
 """What mends the lack of EAGLE-3.1's norms: `coral3` reads the same layers, so that the data stay."""
-NARROW = "It can with a drafter of EAGLE-2's shape: coral train train.preset=drawn. Or run: coral export --to hf"
+NARROW = (
+    "It can with a drafter of EAGLE-2's shape: coral train train.preset=drawn train.shape=eagle2. "
+    "Or run: coral export --to hf"
+)
 
 
 def refuse(layout: Layout, drafter: Drafter, target: Target) -> None:

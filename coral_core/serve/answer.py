@@ -14,7 +14,7 @@ from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
 from coral_core.decoding.table import Request
 from coral_core.errors import DataError
-from coral_core.serve.protocol import WORDS, Ask, Refusal
+from coral_core.serve.protocol import NOTES, Ask, Refusal
 from coral_core.target.target import Target
 from coral_core.target.template import Message, prompt_ids, render, shown_fields
 
@@ -155,10 +155,10 @@ def _refuse_taken(tokenizer: Any, variables: Collection[str]) -> None:
 
 
 def _refuse_unread(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
-    """Raises Refusal for words of a message that the chat template does not show."""
+    """Raises Refusal for a field of a message that the chat template does not show, unless it is a note."""
     shown = shown_fields(tokenizer, messages, **variables)
     for place, message in enumerate(messages):
-        if unread := sorted(WORDS.intersection(message) - shown):
+        if unread := sorted({*message} - {"role", "content"} - NOTES - shown):
             where = f"messages[{place}].{unread[0][:60]}"
             raise Refusal(f"the target's chat template does not show {where}; leave it out", param=where)
 

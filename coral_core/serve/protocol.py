@@ -264,12 +264,12 @@ WITHOUT_EFFECT = {
 KNOWN = {"model", "max_tokens", "stop", "stream", "stream_options", "skip_special_tokens"}
 KNOWN |= WITHOUT_EFFECT | set(SAMPLING)
 
-WORDS = {
-    *("tool_calls", "function_call", "tool_call_id", "reasoning", "reasoning_content", "thinking"),
-    *("refusal", "audio", "images"),
+NOTES = {
+    *("name", "id", "index", "annotations", "metadata", "created", "created_at", "timestamp"),
+    *("cache_control", "opts"),  # of Anthropic's clients, of CodeCompanion
 }
-"""Fields of a message that say something: where the chat template does not show one, the request is refused. Others,
-such as `name` and `id`, are left to the template."""
+"""Fields of a message that are left to the template. Any other that it does not show may say something, such as
+`tool_calls`, or ask for another answer, such as `prefix`: the request is refused."""
 
 
 # ---- answers

@@ -56,8 +56,9 @@ class ShardFacts:
     answer_tokens: int
     holdout_samples: int = 0
     """The last of the samples, never learnt from."""
-    cut_samples: int = 0
-    """Samples whose last answer was cut at a limit: what the target writes behind it is not learnt."""
+    cut_samples: int | None = None
+    """Samples whose last answer was cut at a limit: what the target writes behind it is not learnt. None where that was
+    not counted."""
     refused_dialogues: int = 0
     """Those that end before a turn which the chat template refused."""
 

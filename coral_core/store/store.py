@@ -54,7 +54,7 @@ def seal(
         "tokens": sum(shard.tokens for shard in shards),
         "answer_tokens": sum(shard.answer_tokens for shard in shards),
         "holdout_samples": sum(shard.holdout_samples for shard in shards),
-        "cut_samples": sum(shard.cut_samples for shard in shards),
+        "cut_samples": None if None in (cut := [shard.cut_samples for shard in shards]) else sum(cut),
         "bytes": sum(shard.size_bytes for shard in shards) + (folder / LENT).stat().st_size,
         "hidden": lent.embed_VD.shape[1],
         "vocab": lent.head_VD.shape[0],

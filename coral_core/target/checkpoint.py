@@ -123,8 +123,11 @@ def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
     if config.model_type not in TEKKEN_TYPES:
         return AutoTokenizer.from_pretrained(source, **options)
     with _quiet():
-        # named, though it says nothing: mistral-common's tokenizer, which has no chat template, is not taken then
-        tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=None, **options)
+        try:
+            # named, though it says nothing: mistral-common's tokenizer, which has no chat template, is not taken then
+            tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=None, **options)
+        except TypeError:  # transformers 5.0 gives it twice
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
     unmended = getattr(getattr(tokenizer, "backend_tokenizer", None), "fix_mistral_regex", None) is False
     if unmended and TEKKEN_TOKEN in tokenizer.get_vocab():
         return AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
@@ -132,7 +135,9 @@ def _tokenizer(source: str, config: Any, options: dict[str, Any]) -> Any:
 
 
 def _loses_spaces(tokenizer: Any) -> bool:
-    """Whether a text comes back as one word, though there is a token for a space."""
+    """Whether a text comes back as one word, though there is a token for a space: a fault of fast tokenizers alone."""
+    if not getattr(tokenizer, "is_fast", False):
+        return False
     ids = tokenizer("a b\n\nc 12", add_special_tokens=False)["input_ids"]
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip().casefold()
     return text == "abc12" and not {" ", "Ġ", "▁"}.isdisjoint(tokenizer.get_vocab())

@@ -198,7 +198,6 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
         raise TargetError(f"{file} lacks {len(missing)} of its model's tensors, {missing[0]} among them. {INSTEAD}")
     fields, tensors = _read(file)
     gguf_rope.apply(model.config, fields, gguf_rope.scaling(file, fields, tensors))
-    gguf_splits.apply(tokenizer, fields)
     ends = [int(fields[key]) for name in END_IDS if (key := f"tokenizer.ggml.{name}_token_id") in fields]
     model.generation_config.eos_token_id = sorted(set(ends)) or tokenizer.eos_token_id
     model.hf_quantizer = None  # the weights are plain: nothing of the file's form is left
@@ -206,4 +205,4 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
         del model.config.quantization_config
     shutil.rmtree(alone)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    gguf_splits.save(tokenizer, fields, folder)

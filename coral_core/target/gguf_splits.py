@@ -4,6 +4,7 @@ transformers reads some of the names, and splits as GPT-2 does for all others. F
 right; for a name that stands for another split, a warning says so.
 """
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,20 @@ def warn(file: Path, fields: dict[str, Any]) -> None:
     )
 
 
-def apply(tokenizer: Any, fields: dict[str, Any]) -> None:
-    """Give a tokenizer that transformers made of the file the split that it lacks."""
+def save(tokenizer: Any, fields: dict[str, Any], folder: Path) -> None:
+    """Write a tokenizer that transformers made of the file, with the split that it lacks."""
     if fields.get(MODEL) != "gpt2" or fields.get(PRE) not in DIGITS:
+        tokenizer.save_pretrained(folder)
         return
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # A class of the model's own, as StarCoder2's GPT2Tokenizer, would set its split again when it is loaded.
+    path.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
 
 
 def _table() -> frozenset[str] | None:

@@ -46,18 +46,15 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device, checkpoint: Path | None) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU (float16 on one that only converts it), and on a processor that is faster in it, for
-    a checkpoint that is large. Answers in 16 bits may differ from those in float32: the output names it.
+    """`auto` is bfloat16 on a GPU, and on a processor that is faster in it, for a checkpoint that is large. Answers in
+    16 bits may differ from those in float32: the output names it.
 
     `checkpoint` is its file or folder; None where it is on the Hub.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
-        return torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if _is_large(checkpoint) and bfloat16_is_faster() else torch.float32
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from coral_core.errors import DataError
+from coral_core.errors import DataError, first_line
 
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant", "content": text}, and fields that the template may read besides."""
@@ -384,7 +384,12 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 def template_of(tokenizer: Any) -> str:
     """The chat template. Raises DataError when the tokenizer has no chat template, and none is known for its name."""
     if tokenizer.chat_template:
-        template: str = tokenizer.get_chat_template()
+        try:
+            template: str = tokenizer.get_chat_template()
+        except ValueError as error:  # several, and none of them is called default
+            raise DataError(
+                f"the tokenizer of {_name(tokenizer)}: {first_line(error)}. Set target.chat_template"
+            ) from error
         return template
     return known(str(tokenizer.name_or_path))
 

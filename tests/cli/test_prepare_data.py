@@ -1,6 +1,7 @@
 """`coral prepare-data` as typed, on the embedded target."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_run_its_samples_and_a_second_run(folder: Path) -> None:
         "of them held out",
         "tokens",
         "answer tokens",
-        "cut at data.max_new_tokens=8 or data.max_length=512",
+        "last answer cut at data.max_new_tokens=8 or data.max_length=512",
         "size",
     ]
     assert lines[6].split("|")[2].strip() == f"{cut_at(8)} ({cut_at(8) / 4:.0%})"
@@ -70,6 +71,20 @@ def test_an_endpoint_is_sent_the_key_of_the_environment(folder: Path, monkeypatc
         done = coral(f"data.endpoint={server.url}", "data.regenerate=greedy")
     assert done.exit_code == 0, done.output
     assert set(server.keys) == {"Bearer k"}
+
+
+def test_given_answers_are_cut_at_the_length_of_a_dialogue(folder: Path) -> None:
+    said = [
+        {"messages": [*asked(word), {"role": "assistant", "content": word * 9}]} for word in ("ab ", "cd ", "x" * 99)
+    ]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    done = coral("data.regenerate=none", "data.max_length=64", "data.max_samples=3")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"last answer cut at data\.max_length=64 +\| +1 \(33%\)", done.stdout)
+
+
+def asked(words: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": words}]
 
 
 def test_a_dry_run_makes_nothing(folder: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_file_with_every_kind_of_trouble_is_told_line_by_line(tmp_path: Path) 
     ]
     path = write_lines(tmp_path / "p.jsonl", [*rows, *answered(8), answered(1)[0]])
     facts = prepare(make_job(tmp_path, prompts=path, regenerate="none", max_samples=50, max_length=90)).manifest.facts
-    assert facts["dialogues"] == 8
+    assert (facts["dialogues"], facts["cut_samples"]) == (8, 0)
     told = {
         reason.split(" (first: ")[0]: (count, reason.split(" line ")[1]) for reason, count in facts["skipped"].items()
     }

@@ -128,7 +128,7 @@ def test_a_messages_name_is_left_to_the_template() -> None:
     assert "Ada: q" in make_tokenizer().decode(prompt_of(ask, make_tokenizer(THINKING)))
 
 
-@pytest.mark.parametrize("name", ["tool_calls", "function_call", "reasoning_content", "audio"])
+@pytest.mark.parametrize("name", ["tool_calls", "function_call", "reasoning_content", "audio", "prefix", "attachments"])
 def test_words_of_a_message_that_the_template_does_not_show_are_refused(name: str) -> None:
     said = {"role": "assistant", "content": "a", name: [{"id": "call_1"}]}
     ask = read_chat({"model": "tiny", "messages": [{"role": "user", "content": "q"}, said]})

@@ -1,6 +1,7 @@
 """A GGUF file is the model that it was made from, is converted once, and is refused in one line where it is no use."""
 
 import dataclasses
+import json
 import multiprocessing
 import re
 import shutil
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from coral_core import embedded
 from coral_core.errors import CoralWarning, DataError, TargetError
 from coral_core.recipe.schema import TargetSpec
-from coral_core.target import gguf_file, gguf_rope
+from coral_core.target import gguf_file, gguf_rope, gguf_splits
 from coral_core.target.load import load_target
 from tests.tiny import SHAPE, tiny_target
 
@@ -324,6 +326,16 @@ def test_digits_are_split_as_the_model_learnt_them(tmp_path: Path) -> None:
     for pre, expected in (("smollm", ["ĊĊ", "1", "2", "a"]), ("gpt-2", ["Ċ", "Ċ", "1", "2", "a"])):
         tokenizer = load(write(tmp_path / f"{pre}.gguf", pre=pre, **names)).tokenizer
         assert tokenizer.tokenize("\n\n12a") == expected
+
+
+def test_a_split_outlasts_a_class_that_sets_its_own(tmp_path: Path) -> None:
+    """AutoTokenizer takes GPT2Tokenizer for StarCoder2, which sets GPT-2's split when it is loaded."""
+    tokens = {token: i for i, token in enumerate(["<u>", *(chr(33 + i) for i in range(90)), "Ċ", "ĊĊ"])}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=tokens, merges=[("Ċ", "Ċ")]))
+    fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "starcoder"}
+    gguf_splits.save(transformers.GPT2Tokenizer(tokenizer_object=raw), fields, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "starcoder2"}))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).tokenize("\n\n12a") == ["ĊĊ", "1", "2", "a"]
 
 
 REFUSED = {

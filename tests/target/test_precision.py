@@ -1,6 +1,5 @@
 """`target.dtype: auto`: bfloat16 where it is faster, and the embedded model's answers as they ever were."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -33,19 +32,6 @@ def test_a_small_one_and_a_gpu_are_not_measured(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "model.safetensors").write_bytes(b"x" * 11)
     assert pick_dtype("auto", CPU, tmp_path) == torch.float32
     assert pick_dtype("auto", CPU, embedded.FOLDER / "target") == torch.float32
-
-
-@pytest.mark.parametrize(("supported", "wanted"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_gpu_takes_bfloat16_where_it_computes_with_it(
-    supported: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A T4 or a V100 converts bfloat16 to compute with it, which PyTorch calls emulation."""
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported or including_emulation
-    )
-    assert pick_dtype("auto", GPU, None) == wanted
-    assert pick_dtype("bfloat16", GPU, None) == torch.bfloat16
 
 
 def test_the_faster_one_is_told_by_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,6 +351,11 @@ def test_a_tokenizer_without_a_template_is_an_error() -> None:
         prompt_ids(changed(None), DIALOGUE[:1])
 
 
+def test_several_templates_without_a_default_are_an_error() -> None:
+    with pytest.raises(DataError, match=r"tokenizer of 'odd/model': .*Set target\.chat_template"):
+        prompt_ids(changed({"tool_use": CHATML, "rag": CHATML}), DIALOGUE[:1])
+
+
 def test_a_dialogue_that_the_template_refuses_is_reported_in_its_words() -> None:
     tokenizer = make_tokenizer(FAMILIES["Gemma"])
     with pytest.raises(DataError, match="refuses a dialogue: Conversation roles must alternate"):
