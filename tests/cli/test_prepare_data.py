@@ -74,13 +74,15 @@ def test_an_endpoint_is_sent_the_key_of_the_environment(folder: Path, monkeypatc
 
 
 def test_given_answers_are_cut_at_the_length_of_a_dialogue(folder: Path) -> None:
+    long = "It was sold to a farmer from the hills who paid for it in barley and two old hens."
+    answers = {"One.": "ab", "Two.": "cd", "Three.": long}
     said = [
-        {"messages": [*asked(word), {"role": "assistant", "content": word * 9}]} for word in ("ab ", "cd ", "x" * 99)
+        {"messages": [*asked(words), {"role": "assistant", "content": answer}]} for words, answer in answers.items()
     ]
     (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
-    done = coral("data.regenerate=none", "data.max_length=64", "data.max_samples=3")
+    done = coral("data.regenerate=none", "data.max_length=20", "data.max_samples=3")
     assert done.exit_code == 0, done.output
-    assert re.search(r"last answer cut at data\.max_length=64 +\| +1 \(33%\)", done.stdout)
+    assert re.search(r"last answer cut at data\.max_length=20 +\| +1 \(33%\)", done.stdout)
 
 
 def asked(words: str) -> list[dict[str, str]]:
