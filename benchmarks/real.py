@@ -184,7 +184,7 @@ def turn(racers: dict[str, Answer], prompt: list[int], temperature: float, numbe
     for name in names:
         lane = found[name]
         rows[name] = {
-            "tokens": sum(lane.emitted) + 1,
+            "tokens": (sum(lane.emitted) or len(lane.ids) - 1) + 1,  # `generate` tells no rounds
             "rounds": len(lane.emitted),
             "plain_rounds": lane.plain_rounds,
             "copied_rounds": lane.copied_rounds,
