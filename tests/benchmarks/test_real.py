@@ -244,17 +244,20 @@ def test_a_race_tells_its_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_row_tells_of_what_came_after_the_prefill() -> None:
-    """Prompt lookup's first round may write several tokens, all before its clock starts; llama.cpp tells no ids."""
+    """Prompt lookup's first round may write several tokens, all before its clock starts; llama.cpp tells no ids, and
+    `generate` no rounds."""
     lanes = {
         "plain float32": Lane([1, 2, 3, 4, 5, 6], 0.5, 1.0, [0] * 5, [1] * 5, {}),
         "lookup float32": Lane([1, 2, 3, 4, 5, 6], 0.5, 1.0, [2], [3], {}),
         "llamacpp q4": Lane([], 0.5, 1.0, [], [1] * 5, {}),
+        "generate float32": Lane([1, 2, 3, 4, 5, 6], 0.5, 1.0, [], [], {}),
     }
     found = real.turn({name: lambda prompt, _, lane=lane: lane for name, lane in lanes.items()}, [7], 0.0, 1)
     assert {name: row["tokens"] for name, row in found.items()} == {
         "plain float32": 6,
         "lookup float32": 4,
         "llamacpp q4": 6,
+        "generate float32": 6,
     }
     assert real_figures.speed([{"lanes": found}], "lookup float32") == 3.0
 
