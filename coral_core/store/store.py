@@ -49,12 +49,13 @@ def seal(
     """
     save_lent(lent, folder / LENT)
     write_text(folder / HOLDOUT, json.dumps([list(prompt) for prompt in holdout_prompts]) + "\n")
+    cut = [shard.cut_samples for shard in shards if shard.cut_samples is not None]
     facts = {
         "samples": sum(shard.samples for shard in shards),
         "tokens": sum(shard.tokens for shard in shards),
         "answer_tokens": sum(shard.answer_tokens for shard in shards),
         "holdout_samples": sum(shard.holdout_samples for shard in shards),
-        "cut_samples": None if None in (cut := [shard.cut_samples for shard in shards]) else sum(cut),
+        "cut_samples": sum(cut) if len(cut) == len(shards) else None,
         "bytes": sum(shard.size_bytes for shard in shards) + (folder / LENT).stat().st_size,
         "hidden": lent.embed_VD.shape[1],
         "vocab": lent.head_VD.shape[0],
