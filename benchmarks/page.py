@@ -24,6 +24,8 @@ METHODS = {
     **TITLES,
     real_figures.LONG: "CORAL, trained longer",
 }
+ENOUGH = 10
+"""Questions a bench below which the README leaves a training's rows out; docs/results.md shows them."""
 MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 ABOUT = {
     "real": "Real chat models: EAGLE-2, HASS and CORAL, full and grouped head, against the fastest plain decoding.",
@@ -168,6 +170,15 @@ def real_cell(rows: list[dict[str, Any]], method: str, head: str) -> str:
     return f"{real_figures.tau_of(counted, method, head):.2f}{speedup}"
 
 
+def counted_enough(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Races, and the counts of each training and temperature that were made on ENOUGH questions of every bench."""
+    asked: dict[tuple[Any, ...], dict[str, set[str]]] = {}
+    for row in real_figures.parts(rows)[0]:
+        asked.setdefault(real_figures.question(row)[:3], {}).setdefault(row["bench"], set()).add(row["question"])
+    enough = {among for among, by_bench in asked.items() if min(map(len, by_bench.values())) >= ENOUGH}
+    return [row for row in rows if "lanes" in row or real_figures.question(row)[:3] in enough]
+
+
 def eagle3_table(rows: list[dict[str, Any]]) -> str:
     """One line a training: tokens per round, and the share of rounds that accepted the draft of each depth."""
     deepest = max(len(row["accepted_by_depth"]) for row in rows)
@@ -194,7 +205,8 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
 def readme(text: str) -> str:
     """The README with its table as the file has it now."""
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{real_table(load('real')['rows'])}\n{END}{rest.partition(END)[2]}"
+    shown = real_table(counted_enough(load("real")["rows"]))
+    return f"{before}{BEGIN}\n{shown}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_numbers_are_rounded(value, shown):
 
 def test_a_table_typed_by_hand_is_replaced():
     begin, end = page.BEGIN, page.END
-    table = page.real_table(page.load("real")["rows"])
+    table = page.real_table(page.counted_enough(page.load("real")["rows"]))
     assert page.readme(f"a\n{begin}\ntau 9\n{end}\nb\n") == f"a\n{begin}\n{table}\n{end}\nb\n"
 
 
@@ -85,6 +85,16 @@ def test_a_method_that_was_counted_on_some_benches_only_has_no_tau_on_the_others
         ["CORAL, full head", "4.00", "-"],
         ["CORAL, grouped head", "3.00", "-"],
     ]
+
+
+def test_the_readme_leaves_out_what_was_counted_on_few_questions():
+    many = [one for name in "abcdefghij" for one in counted("gsm8k", name)]
+    few = [{**one, "method": "coral-steps"} for one in many if one["question"] != "j"]
+    warm = counted("gsm8k", "a", temperature=1.0)
+    raced = row("gsm8k", "a")
+    assert page.counted_enough([*many, *few, *warm, raced]) == [*many, raced]
+    half = [one for one in counted("mt-bench", "a")]
+    assert page.counted_enough([*many, *half]) == [], "of every bench"
 
 
 def test_nested_figures_have_dotted_names():
