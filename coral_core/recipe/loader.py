@@ -49,9 +49,10 @@ def load_recipe(path: Path | None, overrides: list[str]) -> Recipe:
         given.setdefault(key, value)
     recipe: Recipe = _build(Recipe, given, "")
     if recipe.name == embedded.NAME != recipe.target.model:
+        mend = "Write a recipe of your own (docs/your-model.md), or give name=mine to use pico's settings"
         raise RecipeError(
             f"the run is named 'pico', which is that of the embedded model, and target.model is "
-            f"'{recipe.target.model}'. Give the run a name of its own, such as name=mine"
+            f"'{recipe.target.model}'. {mend if path is None else 'Give the run a name of its own, such as name=mine'}"
         )
     return recipe
 
@@ -115,7 +116,8 @@ def _read(path: Path) -> yaml.MappingNode:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"no recipe file {path}{_near_file(path)} Leave it out to work on pico") from error
+        mend = "Write it (docs/your-model.md), or leave it out to work on pico"
+        raise RecipeError(f"no recipe file {path}{_near_file(path)} {mend}") from error
     except IsADirectoryError as error:
         raise RecipeError(f"{path} is a folder; give the recipe file in it, such as {path / 'recipe.yaml'}") from error
     except UnicodeDecodeError as error:
@@ -222,7 +224,7 @@ def _field_type(key: str, where: str) -> Any:
 
 
 def _nearest(key: str) -> str:
-    """A hint at the known key most like an unknown one: the word counts twice, the section it stands in once."""
+    """A hint at the known keys most like an unknown one: the word counts twice, the section it stands in once."""
     sections = {name: kind for name, kind in typing.get_type_hints(Recipe).items() if dataclasses.is_dataclass(kind)}
     known = [*_keys(Recipe), *(path for name, kind in sections.items() for path in _keys(kind, name))]
     section, _, word = key.replace("-", "_").rpartition(".")
@@ -232,9 +234,8 @@ def _nearest(key: str) -> str:
         alike = difflib.SequenceMatcher(None, word, other_word).ratio()
         return 2 * alike + difflib.SequenceMatcher(None, section, other_section).ratio() if alike >= 0.6 else 0.0
 
-    best = max(known, key=likeness)
-    if likeness(best):
-        return f"did you mean '{best}'?"
+    if best := max(map(likeness, known)):
+        return f"did you mean {' or '.join(repr(path) for path in known if likeness(path) == best)}?"
     within = _keys(sections[section]) if section in sections else _keys(Recipe)
     return f"the keys of {section if section in sections else 'a recipe'} are {', '.join(within)}"
 

@@ -91,6 +91,7 @@ def test_a_wrong_value_names_key_and_rule(line, message):
         ("trian.steps", "did you mean 'train.steps'?"),
         ("decoed.max_new_tokens", "did you mean 'decode.max_new_tokens'?"),
         ("data.bach_size", "did you mean 'data.batch_size'?"),
+        ("max_new_tokens", "did you mean 'data.max_new_tokens' or 'decode.max_new_tokens'?"),
         ("taget", "did you mean 'target'?"),
         ("head.zzzz", "the keys of head are kind, groups"),
         ("zzzz", "the keys of a recipe are name, seed, target"),
@@ -135,14 +136,14 @@ def test_a_bad_file_is_one_line_with_the_place(write, text, message):
 def test_a_missing_file_names_a_near_one(tmp_path, write):
     write("name: x\n")
     message = refusal(tmp_path / "mx.yaml")
-    assert f"no recipe file {tmp_path / 'mx.yaml'}; did you mean {tmp_path / 'my.yaml'}? Leave it out" in message
-    assert "nothing-like-it.yaml. Leave it out" in refusal(tmp_path / "nothing-like-it.yaml")
+    assert f"no recipe file {tmp_path / 'mx.yaml'}; did you mean {tmp_path / 'my.yaml'}? Write it" in message
+    assert "nothing-like-it.yaml. Write it" in refusal(tmp_path / "nothing-like-it.yaml")
 
 
 def test_names_that_share_only_the_ending_are_not_near(tmp_path, write, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("name: x\n").rename(tmp_path / "pico.yaml")
-    assert "no recipe file nosuch.yaml. Leave it out" in refusal(Path("nosuch.yaml"))
+    assert "no recipe file nosuch.yaml. Write it" in refusal(Path("nosuch.yaml"))
 
 
 def test_a_folder_and_a_binary_are_refused(tmp_path):
@@ -249,6 +250,14 @@ def test_only_picos_own_run_is_named_pico(overrides):
     with pytest.raises(RecipeError, match="named 'pico'.*name=mine"):
         load_recipe(None, overrides)
     assert load_recipe(None, ["target.model=org/model", "name=mine"]).name == "mine"
+
+
+def test_whose_settings_a_run_beside_picos_has_is_said(write):
+    """pico's own, with its rate and its prompts, where no recipe is named; else the file's."""
+    said = "Write a recipe of your own (docs/your-model.md), or give name=mine to use pico's settings"
+    assert said in refusal(None, "target.model=org/model")
+    message = refusal(write("name: pico\ntarget:\n  model: org/model\n"))
+    assert message.endswith("Give the run a name of its own, such as name=mine")
 
 
 def test_a_recipe_of_before_may_say_what_coral_now_always_does(write):
