@@ -8,11 +8,24 @@ import typer
 
 from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, RunsOption, open_run
+from coral_core.errors import CoralError
+
+
+def _refuse_recipe(path: str) -> str:
+    """Raises CoralError for a recipe in the place of PATH."""
+    if path.endswith((".yaml", ".yml")):
+        raise CoralError(f"{path} is a recipe, and the drafter's PATH comes first. Run: coral import PATH {path}")
+    return path
 
 
 def import_drafter(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Folder or Hub id: EAGLE-1, EAGLE-2, EAGLE-3, HASS, or coral's.")
+        str,
+        typer.Argument(
+            callback=_refuse_recipe,
+            metavar="PATH",
+            help="Folder or Hub id: EAGLE-1, EAGLE-2, EAGLE-3, HASS, or coral's.",
+        ),
     ],
     arguments: Arguments = None,
     runs: RunsOption = RUNS,

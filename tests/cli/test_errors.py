@@ -48,7 +48,8 @@ def test_success_is_0():
 def test_a_users_error_is_1_with_one_line(verb, tmp_path):
     done = coral(verb, "no-such.yaml", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: no recipe file no-such.yaml. Leave it out to work on pico\n"
+    mend = "Write it (docs/your-model.md), or leave it out to work on pico"
+    assert done.stderr == f"error: no recipe file no-such.yaml. {mend}\n"
     assert list(tmp_path.iterdir()) == [], "a refused recipe leaves nothing behind"
 
 
@@ -56,6 +57,14 @@ def test_an_unknown_key_is_1_with_the_nearest():
     done = coral("train", "train.stpes=3")
     assert done.returncode == 1
     assert done.stderr == "error: 'train.stpes=3': unknown key 'train.stpes'; did you mean 'train.steps'?\n"
+
+
+def test_a_recipe_in_the_place_of_a_drafter_is_told(tmp_path):
+    """It said that there is no recipe file some/drafter."""
+    done = coral("import", "my.yaml", "some/drafter", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    mend = "the drafter's PATH comes first. Run: coral import PATH my.yaml"
+    assert done.stderr == f"error: my.yaml is a recipe, and {mend}\n"
 
 
 @pytest.mark.parametrize(
