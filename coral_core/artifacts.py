@@ -143,7 +143,8 @@ class Manifest:
 def remedy(folder: Path, command: str) -> str:
     """What makes a damaged or missing folder anew, as the end of a message."""
     if embedded.holds(folder):
-        return "Install coral anew: pip install --force-reinstall coral-decoding"
+        again = "git checkout -- coral_core && pip install --force-reinstall --no-deps ."
+        return f"Install coral anew, in its folder: {again}"
     return f"Run: {command}"
 
 
