@@ -15,6 +15,11 @@ def model_source(model: str) -> str:
     return str(FOLDER / "target") if model == NAME else model
 
 
+def shipped(name: str) -> Path | None:
+    """The run that coral ships by this name."""
+    return {NAME: FOLDER, **{path.parent.name: path.parent for path in SHIPPED.glob("*/drafter")}}.get(name)
+
+
 def made_in(run: Path, model: str, artifact: str = "drafter") -> Path:
     """The run that holds an artifact: `run` itself, or, where it has none, the one of coral's own for this target."""
     if (run / artifact).exists():

@@ -43,6 +43,19 @@ def offline_where_absent() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def login(error: BaseException) -> str:
+    """What mends it where the Hub hides a repository or asks for leave, as the end of a message; else ''."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    cause: BaseException | None = error
+    while cause:  # transformers and datasets raise errors of their own from the Hub's
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, RepositoryNotFoundError) or status in (401, 403):
+            return ". If it is private or gated, accept its terms on its page and run: hf auth login"
+        cause = cause.__cause__
+    return ""
+
+
 def unreachable() -> str:
     """What a user is told where the Hub does not answer."""
     from huggingface_hub import constants

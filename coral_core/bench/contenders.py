@@ -59,8 +59,8 @@ def find_run(name: str, runs: Path) -> Path:
     for folder in (Path(name), runs / name):
         if (folder / "drafter").is_dir():
             return folder
-    if name == embedded.NAME:
-        return embedded.FOLDER
+    if own := embedded.shipped(name):
+        return own
     known = sorted(path.parent.name for path in runs.glob("*/drafter"))
     hint = did_you_mean(name, known) or f"runs with one: {', '.join(known) or 'none'}."
     raise ArtifactError(f"no drafter in '{name}' or '{runs / name}'; {hint} Give --drafter a run's name or folder")

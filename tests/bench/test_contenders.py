@@ -46,5 +46,9 @@ def test_slips_are_named(runs: Path) -> None:
         contenders(recipe, runs / "coral", ["coral", "coral"], ["full"])
 
 
-def test_the_embedded_drafter_has_a_name(tmp_path: Path) -> None:
+def test_what_ships_has_a_name(tmp_path: Path) -> None:
     assert find_run("pico", tmp_path) == embedded.FOLDER
+    for run in embedded.SHIPPED.glob("*"):
+        assert find_run(run.name, tmp_path) == run
+    for name in ("", ".", "..", str(embedded.SHIPPED)):
+        assert embedded.shipped(name) is None

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from coral_core import Drafter
+from coral_core import Drafter, embedded
 from coral_core.drafter import hub
 from coral_core.drafter.checkpoint import read_checkpoint, weights_fingerprint
 from coral_core.drafter.load import load_drafter
@@ -49,6 +50,22 @@ def test_a_hub_id_is_fetched_at_its_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert same(Drafter.from_pretrained("org/drafter", revision="v2"), drafter)
     assert asked == [("org/drafter", "v2")]
+
+
+def refused_by_the_hub(*_, **__):
+    response = SimpleNamespace(status_code=401, headers={}, request=None)
+    raise huggingface_hub.errors.GatedRepoError("401 Client Error.\nAccess is restricted.", response=response)
+
+
+def test_a_gated_drafter_names_the_login(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused_by_the_hub)
+    with pytest.raises(ArtifactError, match=r"401 Client Error\. If it is private or gated, .* run: hf auth login$"):
+        Drafter.from_pretrained("org/drafter")
+
+
+@pytest.mark.parametrize("run", embedded.SHIPPED.glob("*"), ids=lambda run: run.name)
+def test_what_ships_is_loaded_by_its_name(run):
+    assert Drafter.from_pretrained(run.name).folder == run / "drafter"
 
 
 def test_a_hub_that_does_not_answer_is_named(monkeypatch):
