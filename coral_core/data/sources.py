@@ -261,7 +261,7 @@ def _hub(name: str, seed: int) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # the Hub client raises many kinds; the reason is passed on
         raise DataError(
             f"cannot read the Hub dataset {name}, split {split}: {type(error).__name__}: {first_line(error)}. "
-            "Check the id (owner/name:split), or download it and set data.prompts to the file"
+            f"Check the id (owner/name:split), or download it and set data.prompts to the file{hub.login(error)}"
         ) from error
     if not number:
         raise DataError(f"the Hub dataset {name}, split {split}, is empty. Set data.prompts to owner/name:split")

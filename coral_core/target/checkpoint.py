@@ -168,7 +168,7 @@ def _reason(source: str, error: Exception) -> str:
     """Why a model did not load, and what mends it."""
     folder = Path(source)
     if folder.is_dir():
-        return _pickled(folder) or _damaged(folder) or f"{first_line(error)}. {_mend(folder)}"
+        return _adapter(folder) or _pickled(folder) or _damaged(folder) or f"{first_line(error)}. {_mend(folder)}"
     if not hub.answers():
         return (
             f"{hub.unreachable()}, and its cache does not hold the model. Set target.model to a folder, "
@@ -176,13 +176,23 @@ def _reason(source: str, error: Exception) -> str:
         )
     if "safetensors" in str(error):
         return f"{first_line(error)}. {_conversion(source, source.rpartition('/')[2])}"
-    return f"{first_line(error)}. Set target.model to a folder or a Hub id of a causal LM"
+    return f"{first_line(error)}. Set target.model to a folder or a Hub id of a causal LM{hub.login(error)}"
 
 
 def _mend(folder: Path) -> str:
     if (folder / "config.json").exists():
         return "Restore its files, or set target.model to another folder or a Hub id of a causal LM"
     return f"{folder} holds no config.json. Set target.model to a folder or a Hub id of a causal LM"
+
+
+def _adapter(folder: Path) -> str:
+    """For a folder with a LoRA adapter alone."""
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return ""
+    return (
+        f"{folder} holds a LoRA adapter alone (adapter_config.json). Merge it into its model with PEFT's "
+        "merge_and_unload(), write model and tokenizer with save_pretrained(), and set target.model to that folder"
+    )
 
 
 def _pickled(folder: Path) -> str:

@@ -52,7 +52,7 @@ def find(model: str, revision: str) -> Path | None:
         return Path(hf_hub_download(there["repo"], there["file"], revision=revision, local_files_only=cached))
     except (OSError, ValueError) as error:
         where = f"{there['file']} of {there['repo']} from the Hub"
-        raise TargetError(f"cannot fetch {where}: {first_line(error)}. {INSTEAD}") from error
+        raise TargetError(f"cannot fetch {where}: {first_line(error)}. {INSTEAD}{hub.login(error)}") from error
 
 
 def unpack(file: Path, dtype: torch.dtype, *, own_template: bool = False) -> Path:

@@ -4,12 +4,14 @@ import gzip
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from coral_core.data.draw import Wanted, read_dialogues
 from coral_core.data.prompts import Dialogue, Skipped, UnusableError, parse
@@ -318,6 +320,18 @@ def test_a_hub_stream_is_read_no_further_than_needed(monkeypatch: pytest.MonkeyP
     assert len(read("owner/name:chat:train_sft", count=10)) == 10
     assert asked == [(("owner/name", "chat"), {"split": "train_sft", "streaming": True})]
     assert len(given) < 100
+
+
+def test_a_gated_hub_dataset_names_the_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    response = SimpleNamespace(status_code=401, headers={}, request=None)
+
+    def load(*args: Any, **options: Any) -> None:
+        refused = HfHubHTTPError("401 Client Error", response=response)
+        raise datasets.exceptions.DatasetNotFoundError("it is a gated dataset") from refused
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"If it is private or gated, .* run: hf auth login$"):
+        read("owner/name")
 
 
 def test_a_hub_dataset_that_cannot_be_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import tokenizers
 import torch
 import transformers
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from coral_core import embedded, hub
@@ -148,6 +150,31 @@ def test_a_config_that_means_nothing(folder: Path) -> None:
     assert "config.json' is not a valid JSON file" in refused(folder)
     (folder / "config.json").unlink()
     assert "holds no config.json" in refused(folder)
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_lora_adapter_is_to_be_merged(folder: Path, weights: str) -> None:
+    """It said that the folder holds no config.json, and of a .bin that it is pickled."""
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / weights)
+    (folder / "adapter_config.json").write_text("{}")
+    message = refused(folder)
+    assert f"{folder} holds a LoRA adapter alone (adapter_config.json). Merge it" in message
+    assert "merge_and_unload(), write model and tokenizer with save_pretrained()" in message
+
+
+@pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError])
+def test_a_private_or_gated_model_names_the_login(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers names it in its message's second line, which is cut."""
+    response = SimpleNamespace(status_code=401, headers={}, request=None)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMore.") from kind("401", response=response)
+
+    monkeypatch.setattr(hub, "answers", lambda: True)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(TargetError, match=r"If it is private or gated, .* run: hf auth login$"):
+        load_target(TargetSpec(model="org/model"))
 
 
 def test_a_tokenizer_that_is_absent_or_damaged(folder: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 
 from coral_core import embedded
 from coral_core.errors import CoralWarning, DataError, TargetError
@@ -269,6 +271,13 @@ def test_a_file_of_a_hub_repository_is_fetched(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
     with pytest.raises(TargetError, match=r"cannot fetch x\.gguf of some-one/tiny from the Hub: 404: no such entry\. "):
+        load("some-one/tiny/x.gguf")
+
+    def gated(*_: object, **__: object) -> str:
+        raise GatedRepoError("401", response=SimpleNamespace(status_code=401, headers={}, request=None))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
+    with pytest.raises(TargetError, match=r"If it is private or gated, .* run: hf auth login$"):
         load("some-one/tiny/x.gguf")
 
 
