@@ -4,6 +4,7 @@ from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError, TargetError
 from coral_core.export.layouts import LAYOUTS, Layout
 from coral_core.export.wide import WIDE
+from coral_core.lent import Lent
 from coral_core.target.load import tap_layers
 from coral_core.target.target import Target
 
@@ -37,13 +38,18 @@ def refuse_target(layout: Layout, model_type: str, target: Target) -> None:
     if reason := layout.why_not(model_type):
         remedy = _other_shape(layout, model_type)
         raise TargetError(f"{layout.engine} cannot draft for a target of type '{model_type}': {reason}. {remedy}")
-    lent = target.lent
+    refuse_logits(layout.engine, target.lent, scales=layout.scales_logits)
+
+
+def refuse_logits(engine: str, lent: Lent, *, scales: bool) -> None:
+    """Raises TargetError for what a target does to its logits and the engine's drafter would not, a factor apart where
+    it `scales` them."""
     if lent.head_bias_V is not None:
-        raise TargetError(f"the target's LM head has a bias, which {layout.engine}'s drafter leaves out. {OURS}")
-    if lent.logit_scale != 1.0 and not layout.scales_logits:
-        raise TargetError(f"the target scales its logits by {lent.logit_scale:g}; {layout.engine} would not. {OURS}")
+        raise TargetError(f"the target's LM head has a bias, which {engine}'s drafter leaves out. {OURS}")
+    if lent.logit_scale != 1.0 and not scales:
+        raise TargetError(f"the target scales its logits by {lent.logit_scale:g}; {engine} would not. {OURS}")
     if lent.logit_softcap:
-        raise TargetError(f"the target caps its logits at {lent.logit_softcap:g}; {layout.engine} would not. {OURS}")
+        raise TargetError(f"the target caps its logits at {lent.logit_softcap:g}; {engine} would not. {OURS}")
 
 
 def _other_shape(layout: Layout, model_type: str) -> str:

@@ -19,7 +19,7 @@ from coral_core.errors import CoralError
 from coral_core.export import gguf_file
 from coral_core.export.folder import write_folder
 from coral_core.export.layouts import LAYOUTS
-from coral_core.export.refusal import refuse
+from coral_core.export.refusal import refuse, refuse_logits
 from coral_core.export.wide import WIDE, layout_of, with_rows
 from coral_core.head.heads import StaticHead
 from coral_core.head.load import FILE, load_head
@@ -94,6 +94,7 @@ def export_engine(to: str, source: Source, target: Target, run: Path, token_map:
         refuse(layout, drafter, target)
     else:
         gguf_file.refuse(drafter)
+        refuse_logits(engine_name(to), target.lent, scales=False)
     final = run / "export" / to
     inputs = {"target": target.fingerprint, "drafter": source.manifest.fingerprint}
     ids = None if token_map is None else sorted(token_map.tolist())

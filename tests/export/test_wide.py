@@ -178,6 +178,23 @@ def test_the_older_shape_has_no_such_folders(tmp_path):
     assert formats(random_drafter(deep(), taps=TAPS)) == ("vllm", "sglang", "eagle", "speculators", GGUF)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_bias_V": torch.ones(VOCAB)}, "LM head has a bias, which llama.cpp's drafter leaves out"),
+        ({"logit_scale": 0.5}, "scales its logits by 0.5; llama.cpp would not"),
+        ({"logit_softcap": 30.0}, "caps its logits at 30; llama.cpp would not"),
+    ],
+)
+def test_what_llama_cpp_leaves_out_of_the_logits_is_refused(tmp_path, changes, words):
+    target = deep()
+    source = publish(tmp_path, target, random_drafter(target, taps=TAPS))
+    target = dataclasses.replace(target, lent=dataclasses.replace(target.lent, **changes))
+    with pytest.raises(TargetError, match=words):
+        export_engine(GGUF, source, target, tmp_path)
+    assert not (tmp_path / "export").exists()
+
+
 def test_a_target_whose_layers_no_engine_hands_out_is_refused(tmp_path):
     target = deep("gpt2")
     with pytest.raises(TargetError, match="vLLM cannot draft for a target of type 'gpt2'"):
