@@ -80,8 +80,8 @@ def coral(
 ) -> None:
     """Make a language model decode faster without changing a word of what it says.
 
-    Every command takes one recipe: `coral COMMAND [recipe.yaml] [section.key=value ...]`. With no recipe it works on
-    the small embedded model pico. In order: prepare-data, train, group-head, eval, chat; then
+    Most commands take one recipe: `coral COMMAND [recipe.yaml] [section.key=value ...]`. With no recipe they work on
+    the small embedded model pico. In order: prepare-data, train, group-head, eval, then chat or serve;
     export and publish for other engines, import for other people's drafters.
     """
 

@@ -32,7 +32,11 @@ def evaluate(  # noqa: PLR0913  # one parameter per option
         list[str] | None, typer.Option("--head", help="grouped, full or static; repeat to compare.")
     ] = None,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="Run HumanEval's answers, sandboxed, for pass@1.")
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Run HumanEval's answers for pass@1, in a subprocess with limits: no guard against malicious code.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json instead of the table.")] = False,
     runs: RunsOption = RUNS,
