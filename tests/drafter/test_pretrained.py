@@ -63,7 +63,7 @@ def test_a_gated_drafter_names_the_login(monkeypatch):
         Drafter.from_pretrained("org/drafter")
 
 
-@pytest.mark.parametrize("run", embedded.SHIPPED.glob("*"), ids=lambda run: run.name)
+@pytest.mark.parametrize("run", [*embedded.SHIPPED.glob("*")], ids=lambda run: run.name)
 def test_what_ships_is_loaded_by_its_name(run):
     assert Drafter.from_pretrained(run.name).folder == run / "drafter"
 
