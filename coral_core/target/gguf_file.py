@@ -27,7 +27,7 @@ ON_THE_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)", re.IGNO
 CHAT_TEMPLATE = "chat_template.jinja"
 END_IDS = ("eos", "eot", "eom")
 """Tokens that a file names as ends: of the sequence, of a turn, of a message. Many name the first alone."""
-FORM = 3
+FORM = 4
 """Of what is made of a file; folders of another one are left alone, and may be removed."""
 INSTEAD = "Set target.model to a whole GGUF file, or to the model's own folder or Hub id"
 
@@ -186,9 +186,14 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     whole = dict(options)
     if hasattr(transformers, "GgufConfig"):  # newer than our floor: else weights may stay in their blocks
         whole["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    fields, tensors = _read(file)
     try:
+        config = transformers.AutoConfig.from_pretrained(alone, **options)
+        if config.model_type == "llama":  # Granite Code's biases, of which the metadata says nothing
+            config.attention_bias = "blk.0.attn_q.bias" in tensors
+            config.mlp_bias = "blk.0.ffn_up.bias" in tensors
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            alone, dtype=dtype, output_loading_info=True, **whole
+            alone, config=config, dtype=dtype, output_loading_info=True, **whole
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(alone, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
@@ -196,7 +201,11 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise TargetError(f"{file} lacks {len(missing)} of its model's tensors, {missing[0]} among them. {INSTEAD}")
-    fields, tensors = _read(file)
+    if spare := _spare(model, report, fields, tensors):
+        raise TargetError(
+            f"{file} holds tensors for which {type(model).__name__} of transformers has no place ({len(spare)}, the "
+            f"first: {spare[0]}). {gguf_rope.INSTEAD}"
+        )
     gguf_rope.apply(model.config, fields, gguf_rope.scaling(file, fields, tensors))
     ends = [int(fields[key]) for name in END_IDS if (key := f"tokenizer.ggml.{name}_token_id") in fields]
     model.generation_config.eos_token_id = sorted(set(ends)) or tokenizer.eos_token_id
@@ -206,3 +215,15 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
     shutil.rmtree(alone)
     model.save_pretrained(folder)
     gguf_splits.save(tokenizer, fields, folder)
+
+
+def _spare(model: Any, report: dict[str, Any], fields: dict[str, Any], tensors: dict[str, Any]) -> list[str]:
+    """The file's tensors that transformers left out, sorted; its older reader does so without a word. Rotary factors
+    are read by gguf_rope.py."""
+    if getattr(getattr(model, "hf_quantizer", None), "supported", False):  # its newer reader
+        return sorted(report["unexpected_keys"])
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    kind = reader.TENSOR_PROCESSORS.get(fields["general.architecture"], reader.TensorProcessor)
+    placed = {gguf_rope.FACTORS, *reader.get_gguf_hf_weights_map(model, kind(config={}))}
+    return sorted(name for name in tensors if placed.isdisjoint((name, name.removesuffix(".weight"))))

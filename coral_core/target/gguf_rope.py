@@ -1,7 +1,7 @@
 """What a GGUF file says of its rotary embedding and attention beyond what transformers reads of it.
 
-transformers 5.24 reads the base of the rotary embedding and not its scaling: Llama 3.1 and later, Gemma 3, and models
-stretched by YaRN would load with other angles, without a word.
+transformers 5.24 reads the base of the rotary embedding, but for StarCoder2 and StableLM, and not its scaling:
+these, Llama 3.1 and later, Gemma 3, and models stretched by YaRN would load with other angles, without a word.
 Axes: E head dimension: one of the two halves, which turn together.
 """
 
@@ -70,13 +70,20 @@ def _llama3(file: Path, name: str, fields: dict[str, Any], factor_E: np.ndarray)
 
 
 def apply(config: Any, fields: dict[str, Any], scaled: dict[str, Any]) -> None:
-    """Write the scaling into a model's config, and the scale of its attention where transformers has another."""
+    """Write base and scaling into a model's config; of its attention the scale and the window that transformers lacks.
+
+    `fields` are the file's metadata, `scaled` what `scaling` gives.
+    """
     config, name = config.get_text_config(), fields["general.architecture"]
     if (name, config.num_hidden_layers) in NARROW:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    if name == "phi3":
+        config.sliding_window = fields.get("phi3.attention.sliding_window") or None
     rope = getattr(config, "rope_parameters", None) or {}  # GPT-2 has none
     by_layer = "full_attention" in rope  # Gemma 3's sliding layers are not scaled
     own = rope["full_attention"] if by_layer else rope
+    if base := fields.get(f"{name}.rope.freq_base"):
+        own["rope_theta"] = float(base)
     if scaled and own.get("rope_type", "default") == "default":
         own |= scaled
 

@@ -103,14 +103,19 @@ def tensors() -> list[tuple[str, np.ndarray]]:
         ("output.weight", state["lm_head.weight"]),
         ("output_norm.weight", state["model.norm.weight"]),
     ]
-    heads = {"attn_q": SHAPE["num_attention_heads"], "attn_k": SHAPE["num_key_value_heads"]}
     for layer in range(SHAPE["num_hidden_layers"]):
         for own, theirs in NAMES.items():
             values = state[f"model.layers.{layer}.{own}.weight"]
-            if count := heads.get(theirs):
-                values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-            found.append((f"blk.{layer}.{theirs}.weight", np.ascontiguousarray(values)))
+            found.append((f"blk.{layer}.{theirs}.weight", laid_out(theirs, values)))
     return found
+
+
+def laid_out(name: str, values: np.ndarray) -> np.ndarray:
+    """A weight or bias as llama.cpp's converter lays it out."""
+    heads = {"attn_q": SHAPE["num_attention_heads"], "attn_k": SHAPE["num_key_value_heads"]}
+    if count := heads.get(name):
+        values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    return np.ascontiguousarray(values)
 
 
 def load(path: Path | str) -> Any:
@@ -125,6 +130,21 @@ def test_it_answers_as_the_model_that_it_was_made_from(tmp_path: Path) -> None:
     assert target.stop_ids == {2, 3}  # the end of the sequence, and of a turn
     assert target.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab<e>"
     assert target.tokenizer("ab<e>")["input_ids"] == [95, 2]
+
+
+def test_biases_of_a_llama_are_read(tmp_path: Path) -> None:
+    """Granite Code's files name the architecture llama, and no key of theirs says that it has biases."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)).eval()
+    model.load_state_dict(tiny_target("llama").model.state_dict(), strict=False)
+    biases = {}
+    for layer in range(SHAPE["num_hidden_layers"]):
+        for own, theirs in list(NAMES.items())[:7]:
+            bias = model.get_parameter(f"model.layers.{layer}.{own}.bias")
+            torch.nn.init.normal_(bias)
+            biases[f"blk.{layer}.{theirs}.bias"] = laid_out(theirs, bias.detach().numpy())
+    ids_BT = torch.arange(4, 40)[None]
+    found_BTV = load(write(tmp_path / "biased.gguf", more=biases)).model(input_ids=ids_BT).logits
+    torch.testing.assert_close(found_BTV, model(input_ids=ids_BT).logits, rtol=0, atol=1e-4)
 
 
 def angles(target: Any) -> torch.Tensor:
@@ -174,6 +194,15 @@ def test_gemmas_global_layers_are_scaled_and_the_largest_ones_attention_too() ->
     assert config.rope_parameters["full_attention"]["factor"] == 8.0
     assert config.rope_parameters["sliding_attention"]["rope_type"] == "default"
     assert config.query_pre_attn_scalar == 16
+
+
+def test_base_and_window_that_transformers_does_not_read_are_read() -> None:
+    said = {"starcoder2.rope.freq_base": 1e6, "phi3.rope.freq_base": 1e4, "phi3.attention.sliding_window": 2047}
+    starcoder, phi = transformers.Starcoder2Config(), transformers.Phi3Config()
+    gguf_rope.apply(starcoder, {"general.architecture": "starcoder2", **said}, {})
+    gguf_rope.apply(phi, {"general.architecture": "phi3", **said}, {})
+    assert starcoder.rope_parameters["rope_theta"] == 1e6 and starcoder.sliding_window is None
+    assert phi.rope_parameters["rope_theta"] == 1e4 and phi.sliding_window == 2047
 
 
 def test_what_has_no_rotary_embedding_or_one_that_transformers_reads_is_left_alone() -> None:
@@ -354,6 +383,10 @@ REFUSED = {
     ),
     "no tokenizer": ({"tokens": []}, r"tiny\.gguf holds no tokenizer\. Set target\.model"),
     "one part of several": ({"split": 3}, r"is one of 3 parts\. Join them with: llama-gguf-split --merge"),
+    "a tensor without a place": (
+        {"more": {"blk.1.attn_q_norm.weight": np.ones(8, np.float32)}},
+        r"for which LlamaForCausalLM .* has no place \(1, the first: blk\.1\.attn_q_norm\.weight\)\. Set target\.model",
+    ),
     "a missing tensor": ({"leave_out": "blk.1.ffn_up.weight"}, r"lacks 1 of its model's tensors, .*1\.mlp\.up_proj"),
 }
 
