@@ -145,10 +145,13 @@ class ShortNorm(nn.Module):
 
 @torch.no_grad()
 def shorten_norms(model: Any) -> None:
-    """Shorten the norms that answer as Llama's does. Others, such as Gemma's, whose weight is an offset, stay."""
+    """Shorten the norms that answer as Llama's does. Others, such as Gemma's, whose weight is an offset, stay; so do
+    those whose weight is of another dtype than the model (gpt-oss's in float16)."""
+    dtype = next(model.parameters()).dtype
     for module in model.modules():
         named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-        if not named or not isinstance(weight_D := getattr(module, "weight", None), nn.Parameter):
+        weight_D = getattr(module, "weight", None)
+        if not named or not isinstance(weight_D, nn.Parameter) or weight_D.dtype != dtype:
             continue
         x_1D = torch.linspace(-2, 2, weight_D.numel()).to(weight_D)[None]
         own_1D, short_1D = module(x_1D).bfloat16(), scaled_norm(x_1D, weight_D, module.variance_epsilon).bfloat16()

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
@@ -43,6 +44,13 @@ def test_other_norms_stay(norm: nn.Module, dtype: torch.dtype) -> None:
     norm, kind = filled(norm, dtype), type(norm)
     shorten_norms(norm)
     assert type(norm) is kind
+
+
+def test_a_norm_kept_in_float32_in_a_model_in_16_bits_stays() -> None:
+    """gpt-oss's in float16: it gives what it is given, and its weight would make float32 of it."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH).half(), GptOssRMSNorm(WIDTH))
+    shorten_norms(model)
+    assert model(torch.ones(1, WIDTH).half()).dtype == torch.float16
 
 
 def test_another_formula_under_a_familiar_name_stays() -> None:
