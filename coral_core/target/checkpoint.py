@@ -240,7 +240,8 @@ def _fault(model: Any, info: dict[str, Any]) -> str:
     """How a checkpoint differs from what its config.json describes; '' when it does not.
 
     Keys are missing where they are in no file and tied to nothing that is. A key too many is a fault inside a part that
-    the model has: a further layer, a bias that is left out. A part of its own (a value head, a vision tower) is none.
+    the model has: a further layer, a bias that is left out. A part of its own (a value head, a vision tower) is none,
+    nor is a layer that predicts further tokens.
     """
     if info["mismatched_keys"]:
         key, found, expected = min(info["mismatched_keys"])
@@ -256,7 +257,14 @@ def _fault(model: Any, info: dict[str, Any]) -> str:
 
 def _spare(model: Any, info: dict[str, Any]) -> list[str]:
     """The keys too many, inside a part that the model has."""
-    return [key for key in info["unexpected_keys"] if _within(model, key)]
+    return [key for key in info["unexpected_keys"] if _within(model, key) and not _predicts_further(model, key)]
+
+
+def _predicts_further(model: Any, key: str) -> bool:
+    """Whether a key belongs to a layer behind the last one that predicts further tokens (DeepSeek-V3, GLM-4.5)."""
+    config, found = model.config.get_text_config(), re.search(r"\blayers\.(\d+)\.", key)
+    more = getattr(config, "num_nextn_predict_layers", None) or 0
+    return found is not None and 0 <= int(found[1]) - config.num_hidden_layers < more
 
 
 def _left_out(model: Any, info: dict[str, Any]) -> list[str]:

@@ -93,6 +93,14 @@ def test_layers_that_the_config_leaves_out_are_not_dropped(folder: Path) -> None
     assert "config.json has no place" in message
 
 
+def test_a_layer_that_predicts_further_tokens_is_left_out(folder: Path) -> None:
+    """DeepSeek-V3's layer 61, GLM-4.5's layer 92: behind those of the config, as many as it names."""
+    change(folder, num_hidden_layers=3, num_nextn_predict_layers=1)
+    assert load(folder).model.config.num_hidden_layers == 3
+    change(folder, num_hidden_layers=2)
+    assert "its files hold 9 weights (the first: model.layers.3.input_layernorm.weight)" in refused(folder)
+
+
 def test_a_bias_that_the_config_leaves_out_is_not_dropped(folder: Path) -> None:
     edit(folder, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}))
     assert "its files hold model.layers.0.self_attn.q_proj.bias" in refused(folder)
