@@ -252,8 +252,8 @@ def _lend(model: Any, config: Any) -> Lent:
     if head is None:
         raise TargetError(f"{type(model).__name__} has no LM head. Choose a causal LM as target.model")
     scale = float(getattr(config, "logit_scale", None) or 1.0)
-    if getattr(config, "logits_scaling", None):
-        scale /= float(config.logits_scaling)
+    if scaling := float(getattr(config, "logits_scaling", None) or 0.0):  # Granite divides by it
+        scale *= scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
     embed_VD, head_VD = embed.weight.detach(), head.weight.detach()
     if embed_VD.shape[1] != config.hidden_size:
         raise TargetError(

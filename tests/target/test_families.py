@@ -95,6 +95,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GraniteMoeSharedConfig": {**MOE, "shared_intermediate_size": 24},
     "HeliumConfig": {},
     "HunYuanDenseV1Config": {},
+    "HyperCLOVAXConfig": {"logits_scaling": 2.0},
     "HunYuanMoEV1Config": {**MOE, "moe_topk": 2},
     "JetMoeConfig": {**MOE, "kv_channels": 8},
     "LlamaConfig": {},
