@@ -109,6 +109,11 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
     from coral_core.target.probe import probed
 
     config = model.config.get_text_config()
+    if "flash" in str(own := model.config._attn_implementation):
+        raise TargetError(
+            f"{type(model).__name__} attends by {own}, which takes no mask for the rows of a draft. "
+            'Load it with attn_implementation="sdpa"'
+        )
     types = _layer_types(model, config)
     lent = _lend(model, config)
     model.eval().requires_grad_(False)
@@ -123,9 +128,9 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
         layer_types=types,
         window=int(config.sliding_window) if "sliding_attention" in types else 0,
     )
-    own = model.config._attn_implementation
+    routed = _routes(model)
     attention.plug_in(model)
-    if target.device.type == "cpu" and model.config._attn_implementation == attention.NAME:
+    if target.device.type == "cpu" and model.config._attn_implementation == attention.NAME and not routed:
         try:
             return probed(dataclasses.replace(target, exact=True))
         except TargetError:  # layers that compute with keys or masks themselves: DeepSeek's, Gemma 4's shared ones
@@ -133,13 +138,23 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
     target = probed(target)
     if target.device.type == "cpu" and target.dtype != torch.float32:
         dtype = str(target.dtype).removeprefix("torch.")
+        does = "sends tokens to experts" if routed else "attends in a way of its own"
         warnings.warn(
-            f"{type(model).__name__} attends in a way of its own: in {dtype}, a drafted answer may differ from a plain "
-            "one where two tokens are nearly tied. Set target.dtype=float32 for equal answers",
+            f"{type(model).__name__} {does}: in {dtype}, a drafted answer may differ from a plain one where two "
+            "tokens are nearly tied. Set target.dtype=float32 for equal answers",
             CoralWarning,
             stacklevel=2,
         )
     return target
+
+
+def _routes(model: Any) -> bool:
+    """Whether tokens are sent to experts: the product of one has as many rows as come to it, and rounds by that."""
+    for name, module in model.named_modules():
+        stacked = any(weight.dim() == 3 and len(weight) > 1 for weight in module.parameters(recurse=False))
+        if name.endswith("experts") or (stacked and not isinstance(module, torch.nn.Conv1d)):
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -169,7 +184,7 @@ def drafter_shape(config: Any) -> dict[str, Any]:
     hidden, heads = int(config.hidden_size), int(_common(config, "num_attention_heads"))
     return {
         "hidden_size": hidden,
-        "intermediate_size": int(_common(config, "intermediate_size") or 4 * hidden),
+        "intermediate_size": _intermediate(config, hidden),
         "num_attention_heads": heads,
         "num_key_value_heads": int(_common(config, "num_key_value_heads") or heads),
         "head_dim": int(_common(config, "head_dim") or hidden // heads),
@@ -178,6 +193,14 @@ def drafter_shape(config: Any) -> dict[str, Any]:
         "max_position_embeddings": int(getattr(config, "max_position_embeddings", None) or 2048),
         "rope_parameters": _rope(config),
     }
+
+
+def _intermediate(config: Any, hidden: int) -> int:
+    """The width of the drafter's MLP. A config that gives the width of one expert alone, of which a token passes
+    several (OLMoE, gpt-oss), is met by three times `hidden` at least."""
+    width = int(_common(config, "intermediate_size") or 4 * hidden)
+    one_expert = getattr(config, "num_experts_per_tok", None) and not getattr(config, "moe_intermediate_size", None)
+    return max(width, 3 * hidden) if one_expert else width
 
 
 def _common(config: Any, key: str) -> Any:
@@ -241,6 +264,11 @@ def _layer_types(model: Any, config: Any) -> tuple[str, ...]:
         raise TargetError(
             f"{name} has local layers that count rows of the cache, where siblings of a draft have one position. "
             "Choose another target.model"
+        )
+    if model.base_model is model:
+        raise TargetError(
+            f"{name} does not say which part of it lies below its LM head (its base_model is itself), so its features "
+            "cannot be read. Choose another target.model"
         )
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise TargetError(f"{name} takes no position ids, so tree nodes cannot be placed. Choose another target.model")

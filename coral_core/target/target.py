@@ -105,7 +105,8 @@ class Target:
         mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         cache: Any = None,
     ) -> torch.Tensor:
-        """Features [B,T,D]; with three taps [B,T,4D], the features last. Raises TargetError for taps of another shape.
+        """Features [B,T,D]; with three taps [B,T,4D], the features last. Raises TargetError for taps of another shape,
+        or that the model does not give.
 
         `mask` is additive [B,1,T,K], or one per layer type where the model mixes types. Rows past the context's end,
         drafted nodes that will not be emitted, are read at its last position.
@@ -130,6 +131,11 @@ class Target:
         )
         if not self.taps:
             return out.last_hidden_state[:, :rows]
+        if max(self.taps) >= (layers := len(out.hidden_states) - 1):  # LongCat-Flash counts each layer twice
+            raise TargetError(
+                f"{type(self.model).__name__} gives the inputs of {layers} layers, and a drafter "
+                f"reads that of layer {max(self.taps)} (0 is the first). Set train.preset=drawn train.shape=eagle2"
+            )
         taken = [*(out.hidden_states[layer] for layer in self.taps), out.last_hidden_state]
         if strange := [list(state.shape) for state in taken if state.shape != taken[-1].shape]:
             raise TargetError(

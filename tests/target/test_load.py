@@ -15,7 +15,7 @@ from coral_core.drafter.model import Drafter
 from coral_core.errors import CoralWarning, TargetError
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target.capture import tap
-from coral_core.target.load import drafter_shape, load_target, pick_device, wrap
+from coral_core.target.load import drafter_shape, load_target, pick_device, tap_layers, wrap
 from coral_core.target.target import Target
 from tests.tiny import FAMILIES, SHAPE, tiny_target
 
@@ -203,6 +203,60 @@ def test_layers_that_compute_with_the_keys_themselves_are_decoded_as_they_are(dt
     assert len(ids := [token for event in plain(target, [3, 4, 5], Sampler(), 6) for token in event.new_ids]) >= 1
     own_BT = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False)
     assert dtype == torch.bfloat16 or own_BT[0, 3:].tolist() == ids
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+LONGCAT = {"num_hidden_layers": 8, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+LONGCAT |= {"v_head_dim": 8, "head_dim": 8, "num_key_value_heads": 4, "moe_topk": 2, "expert_ffn_hidden_size": 16}
+LONGCAT |= {"n_routed_experts": 4, "zero_expert_num": 1, "ffn_hidden_size": 48}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "more"), [("OlmoeConfig", {}), ("JetMoeConfig", {"kv_channels": 8})])
+def test_experts_are_not_said_to_be_exact(name: str, more: dict[str, int], dtype: torch.dtype) -> None:
+    """An expert's product has as many rows as are sent to it, and in 16 bits its last bits depend on their number."""
+    config = getattr(transformers, name)(**SHAPE, **EXPERTS, **more)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        target = wrap(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), None)
+    assert not target.exact
+    told = [str(one.message) for one in said if one.category is CoralWarning]
+    assert len(told) == (dtype == torch.bfloat16)
+    assert all("sends tokens to experts: in bfloat16, a drafted answer may differ" in one for one in told)
+
+
+def test_the_width_of_one_expert_is_not_the_drafters() -> None:
+    for name, own, width in (
+        ("OlmoeConfig", 16, 96),
+        ("GraniteMoeConfig", 16, 96),
+        ("MixtralConfig", 112, 112),
+        ("Qwen3MoeConfig", 64, 64),  # its experts have a width of their own
+        ("LlamaConfig", 48, 48),
+    ):
+        config = getattr(transformers, name)(**{**SHAPE, "intermediate_size": own})
+        assert drafter_shape(config)["intermediate_size"] == width, name
+
+
+def test_taps_of_layers_that_the_model_does_not_give_are_refused() -> None:
+    """LongCat-Flash's layers hold two attentions each, and its config counts these."""
+    config = transformers.LongcatFlashConfig(**{**SHAPE, **LONGCAT})
+    target = wrap(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), None)
+    with pytest.raises(TargetError, match=r"the inputs of 4 layers, and .* Set train\.preset=drawn train\.shape="):
+        target.tapping(tap_layers(config)).forward(torch.tensor([[3, 4, 5]]))
+
+
+def test_a_model_without_a_part_below_its_head_is_refused() -> None:
+    """Llama 3.2 Vision's text model names another part than it has."""
+    config = transformers.models.mllama.configuration_mllama.MllamaTextConfig(**SHAPE, cross_attention_layers=[1])
+    with pytest.raises(TargetError, match="does not say which part of it lies below its LM head"):
+        wrap(transformers.MllamaForCausalLM(config), None)
+
+
+def test_attention_that_takes_no_mask_is_refused_with_the_one_that_does() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(TargetError, match='attends by flash_attention_2, .* Load it with attn_implementation="sdpa"'):
+        wrap(model, None)
 
 
 def test_a_refused_model_stays_as_it_was() -> None:
