@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 from sklearn.cluster import MiniBatchKMeans
+from torch.nn.functional import normalize
 
 from coral_core.head.groups import Groups, balanced_sizes, check_groups
 from coral_core.progress import Progress, silent
@@ -40,9 +41,16 @@ def by_kmeans(
     Groups that are often active are so neighbours, and neighbours are multiplied together.
     Raises RecipeError when there are more groups than rows.
     """
-    check_groups(groups, rows_VD.shape[0])
-    size_G = balanced_sizes(rows_VD.shape[0], groups)
-    unit_VD = torch.nn.functional.normalize(rows_VD.detach().to("cpu", torch.float32), dim=1)
+    unit_VD = normalize(rows_VD.detach().to("cpu", torch.float32), dim=1)
+    return balanced(unit_VD, groups, count_V=count_V, seed=seed, progress=progress)
+
+
+def balanced(
+    unit_VD: torch.Tensor, groups: int, *, count_V: torch.Tensor, seed: int = 0, progress: Progress = silent
+) -> Groups:
+    """`by_kmeans` on rows that are normalised. Raises RecipeError when there are more groups than rows."""
+    check_groups(groups, unit_VD.shape[0])
+    size_G = balanced_sizes(unit_VD.shape[0], groups)
     centre_GD = _centres(unit_VD, groups, seed, progress)
     group_V = torch.zeros(len(unit_VD), dtype=torch.int64)
     for done in range(_ROUNDS):
@@ -51,7 +59,7 @@ def by_kmeans(
         if torch.equal(before_V, group_V):
             break
         sum_GD = torch.zeros_like(centre_GD).index_add_(0, group_V, unit_VD)
-        centre_GD = torch.nn.functional.normalize(sum_GD, dim=1)
+        centre_GD = normalize(sum_GD, dim=1)
     progress("balance groups", _ROUNDS, _ROUNDS, {})
     return _sorted_groups(group_V, count_V, groups)
 
@@ -77,25 +85,19 @@ def token_contexts(
     return Contexts(sum_VD, prob_NR.new_zeros(vocabulary).index_add_(0, token_NR.flatten(), prob_NR.flatten()))
 
 
-def by_cooccurrence(
-    rows_VD: torch.Tensor,
-    groups: int,
-    *,
-    contexts: Contexts,
-    count_V: torch.Tensor,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> Groups:
-    """Balanced k-means on the features after which the target thinks of a token: those of one top-k come together.
+def cooccurrence_rows(rows_VD: torch.Tensor, contexts: Contexts) -> torch.Tensor:
+    """The features [V,D], normalised, after which the target thinks of a token: those of one top-k come together.
 
-    A token that the data shows little falls back on its head row, which points the way its features would.
+    A token that the data shows little falls back on its head row, which points the way its features would. `contexts`
+    is overwritten: such matrices have gigabytes, and one more is made here.
     """
-    normalize = torch.nn.functional.normalize
     rows_VD = rows_VD.detach().to("cpu", torch.float32)
     seen_V1 = (contexts.mass_V / (contexts.mass_V + _DOUBT)).cpu()[:, None]
-    own_VD = normalize(rows_VD - rows_VD.mean(0), dim=1)
-    mixed_VD = torch.lerp(own_VD, normalize(contexts.feature_VD.cpu(), dim=1), seen_V1)
-    return by_kmeans(mixed_VD, groups, count_V=count_V, seed=seed, progress=progress)
+    mixed_VD = rows_VD - rows_VD.mean(0)
+    normalize(mixed_VD, dim=1, out=mixed_VD)
+    context_VD = contexts.feature_VD.cpu()
+    mixed_VD.lerp_(normalize(context_VD, dim=1, out=context_VD), seen_V1)
+    return normalize(mixed_VD, dim=1, out=mixed_VD)
 
 
 def _centres(unit_VD: torch.Tensor, groups: int, seed: int, progress: Progress) -> torch.Tensor:
@@ -106,7 +108,7 @@ def _centres(unit_VD: torch.Tensor, groups: int, seed: int, progress: Progress) 
         some_V = torch.randperm(len(unit_VD), generator=generator)[: max(_BATCH, groups)]
         model.partial_fit(unit_VD[some_V].numpy())
     progress("cluster the head", _STEPS, _STEPS, {})
-    return torch.nn.functional.normalize(torch.from_numpy(model.cluster_centers_).float(), dim=1)
+    return normalize(torch.from_numpy(model.cluster_centers_).float(), dim=1)
 
 
 def balanced_assignment(score_VG: torch.Tensor, size_G: torch.Tensor, *, rounds: int = 40) -> torch.Tensor:

@@ -5,6 +5,7 @@ Axes: S unroll step, N row, D hidden, V vocabulary.
 
 import copy
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
 from coral_core.grouping.clustering import (
-    by_cooccurrence,
+    balanced,
+    cooccurrence_rows,
     frequency_order,
     token_contexts,
 )
@@ -168,19 +170,15 @@ class Trial:
         found_SN = drafted(unseen, recipe.decode.draft_topk)
         return cls(recipe, drafter, lent, count_V, rows, unseen, found_SN, progress)
 
+    @functools.cached_property
+    def unit_VD(self) -> torch.Tensor:
+        """What is clustered, for any number of groups."""
+        some = (tensor[:, :CONTEXT_TOKENS] for tensor in (self.rows.prob_NR, self.rows.token_NR))
+        return cooccurrence_rows(self.lent.head_VD, token_contexts(len(self.count_V), self.rows.feature_ND, *some))
+
     def cluster(self, groups: int) -> Groups:
         """The vocabulary in so many groups."""
-        count_V = self.count_V
-        some = (tensor[:, :CONTEXT_TOKENS] for tensor in (self.rows.prob_NR, self.rows.token_NR))
-        contexts = token_contexts(len(count_V), self.rows.feature_ND, *some)
-        return by_cooccurrence(
-            self.lent.head_VD,
-            groups,
-            contexts=contexts,
-            count_V=count_V,
-            seed=self.recipe.seed,
-            progress=self.progress,
-        )
+        return balanced(self.unit_VD, groups, count_V=self.count_V, seed=self.recipe.seed, progress=self.progress)
 
 
 @dataclasses.dataclass(frozen=True)

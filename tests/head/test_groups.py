@@ -1,13 +1,18 @@
 """Groups as drawings: balanced, contiguous after the permutation, and never a lost token."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coral_core.errors import RecipeError
 from coral_core.grouping.clustering import (
+    Contexts,
+    balanced,
     balanced_assignment,
-    by_cooccurrence,
     by_kmeans,
+    cooccurrence_rows,
     frequency_order,
     token_contexts,
 )
@@ -36,7 +41,7 @@ def test_every_clustering_is_balanced_and_loses_no_token(vocabulary: int, groups
     contexts = token_contexts(vocabulary, rows_VD, torch.ones(vocabulary, 1), torch.arange(vocabulary)[:, None] // 2)
     for made in (
         by_kmeans(rows_VD, groups, count_V=count_V),
-        by_cooccurrence(rows_VD, groups, contexts=contexts, count_V=count_V),
+        balanced(cooccurrence_rows(rows_VD, contexts), groups, count_V=count_V),
     ):
         assert made.is_whole(vocabulary)
         sizes = (made.token_GR >= 0).sum(1)
@@ -77,8 +82,38 @@ def test_cooccurrence_finds_what_the_rows_do_not_show() -> None:
     def bundles(groups: Groups) -> list[int]:
         return [len(set(groups.group_V[bundle::3].tolist())) for bundle in range(3)]
 
-    assert bundles(by_cooccurrence(rows_VD, 3, contexts=contexts, count_V=torch.ones(12))) == [1, 1, 1]
+    assert bundles(balanced(cooccurrence_rows(rows_VD, contexts), 3, count_V=torch.ones(12))) == [1, 1, 1]
     assert bundles(by_kmeans(rows_VD, 3, count_V=torch.ones(12))) != [1, 1, 1]
+
+
+class Matrices(TorchDispatchMode):
+    """Counts the matrices that are made, of so many numbers."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.known, self.held, self.made = numbers, set[int](), [], 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        old = [x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)]
+        if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() >= 4 * self.numbers:
+            self.made += out.untyped_storage().data_ptr() not in {*old, *self.known}
+            self.known.add(out.untyped_storage().data_ptr())
+            self.held.append(out)  # so that no other one comes to lie there
+        return out
+
+
+def test_what_is_clustered_takes_one_matrix_more_and_has_the_same_bits() -> None:
+    generator, normalize = torch.Generator().manual_seed(0), torch.nn.functional.normalize
+    rows_VD = torch.randn(97, 20, generator=generator)
+    contexts = Contexts(torch.randn(97, 20, generator=generator), 9 * torch.rand(97, generator=generator))
+    own_VD, seen_VD = normalize(rows_VD - rows_VD.mean(0), dim=1), normalize(contexts.feature_VD, dim=1)
+    expected_VD = normalize(torch.lerp(own_VD, seen_VD, (contexts.mass_V / (contexts.mass_V + 3))[:, None]), dim=1)
+    before_VD = rows_VD.clone()
+    with Matrices(97 * 20) as count:
+        found_VD = cooccurrence_rows(rows_VD, contexts)
+    assert torch.equal(found_VD, expected_VD) and torch.equal(rows_VD, before_VD)
+    assert count.made == 1
 
 
 def test_balance_moves_the_rows_that_mind_least() -> None:
