@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from coral_cli import hints
 from coral_cli.options import RUNS, Arguments, RunsOption, engine_of, look_at_run
-from coral_core.errors import ArtifactError, CoralError, DataError
+from coral_core.errors import ArtifactError, CoralError, CoralWarning, DataError
 
 if TYPE_CHECKING:
     from coral_cli.talk.session import Session
@@ -111,6 +112,9 @@ def _turn(session: Session, words: str, show_drafts: bool) -> None:
     except DataError as error:
         raise DataError(f"{error}, or start anew with /clear") from error
     _tell(_status(session))
+    if session.last and session.last.hides:
+        note = "special tokens part this model's reasoning from its answer, and the next turn is told both without them"
+        warnings.warn(f"{note}. To ask without what was said before: /clear", CoralWarning, stacklevel=2)
 
 
 def _status(session: Session) -> str:

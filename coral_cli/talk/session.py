@@ -84,6 +84,8 @@ class Answer:
     tally: Tally = dataclasses.field(default_factory=Tally)
     ended: str = ""
     """Why it ended, where the target did not end it itself: stopped, limit or context."""
+    hides: bool = False
+    """Whether special tokens part it, so that the next turn is told its words run together."""
 
 
 class Session:
@@ -139,6 +141,7 @@ class Session:
         unless it is nothing.
         """
         from coral_core.api.stream import TextStream
+        from coral_core.target.template import hides
 
         question = {"role": "user", "content": words}
         answer = self.last = Answer(self._prompt([*self.opening, *self.messages, question]), self.speculative)
@@ -160,6 +163,7 @@ class Session:
         (self.drafted if answer.drafted else self.plain).add(answer.tally)
         if answer.ids:
             reply = {"role": "assistant", "content": stream.text}
+            answer.hides = hides(self.target.tokenizer, answer.ids, self.target.stop_ids)
             self.messages, self._said = [*self.messages, question, reply], answer.prompt + answer.ids
 
     def compare(self) -> None:

@@ -155,18 +155,24 @@ class Fit:
 
     def following(self, dialogue: Dialogue, answers: Sequence[str]) -> list[int] | None:
         """The prompt of the turn behind these answers; None where none can follow, as it leaves no room for another or
-        the template refuses what was said, such as an empty answer (`refused` counts these).
+        the template refuses what was said, such as an empty answer, or another has (`refused` counts these).
 
         Raises DataError for a first one that is refused.
         """
+        if answers and self.refused([dialogue]):
+            return None
         try:
             ids = self.prompt(dialogue.messages(answers))
         except DataError:
             if not answers:
                 raise
-            self._refused.add((dialogue.system, *dialogue.users))
+            self.refuse(dialogue)
             return None
         return ids if len(ids) < self.spec.max_length else None
+
+    def refuse(self, dialogue: Dialogue) -> None:
+        """Let no turn follow in this dialogue."""
+        self._refused.add((dialogue.system, *dialogue.users))
 
     def refused(self, dialogues: Sequence[Dialogue]) -> int:
         """How many of these end early since the template, or the target, refused a later turn of them."""

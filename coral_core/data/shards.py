@@ -3,6 +3,7 @@
 Axes: B batch, T position, D hidden, I input width: the taps side by side.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,16 @@ from coral_core.data.answer import Sampling, derive_seed, write
 from coral_core.data.meter import Meter
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
+from coral_core.errors import CoralWarning
 from coral_core.store.shard import FP8, Sample
 from coral_core.target.capture import Capture, tap
 from coral_core.target.target import Target
-from coral_core.target.template import Encoded, Turn, append
+from coral_core.target.template import Encoded, Turn, append, hides
 
+HIDDEN = (
+    "answers hold special tokens that part reasoning from answer, which coral cannot show in later prompts as the chat "
+    "template does: dialogues end behind them. Train with dialogues of one turn"
+)
 CPU_ROWS = 8
 """Dialogues that a processor taps at once, at most: features of SmolLM2-135M come at 487 tokens/s with 8, at some 210
 with 64 (one core, bfloat16), since a layer's activations then leave the cache."""
@@ -76,6 +82,9 @@ def _regenerate(
         for row, written in zip(open_rows, answers, strict=True):
             append(pieces[row], Turn(prompts[row], written.ids, written.given_TI))
             texts[row].append(target.tokenizer.decode(written.ids, skip_special_tokens=True).strip())
+            if len(dialogues[row].users) > number + 1 and hides(target.tokenizer, written.ids, target.stop_ids):
+                warnings.warn(HIDDEN, CoralWarning, stacklevel=2)
+                fit.refuse(dialogues[row])
         open_rows = [row for row in open_rows if len(dialogues[row].users) > number + 1]
     return pieces
 

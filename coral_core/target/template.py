@@ -182,6 +182,14 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(number for number, token in added if token.content.strip())
 
 
+def hides(tokenizer: Any, ids: Sequence[int], stop_ids: Collection[int]) -> bool:
+    """Whether an answer's text lacks special tokens that it holds before its end. What they part, as gpt-oss's channels
+    part reasoning and answer, runs together in the text, which is not what the template shows of an earlier answer."""
+    said = [token for token in ids if token not in stop_ids]
+    whole, text = (tokenizer.decode(said, skip_special_tokens=skip) for skip in (False, True))
+    return bool(whole != text)
+
+
 def takes_system(tokenizer: Any, *, answered: bool) -> bool:
     """Whether the template shows a system message (Gemma's raises, some drop it) in a prompt; with `answered`, in a
     dialogue that ends in an answer, too. Mistral-7B-Instruct-v0.3's shows it in a last message of a user alone."""

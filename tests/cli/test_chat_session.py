@@ -49,6 +49,17 @@ def told(rounds: Iterator[list[Piece]]) -> str:
     return "".join(piece.text for pieces in rounds for piece in pieces)
 
 
+def test_an_answer_that_special_tokens_part_is_known() -> None:
+    """The random model says <|im_start|> now and then; the token at which an answer ends parts nothing."""
+    target, found = counting(stop_ids=frozenset({0, 2})), set()
+    for seed in range(6):
+        talk = session(target, drafted=False, limit=60, sampler=Sampler(temperature=1.0, seed=seed))
+        told(talk.answer("Hello!"))
+        assert talk.last is not None and talk.last.hides == (1 in talk.last.ids)
+        found.add(talk.last.hides)
+    assert found == {False, True}
+
+
 QUESTIONS = ("Hello!", "And then?", "Why?")
 
 

@@ -1,5 +1,7 @@
 """Answers in context, and features that do not know of their neighbours."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from coral_core.data.meter import Meter
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue
 from coral_core.data.shards import answer, tap_all
-from coral_core.errors import DataError
+from coral_core.errors import CoralWarning, DataError
 from coral_core.progress import silent
 from coral_core.target.template import Encoded, Turn, append
 from tests.data.helpers import CHATML, NOON, make_job, make_target
@@ -92,6 +94,23 @@ def test_a_dialogue_ends_before_a_turn_that_the_template_refuses(tmp_path) -> No
     assert sum(two[0].answer) <= 5, "of the first turn alone"
     with pytest.raises(DataError, match="refuses a dialogue: empty"):
         fit.prompt(Dialogue(("a", "b")).messages(["x"]))
+
+
+def test_a_dialogue_ends_behind_an_answer_that_special_tokens_part(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of gpt-oss, whose words of reasoning and answer run together in the text."""
+    fit, start, end = make_fit(tmp_path, regenerate="greedy"), 1, 2
+    said = iter([[70, end], [70, start, 71, end], [70, end]])
+    monkeypatch.setattr(
+        shards,
+        "write",
+        lambda target, prompts, *rest: [SimpleNamespace(ids=next(said), given_TI=None) for _ in prompts],
+    )
+    told, (whole, parted) = meter(), (Dialogue(("a", "b")), Dialogue(("c", "d")))
+    with pytest.warns(CoralWarning, match="special tokens that part reasoning from answer"):
+        first, second = answer(fit.target, [whole, parted], fit, 0, told)
+    assert [sum(sum(piece.answer) for piece in pieces) for pieces in (first, second)] == [4, 4]
+    assert second[-1].ids[-4:] == [70, start, 71, end]
+    assert fit.refused([whole]) == 0 and fit.refused([parted]) == 1
 
 
 def test_of_a_dialogue_that_goes_on_the_last_features_alone_are_kept() -> None:
