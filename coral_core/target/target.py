@@ -126,7 +126,7 @@ class Target:
             position_ids=position_BT,
             attention_mask=mask,
             use_cache=cache is not None,
-            output_hidden_states=bool(self.taps),
+            output_hidden_states=list(self.taps) or False,  # those of all layers, in an older transformers
             **{self._cache_name: cache},
         )
         if not self.taps:
