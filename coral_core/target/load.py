@@ -116,6 +116,8 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
         )
     types = _layer_types(model, config)
     lent = _lend(model, config)
+    positions = int(getattr(config, "max_position_embeddings", 0) or 1 << 30)
+    window = int(config.sliding_window) if "sliding_attention" in types else 0
     model.eval().requires_grad_(False)
     shorten_norms(model)
     target = Target(
@@ -124,9 +126,9 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
         lent=lent,
         fingerprint=_identify(model, tokenizer),
         stop_ids=_stop_ids(model, tokenizer),
-        max_positions=int(getattr(config, "max_position_embeddings", 0) or 1 << 30),
+        max_positions=positions,
         layer_types=types,
-        window=int(config.sliding_window) if "sliding_attention" in types else 0,
+        window=window if window < positions else 0,
     )
     routed = _routes(model)
     attention.plug_in(model)

@@ -31,7 +31,7 @@ class Target:
     layer_types: tuple[str, ...]
     """The distinct kinds of attention layer, sorted."""
     window: int
-    """Positions that a sliding layer sees, itself included; 0 when no layer slides."""
+    """Positions that a sliding layer sees, itself included; 0 when no layer slides, or all of the context is seen."""
     bounded: bool = False
     """Whether `max_positions` is less than the model's own: further ones would change the rows before them."""
     exact: bool = False
@@ -160,7 +160,8 @@ class Target:
 
     def causal_mask(self, past: int, new: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """The mask of plain rows appended to a cache; None where the model's own is the same and faster."""
-        if self.window == 0 and (past == 0 or new == 1):
+        hides = 0 < self.window < past + new
+        if not hides and (past == 0 or new == 1):
             return None
         return self.mask(lambda window: causal(past, new, window, self.device))
 
