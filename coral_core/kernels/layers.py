@@ -24,6 +24,7 @@ Axes: N row, I input width, O output width, D hidden, X any axes.
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -105,10 +106,14 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
-def pack(model: nn.Module) -> None:
-    """Let the linear layers of a model multiply few rows packed, where memory has room for a second copy of them."""
+def pack(model: nn.Module, read: Sequence[nn.Module] = ()) -> None:
+    """Let the linear layers of a model multiply few rows packed, where memory has room for a second copy of them.
+
+    `read` are its parts that decoding calls, where these are not all: others, as a vision tower, are never packed.
+    """
     linears = [module for module in model.modules() if type(module) is nn.Linear and packs(module.weight)]
-    size, free = sum(linear.weight.nbytes for linear in linears), psutil.virtual_memory().available
+    called = {module for part in read or [model] for module in part.modules()}
+    size, free = sum(linear.weight.nbytes for linear in called.intersection(linears)), psutil.virtual_memory().available
     if size > SPARE * free:
         warnings.warn(
             f"decoding is slower than it could be: {size / 2**30:.1f} GiB of weights are packed only where twice as "

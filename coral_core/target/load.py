@@ -100,7 +100,7 @@ def wrap(model: Any, tokenizer: Any) -> Target:
     speculatively with it."""
     with _undone_when_refused(model):
         target = _wrap(model, tokenizer)
-    pack(model)
+    pack(model, [target.body, model.get_output_embeddings()])
     return target
 
 

@@ -65,6 +65,11 @@ class Target:
         """The weights' dtype."""
         return self.lent.embed_VD.dtype
 
+    @property
+    def body(self) -> Any:
+        """The part of the model that reads tokens: its layers, without those for images."""
+        return self.model.get_decoder()
+
     @functools.cached_property
     def _width(self) -> int:
         """Of the activations."""

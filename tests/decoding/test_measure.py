@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from coral_core.decoding import measure
 from coral_core.decoding.engine import Engine
@@ -16,9 +17,10 @@ from coral_core.decoding.measure import measure_costs, tuned
 from coral_core.decoding.policy.costs import Costs, rising
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
+from coral_core.target.load import wrap
 from tests.decoding.policy.test_adaptive import PLAIN_CPU
 from tests.decoding.test_lossless import ids_of
-from tests.tiny import tiny_engine, tiny_target
+from tests.tiny import SHAPE, tiny_engine, tiny_target
 
 
 def read(run: Path) -> str:
@@ -113,6 +115,18 @@ def test_a_machine_that_wavers_is_not_believed(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(measure, "measure_costs", lambda engine: pytest.fail("measured again"))
     monkeypatch.setattr(measure, "step_s", lambda engine: 0.5)
     assert tuned(engine, tmp_path, {}).costs == costs, "the next evaluation has the same trees"
+
+
+def test_typical_costs_count_the_experts_of_a_token_alone() -> None:
+    """A mixture of four experts whose router takes two has the level of one with two, and not of its own size."""
+    levels = []
+    for experts in (2, 4):
+        mixture = {"num_experts_per_tok": 2, "num_local_experts": experts}
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(**SHAPE, **mixture))
+        engine = tiny_engine(wrap(model, None))
+        levels.append(measure.typical(engine, 1.0).level[1])
+    assert levels[1] == pytest.approx(levels[0], rel=0.01), "but for the router"
 
 
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
