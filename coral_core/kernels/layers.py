@@ -113,7 +113,7 @@ def pack(model: nn.Module, read: Sequence[nn.Module] = ()) -> None:
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear and packs(module.weight)]
     called = {module for part in read or [model] for module in part.modules()}
-    size, free = sum(linear.weight.nbytes for linear in called.intersection(linears)), psutil.virtual_memory().available
+    size, free = sum(part.weight.nbytes for part in linears if part in called), psutil.virtual_memory().available
     if size > SPARE * free:
         warnings.warn(
             f"decoding is slower than it could be: {size / 2**30:.1f} GiB of weights are packed only where twice as "

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from coral_cli.commands import chat
 from coral_cli.talk.session import SAMPLE_TOKENS, Piece, Session
 from coral_core.decoding.engine import Engine, plain
 from coral_core.decoding.policy.plan import TreeShape
 from coral_core.decoding.rounds import Round
 from coral_core.decoding.sampling import Sampler
-from coral_core.errors import ArtifactError, DataError
+from coral_core.errors import ArtifactError, CoralWarning, DataError
 from coral_core.target.target import Target
 from coral_core.target.template import render, text_ids
 from tests.data.helpers import make_target
@@ -58,6 +59,13 @@ def test_an_answer_that_special_tokens_part_is_known() -> None:
         assert talk.last is not None and talk.last.hides == (1 in talk.last.ids)
         found.add(talk.last.hides)
     assert found == {False, True}
+
+
+def test_that_the_next_turn_does_not_show_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = session(counting(), drafted=False)
+    monkeypatch.setattr("coral_core.target.template.hides", lambda *_: True)
+    with pytest.warns(CoralWarning, match="the next turn is told both without them. To ask without .*: /clear"):
+        chat._turn(talk, "Hello!", False)
 
 
 QUESTIONS = ("Hello!", "And then?", "Why?")
