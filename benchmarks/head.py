@@ -142,6 +142,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
             found[f"tau_kept_static_{name}_unseen{suffix}"] = best["static"]["unseen"]
             found[f"tau_kept_{name}_unseen{suffix}"] = best[routed]["unseen"]
             found[f"end_to_end_gain_{name}{suffix}"] = best[routed]["gain"]
+            found[f"end_to_end_gain_static_{name}{suffix}"] = best["static"]["gain"]
             found[f"best_{name}{suffix}"] = routed
         # Tokens per round from many prompts, seconds per round from those that were timed.
         errors = [

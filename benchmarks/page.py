@@ -42,7 +42,7 @@ ABOUT = {
     "methods-qwen": "EAGLE-2 and, on EAGLE-3.1's shape, CORAL on Qwen2.5-Coder-0.5B in equal time, one seed.",
     "eagle3": "EAGLE-3's shape against EAGLE-2's, step by step, on SmolLM2-135M.",
     "eagle3-pico": "The same on pico; stopped before equal time and the routed head.",
-    "head": "The grouped head on pico: what it keeps of tau, and what it gains.",
+    "head": "The grouped head, by groups and active ones, against the full head and a list of the most frequent tokens: what each keeps of tau and gains. A static list and groups are counted on text as they learnt from (seen) and on other text (unseen); trees of 16 nodes and 6 levels.",
     "train": "Training: tokens per second and memory against the eager reference.",
     "data": "Data: tapping, writing, bytes per token, fp8 against bfloat16.",
     "sampling": "Drafts that know the sampling noise, against drafts that do not.",
@@ -193,9 +193,24 @@ def eagle3_table(rows: list[dict[str, Any]]) -> str:
     return table(("row", "steps", "tau", *depths), lines)
 
 
+def head_table(rows: list[dict[str, Any]]) -> str:
+    """One line a head and kind of text: what it keeps of the full head's tau, and its speed over the full head's."""
+    lines = []
+    for row in rows:
+        if "tau_kept" in row:
+            low, high = row["tau_kept_ci95"]
+            kept = f"{row['tau_kept']:.3f} [{low:.2f}, {high:.2f}]"
+            share = f"1/{row['share']}" if row["share"] > 1 else "all"
+            lines.append(
+                (row["part"], row["domain"], row["method"], share, f"{row['tau']:.2f}", kept, f"{row['gain']:.2f}")
+            )
+    return table(("target", "text", "head", "rows read", "tau", "tau kept", "gain"), lines)
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "real": real_table,
     "pico": pico_table,
+    "head": head_table,
     "eagle3": eagle3_table,
     "eagle3-pico": eagle3_table,
 }

@@ -71,6 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DeepseekV2Config": {**MLA, **MOE, **GROUPED, "first_k_dense_replace": 1},
     "DeepseekV3Config": {**MLA, **MOE, **GROUPED, "first_k_dense_replace": 1},
     "DiffLlamaConfig": {},
+    "DogeConfig": {"keep_window_size": 2048},
     "Dots1Config": {**MOE, **GROUPED, "first_k_dense_replace": 1},
     "Ernie4_5Config": {},
     "Ernie4_5_MoeConfig": {**MOE, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
@@ -131,7 +132,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "BloomConfig": ({"n_layer": 2, "n_head": 4}, "position ids"),
     "BambaConfig": ({"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]}, "."),
-    "DogeConfig": ({"keep_window_size": 2048}, "a row of a drafted tree is not what it is alone"),
     "FalconH1Config": ({"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 64}, "."),
     "Lfm2Config": ({"layer_types": ["conv", "full_attention"]}, "conv"),
     "Llama4TextConfig": ({"intermediate_size_mlp": 48, "num_local_experts": 2}, "chunked_attention"),
