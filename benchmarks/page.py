@@ -42,9 +42,9 @@ ABOUT = {
     "methods-qwen": "EAGLE-2 and, on EAGLE-3.1's shape, CORAL on Qwen2.5-Coder-0.5B in equal time, one seed.",
     "eagle3": "EAGLE-3's shape against EAGLE-2's, step by step, on SmolLM2-135M.",
     "eagle3-pico": "The same on pico; stopped before equal time and the routed head.",
-    "head": "The grouped head, by groups and active ones, against the full head and a list of the most frequent tokens, "
-    "on text of the kind that groups, router and list have learnt from (seen) and on other text. Gain: tokens per second "
-    "over the full head's, with the same trees of 16 nodes and 6 levels.",
+    "head": "The grouped head, by groups and active ones, against the full head and a list of frequent tokens, "
+    "on text of the kind that groups, router and list have learnt from (seen) and on other text. Gain: tokens per "
+    "second over the full head's, with the same trees of 16 nodes and 6 levels.",
     "train": "Training: tokens per second and memory against the eager reference.",
     "data": "Data: tapping, writing, bytes per token, fp8 against bfloat16.",
     "sampling": "Drafts that know the sampling noise, against drafts that do not.",
