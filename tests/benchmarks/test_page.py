@@ -41,6 +41,22 @@ def test_what_the_readme_says_of_compiled_decoding_is_in_the_file():
     assert f"{equal} of its {answers} answers equalled plain ones" in text
 
 
+def test_what_is_said_of_the_grouped_head_is_in_the_file():
+    text = " ".join((page.ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = page.load("head")["figures"]
+    small, large = "smollm2-135m", "qwen2.5-coder-0.5b"
+    groups, listed, kept, kept_listed = (
+        [found[f"{figure}_eighth_{model}"] for model in (small, large)]
+        for figure in ("end_to_end_gain", "end_to_end_gain_static", "tau_kept", "tau_kept_static")
+    )
+    assert "equal size it is {:.2f} and {:.2f} times as fast".format(*groups) in text
+    assert "was {:.2f} and {:.2f} times as fast there".format(*listed) in text
+    assert f"it keeps {kept_listed[0]:.0%} on SmolLM2 and all on Qwen".replace("%", " %") in text
+    table = (page.ROOT / "docs" / "grouped-head.md").read_text(encoding="utf-8")
+    for values in zip(kept, kept_listed, groups, listed, strict=True):
+        assert "| {:.2f}, {:.2f} | {:.2f}, {:.2f} |".format(*values) in table
+
+
 def test_every_file_of_results_is_on_the_page():
     assert {path.stem for path in page.RESULTS.glob("*.json")} <= page.ABOUT.keys()
     sources = [path.read_text(encoding="utf-8") for path in (page.ROOT / "benchmarks").glob("*.py")]
