@@ -47,7 +47,7 @@ def main() -> None:
         panel.set(xlabel="rows read", title=f"{part},\n{sizes[part]:,} tokens,\n{domain} domains")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("% of the full head's tau")
-    for panel in (panels[0], panels[-1]):  # pico's is last: its methods are others
+    for panel in (panels[0], panels[-2]):  # pico's two are last: their methods are others
         panel.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     path = Path(__file__).parents[1] / "docs" / "head.svg"
