@@ -1,7 +1,7 @@
 """What EAGLE-3's shape is worth, step by step: each row changes one thing of the row before it.
 
     coral prepare-data recipes/smollm2-135m.yaml data.prompts=runs/real-prompts.jsonl train.preset=eagle3
-    python -m benchmarks.eagle3 recipes/smollm2-135m.yaml train.candidates=6144
+    python -m benchmarks.eagle3 recipes/smollm2-135m.yaml data.prompts=runs/real-prompts.jsonl train.candidates=6144
 
 The rows have equal data, initial seed and number of optimizer steps; tokens per round are counted as in
 benchmarks/methods.py, of which this uses the rows file: a row is never computed twice, and an interrupted benchmark

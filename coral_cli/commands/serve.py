@@ -86,7 +86,7 @@ def serve(
 def _refuse_without_extra() -> None:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise CoralError(f"coral serve needs {' and '.join(missing)}. Run: pip install 'coral-decoding[serve]'")
+        raise CoralError(f"coral serve needs {' and '.join(missing)}. Run, in coral's folder: pip install '.[serve]'")
 
 
 def _listen(host: str, port: int, others: str) -> socket.socket:

@@ -51,7 +51,7 @@ def refuse(drafter: Drafter) -> None:
 def write_gguf(drafter: Drafter, file: Path) -> None:
     """Write the file. Raises CoralError when the package gguf is missing."""
     if importlib.util.find_spec("gguf") is None:
-        raise CoralError("writing a GGUF file needs the package gguf. Run: pip install 'coral-decoding[gguf]'")
+        raise CoralError("writing a GGUF file needs the package gguf. Run, in coral's folder: pip install '.[gguf]'")
     import gguf
 
     writer = gguf.GGUFWriter(file, ARCHITECTURE)

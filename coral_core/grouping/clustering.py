@@ -94,6 +94,7 @@ def cooccurrence_rows(rows_VD: torch.Tensor, contexts: Contexts) -> torch.Tensor
     rows_VD = rows_VD.detach().to("cpu", torch.float32)
     seen_V1 = (contexts.mass_V / (contexts.mass_V + _DOUBT)).cpu()[:, None]
     mixed_VD = rows_VD - rows_VD.mean(0)
+    del rows_VD  # a copy where the head has 16 bits
     normalize(mixed_VD, dim=1, out=mixed_VD)
     context_VD = contexts.feature_VD.cpu()
     mixed_VD.lerp_(normalize(context_VD, dim=1, out=context_VD), seen_V1)

@@ -139,7 +139,7 @@ def _check(file: Path) -> dict[str, Any]:
     """The metadata of a file. Raises TargetError for one that lacks what a target needs, before minutes are spent on
     it."""
     if importlib.util.find_spec("gguf") is None:
-        raise TargetError(f"reading {file} needs the package gguf. Run: pip install 'coral-decoding[gguf]'")
+        raise TargetError(f"reading {file} needs the package gguf. Run, in coral's folder: pip install '.[gguf]'")
     fields, tensors = _read(file)
     if "general.architecture" not in fields:
         raise TargetError(f"{file} does not say of which architecture its model is. {INSTEAD}")

@@ -130,7 +130,7 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
         layer_types=types,
         window=window if window < positions else 0,
     )
-    routed = _routes(model)
+    routed = _routes(target.body)
     attention.plug_in(model)
     if target.device.type == "cpu" and model.config._attn_implementation == attention.NAME and not routed:
         try:
@@ -150,9 +150,9 @@ def _wrap(model: Any, tokenizer: Any) -> Target:
     return target
 
 
-def _routes(model: Any) -> bool:
+def _routes(body: Any) -> bool:
     """Whether tokens are sent to experts: the product of one has as many rows as come to it, and rounds by that."""
-    for name, module in model.named_modules():
+    for name, module in body.named_modules():
         stacked = any(weight.dim() == 3 and len(weight) > 1 for weight in module.parameters(recurse=False))
         if name.endswith("experts") or (stacked and not isinstance(module, torch.nn.Conv1d)):
             return True
@@ -199,10 +199,10 @@ def drafter_shape(config: Any) -> dict[str, Any]:
 
 def _intermediate(config: Any, hidden: int) -> int:
     """The width of the drafter's MLP. A config that gives the width of one expert alone, of which a token passes
-    several (OLMoE, gpt-oss), is met by three times `hidden` at least."""
+    several (OLMoE, gpt-oss), is met by three times `hidden` at least; of wide experts one will do."""
     width = int(_common(config, "intermediate_size") or 4 * hidden)
     one_expert = getattr(config, "num_experts_per_tok", None) and not getattr(config, "moe_intermediate_size", None)
-    return max(width, 3 * hidden) if one_expert else width
+    return 3 * hidden if one_expert and width < 2 * hidden else width
 
 
 def _common(config: Any, key: str) -> Any:

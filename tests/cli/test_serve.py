@@ -40,7 +40,9 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(serve, "_listen", lambda *_: pytest.fail("it listens all the same"))
-    with pytest.raises(CoralError, match=r"needs starlette and uvicorn. Run: pip install 'coral-decoding\[serve\]'"):
+    with pytest.raises(
+        CoralError, match=r"needs starlette and uvicorn. Run, in coral's folder: pip install '\.\[serve\]'"
+    ):
         serve.serve()
 
 

@@ -103,7 +103,7 @@ def trained(target, prompts, folder):
 
 
 def test_llama_cpp_accepts_what_coral_accepts(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="no gguf here: pip install 'coral-decoding[gguf]'")
+    gguf = pytest.importorskip("gguf", reason="no gguf here: pip install '.[gguf]'")
     target = dataclasses.replace(tiny_target("llama", layers=8), stop_ids=frozenset())
     draw = random.Random(0)
     prompts = [draw.choices(range(3, VOCAB), k=6) for _ in range(12)]

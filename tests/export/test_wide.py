@@ -224,7 +224,7 @@ def test_queries_and_keys_are_laid_out_for_neighbours_drawn():
 
 
 def test_a_gguf_file_holds_every_tensor_by_llama_cpps_names(tmp_path):
-    gguf = pytest.importorskip("gguf", reason="no gguf here: pip install 'coral-decoding[gguf]'")
+    gguf = pytest.importorskip("gguf", reason="no gguf here: pip install '.[gguf]'")
     target = deep()
     source = publish(tmp_path, target, random_drafter(target, taps=TAPS))
     token_C = torch.tensor([5, 90, 7])

@@ -24,7 +24,7 @@ from coral_core.target import gguf_file, gguf_rope, gguf_splits
 from coral_core.target.load import load_target
 from tests.tiny import SHAPE, tiny_target
 
-gguf = pytest.importorskip("gguf", reason="pip install 'coral-decoding[gguf]'")
+gguf = pytest.importorskip("gguf", reason="pip install '.[gguf]'")
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}<e>{% endfor %}"
 NAMES = {
@@ -423,7 +423,7 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
 def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "tiny.gguf")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TargetError, match=r"needs the package gguf\. Run: pip install 'coral-decoding\[gguf\]'"):
+    with pytest.raises(TargetError, match=r"needs the package gguf\. Run, in coral's folder: pip install '\.\[gguf\]'"):
         gguf_file.unpack(path, torch.float32)
 
 

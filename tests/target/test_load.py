@@ -225,11 +225,19 @@ def test_experts_are_not_said_to_be_exact(name: str, more: dict[str, int], dtype
     assert all("sends tokens to experts: in bfloat16, a drafted answer may differ" in one for one in told)
 
 
+def test_a_table_for_images_is_no_expert() -> None:
+    """Gemma 4's vision tower holds one of three axes, and its text layers are exact."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    model.vision_table = torch.nn.Parameter(torch.zeros(2, 4, 8))
+    assert wrap(model, None).exact
+
+
 def test_the_width_of_one_expert_is_not_the_drafters() -> None:
     for name, own, width in (
         ("OlmoeConfig", 16, 96),
         ("GraniteMoeConfig", 16, 96),
         ("MixtralConfig", 112, 112),
+        ("MixtralConfig", 80, 80),
         ("Qwen3MoeConfig", 64, 64),  # its experts have a width of their own
         ("LlamaConfig", 48, 48),
     ):
