@@ -169,7 +169,7 @@ def test_layers_that_read_several_states_of_a_token_are_refused_before_one_is_an
 
     def forward(input_ids: torch.Tensor, past_key_values: object = None, **_: object) -> SimpleNamespace:
         feature_BTD = torch.zeros(*input_ids.shape, 16)
-        return SimpleNamespace(hidden_states=[feature_BTD.expand(4, -1, -1, -1)] * 4, last_hidden_state=feature_BTD)
+        return SimpleNamespace(hidden_states=[feature_BTD.expand(4, -1, -1, -1)] * 5, last_hidden_state=feature_BTD)
 
     several = dataclasses.replace(target, model=SimpleNamespace(base_model=forward, config=config), exact=False)
     says = r"read states of the shape \[4, 1, 1, 16\], and a drafter reads \[1, 1, 16\]\. Set train\.preset="
