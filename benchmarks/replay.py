@@ -58,5 +58,6 @@ class _Repeating:
         row_BJTE = self.feature_TD.new_zeros(1, 1, position_ids.shape[1], 1)
         past_key_values.update(row_BJTE, row_BJTE, 0)
         known_BT = position_ids.clamp_max(len(self.feature_TD) - 1)  # drafts beyond the answer's end are never emitted
-        tapped = {layer: tap_TD[known_BT] for layer, tap_TD in self.taps.items()}
-        return SimpleNamespace(last_hidden_state=self.feature_TD[known_BT], hidden_states=tapped)
+        read = [self.taps.get(layer) for layer in range(max(self.taps, default=0) + 2)]  # the last is the features
+        states = [tap_TD if tap_TD is None else tap_TD[known_BT] for tap_TD in read]
+        return SimpleNamespace(last_hidden_state=self.feature_TD[known_BT], hidden_states=states)
