@@ -19,8 +19,8 @@ from coral_core.target.target import Target
 from coral_core.target.template import Encoded, Turn, append, hides
 
 HIDDEN = (
-    "answers hold special tokens that part reasoning from answer, which coral cannot show in later prompts as the chat "
-    "template does: dialogues end behind them. Train with dialogues of one turn"
+    "an answer holds special tokens, such as those around reasoning. coral cannot show them in the next prompt as the "
+    "chat template does, so such a dialogue ends there. Train with dialogues of one turn"
 )
 CPU_ROWS = 8
 """Dialogues that a processor taps at once, at most: features of SmolLM2-135M come at 487 tokens/s with 8, at some 210

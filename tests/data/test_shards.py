@@ -106,7 +106,7 @@ def test_a_dialogue_ends_behind_an_answer_that_special_tokens_part(tmp_path, mon
         lambda target, prompts, *rest: [SimpleNamespace(ids=next(said), given_TI=None) for _ in prompts],
     )
     told, (whole, parted) = meter(), (Dialogue(("a", "b")), Dialogue(("c", "d")))
-    with pytest.warns(CoralWarning, match="special tokens that part reasoning from answer"):
+    with pytest.warns(CoralWarning, match="an answer holds special tokens"):
         first, second = answer(fit.target, [whole, parted], fit, 0, told)
     assert [sum(sum(piece.answer) for piece in pieces) for pieces in (first, second)] == [4, 4]
     assert second[-1].ids[-4:] == [70, start, 71, end]
