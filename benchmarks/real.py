@@ -28,7 +28,7 @@ from benchmarks.decode_race import generated
 from benchmarks.llamacpp import LlamaCpp, rewritten
 from benchmarks.real_figures import drafts_with, figures, is_ours, parts, speed
 from benchmarks.real_rounds import Asked, Drafted, Row, rounds
-from benchmarks.record import RESULTS, record
+from benchmarks.record import RESULTS, machine, record
 from benchmarks.rows import append, read
 from coral_core.artifacts import fingerprint
 from coral_core.bench.baseline import generate_lane
@@ -152,7 +152,7 @@ def race(options: argparse.Namespace, target: Target) -> list[Row]:
     wanted = asked(options, target, options.limit)
     racers = dict(lanes(options)) | dict(llama_lanes(options, target.tokenizer)) if wanted else {}
     made = [name for one in options.drafters for name in one.made(one.heads[-1])]
-    settings = fingerprint([target.fingerprint, made, sorted(racers), options.tokens])
+    settings = fingerprint([target.fingerprint, made, sorted(racers), options.tokens, machine()])
     rows = [row for row in parts(list(read(options.rows)))[1] if row["settings"] == settings]
     done = [(row["bench"], row["question"], row["temperature"]) for row in rows]
     todo = [one for one in wanted if (one.bench, one.question, one.temperature) not in done]

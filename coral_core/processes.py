@@ -17,7 +17,7 @@ may take, or the writing of the last shard."""
 
 def processes() -> accelerate.PartialState:
     """What accelerate knows of the processes of this run; made before a target is loaded, it gives each its GPU."""
-    cpu = not torch.accelerator.is_available()  # said, since accelerate takes its absence for a single process
+    cpu = not torch.cuda.is_available()  # said: accelerate would take a single process otherwise, or an Apple GPU
     return accelerate.PartialState(cpu=cpu, timeout=PATIENCE)
 
 

@@ -60,7 +60,6 @@ def _machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "platform": platform.platform(),
         "processor": device_name(torch.device("cpu")),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "memory": f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
     }

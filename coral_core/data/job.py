@@ -139,7 +139,7 @@ def standing(job: Job) -> Standing:
         manifest = Manifest.read(job.folder, "data", COMMAND)
     except ArtifactError:
         return Standing(None, damaged=(MANIFEST,))
-    inputs = dict(job.inputs)
+    inputs = _inputs(manifest, job)
     if not job.taps and "taps" in manifest.inputs:  # more than is asked for
         inputs["taps"] = manifest.inputs["taps"]
     if manifest.fingerprint != job.fingerprint(inputs):
@@ -169,15 +169,22 @@ def standing_of_other_count(job: Job) -> Store | None:
     return Store(job.folder, manifest, COMMAND) if _same_but_count(manifest, job) else None
 
 
+def _inputs(manifest: Manifest, job: Job) -> dict[str, str]:
+    """The job's inputs; `target.dtype: auto` is any dtype that the data were made in, on whatever machine."""
+    auto = job.recipe.target.dtype == "auto" and "target_dtype" in manifest.inputs
+    return job.inputs | ({"target_dtype": manifest.inputs["target_dtype"]} if auto else {})
+
+
 def _same_words(manifest: Manifest, job: Job) -> bool:
     """Whether both come from the same prompts, target and seed, answered alike."""
-    inputs = [{key: value for key, value in given.items() if key != "taps"} for given in (manifest.inputs, job.inputs)]
+    both = (manifest.inputs, _inputs(manifest, job))
+    inputs = [{key: value for key, value in given.items() if key != "taps"} for given in both]
     return inputs[0] == inputs[1] and _without(manifest.recipe, TAPPED) == _without(job.sections, TAPPED)
 
 
 def _same_but_count(manifest: Manifest, job: Job) -> bool:
     """Whether one has more dialogues than the other, or holds out more, and nothing else differs."""
-    if manifest.inputs != job.inputs or _determining(manifest.recipe) == _determining(job.sections):
+    if manifest.inputs != _inputs(manifest, job) or _determining(manifest.recipe) == _determining(job.sections):
         return False
     return _without(manifest.recipe, COUNTED) == _without(job.sections, COUNTED)
 

@@ -109,15 +109,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader calls the machine: the GPU, or the processor and its cores."""
+    """What a reader calls the machine: the GPU, or the processor, its cores and what PyTorch computes with on it.
+
+    Processors of one name differ: in bfloat16, an AMD EPYC with AVX2 alone checks 16 rows in 3.1 plain steps, and one
+    with AVX-512 and bfloat16 in 1.5.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         if names:
-            return f"{names[0].strip()} x {len(names)}"
-    return platform.processor() or platform.machine()
+            return f"{names[0].strip()} x {len(names)}, {instructions()}"
+    return f"{platform.processor() or platform.machine()}, {instructions()}"
+
+
+def instructions() -> str:
+    """AVX2, AVX512, AVX512 with bfloat16, NEON, …"""
+    own = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # a recent PyTorch knows
+    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if own else "")
 
 
 @torch.no_grad()

@@ -131,8 +131,9 @@ class TrainSpec:
     """Weight of cross-step representation alignment (InfoNCE over the unroll steps' outputs)."""
     csra_temperature: float = 0.2
     """Temperature of the alignment's cosine similarities."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """accelerate's mixed precision; master weights stay in float32."""
+    precision: Literal["no", "bf16", "fp16", "auto"] = "no"
+    """accelerate's mixed precision; `auto` is bf16 where this machine is faster in it, else no. Master weights stay in
+    float32."""
     checkpoint_every: int = 100
     """Optimizer steps between resumable checkpoints."""
     eval_every: int = 0

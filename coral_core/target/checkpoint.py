@@ -41,6 +41,19 @@ def reachable(name: str, source: str, options: dict[str, Any]) -> dict[str, Any]
     return options if hub.answers() else options | {"local_files_only": True}
 
 
+def folder_or_index(source: str, options: dict[str, Any]) -> Path | None:
+    """The folder, or the index of the weights' files on the Hub; None where the Hub has one file, or says nothing."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import hf_hub_download
+
+    asked = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    try:
+        return Path(hf_hub_download(source, "model.safetensors.index.json", **asked))
+    except (OSError, ValueError):  # no such file, or the whole model is out of reach: loading it tells why
+        return None
+
+
 def load_config(name: str, source: str, options: dict[str, Any]) -> Any:
     """The config.json of a model. Raises TargetError when there is none, or transformers cannot read it."""
     from transformers import AutoConfig

@@ -7,18 +7,20 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import json
 import statistics
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from coral_core import embedded
 from coral_core.errors import CoralWarning, TargetError, first_line
 from coral_core.kernels.layers import pack, shorten_norms
-from coral_core.kernels.precision import bfloat16_is_faster
+from coral_core.kernels.precision import GAIN, bfloat16_is_faster, bfloat16_over_float32
 from coral_core.lent import Lent
 from coral_core.recipe.schema import TargetSpec
 from coral_core.target import checkpoint, gguf_file, named_templates, template
@@ -46,23 +48,42 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device, checkpoint: Path | None) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU, and on a processor that is faster in it, for a checkpoint that is large. Answers in
-    16 bits may differ from those in float32: the output names it.
+    """`auto` is bfloat16 on a GPU, and on a processor that is faster in it or has no room for float32, for a checkpoint
+    that is large. Answers in 16 bits may differ from those in float32: the output names it.
 
-    `checkpoint` is its file or folder; None where it is on the Hub.
+    `checkpoint` is its folder, its GGUF file, or the index of its parts on the Hub; None where it is one file there.
     """
+    if device.type == "cpu" and dtype in ("auto", "bfloat16"):
+        return _on_a_processor(dtype, checkpoint)
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-    if device.type != "cpu":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if _is_large(checkpoint) and bfloat16_is_faster() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _is_large(checkpoint: Path | None) -> bool:
-    if checkpoint is None:
-        return True
+def _on_a_processor(dtype: str, checkpoint: Path | None) -> torch.dtype:
+    """For `auto` or `bfloat16`, with a line where that is the slower one."""
+    size = LARGE_BYTES + 1 if checkpoint is None else _bytes_in_16_bits(checkpoint)
+    if dtype == "auto" and (size <= LARGE_BYTES or bfloat16_is_faster()):
+        return torch.float32 if size <= LARGE_BYTES else torch.bfloat16
+    if size > LARGE_BYTES and (times := bfloat16_over_float32()) > GAIN:
+        slower = f"products of many rows take this processor {times:.1f} times as long in bfloat16 as in float32"
+        free = psutil.virtual_memory().available
+        if 2 * size > free:
+            room = f"float32 would take {2 * size / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free"
+            warnings.warn(f"target.dtype is bfloat16, and {slower}; {room}", CoralWarning, stacklevel=4)
+            return torch.bfloat16
+        if dtype == "bfloat16":
+            mend = "Set target.dtype=auto; float32 takes twice the memory"
+            warnings.warn(f"target.dtype is bfloat16, and {slower}. {mend}", CoralWarning, stacklevel=4)
+    return torch.float32 if dtype == "auto" else torch.bfloat16
+
+
+def _bytes_in_16_bits(checkpoint: Path) -> float:
+    """Of the weights, from the size of their files; a GGUF file is taken for one of 4 to 5 bits a weight."""
+    if checkpoint.suffix == ".json":
+        return float(json.loads(checkpoint.read_text(encoding="utf-8")).get("metadata", {}).get("total_size", 0))
     files = checkpoint.glob("*.safetensors") if checkpoint.is_dir() else [checkpoint]
-    return sum(file.stat().st_size for file in files) > LARGE_BYTES * (1 if checkpoint.is_dir() else 0.3)
+    return sum(file.stat().st_size for file in files) / (1 if checkpoint.is_dir() else 0.3)
 
 
 def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:
@@ -72,14 +93,13 @@ def load_target(spec: TargetSpec, *, dialogues: bool = False) -> Target:
     if spec.graphs and device.type != "cuda":
         raise TargetError(f"target.graphs records CUDA graphs, and the target is on {device.type}; set it to false")
     file = None if spec.model == embedded.NAME else gguf_file.find(spec.model, spec.revision)
-    folder = Path(embedded.model_source(spec.model)).expanduser()
-    dtype = pick_dtype(spec.dtype, device, file or (folder if folder.is_dir() else None))
     if file is None:
         source, options = _source(spec)
+        options = checkpoint.reachable(spec.model, source, options)
+        dtype = pick_dtype(spec.dtype, device, checkpoint.folder_or_index(source, options))
     else:
-        own_template = dialogues and not spec.chat_template
+        dtype, own_template = pick_dtype(spec.dtype, device, file), dialogues and not spec.chat_template
         source, options = str(gguf_file.unpack(file, dtype, own_template=own_template)), {}
-    options = checkpoint.reachable(spec.model, source, options)
     config = checkpoint.load_config(spec.model, source, options)
     tokenizer = checkpoint.load_tokenizer(spec.model, source, config, options)
     if file is not None:

@@ -27,6 +27,7 @@ INDIFFERENT = {
     "target.model",  # another name may be the same model, or a sibling: coral_cli/tapped.py looks
     "target.revision",
     "target.device",
+    "target.dtype",  # `auto` is another one on another machine
     "target.graphs",
     "data.batch_size",
     "data.endpoint",
@@ -68,6 +69,7 @@ def train_drafter(
             drafter = train(recipe.train, store, seed=recipe.seed, work=work, reports=reports, also=also)
         facts = _facts(store, drafter, lines, checkpoints.best() if measure else None)
         sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
+        sections["train"] |= {"precision": who["train"]["precision"]}
         manifest = Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
         state.wait_for_everyone()  # all have read the best checkpoint
         if state.is_main_process:
@@ -88,7 +90,13 @@ def drafter_standing(recipe: Recipe, run: Path) -> Standing:
     """What stands in runs/NAME/drafter already, told by the main process to all. Raises as `train_drafter` does."""
     inputs = _inputs(recipe, open_data(recipe, run))
     sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
-    return agreed(lambda: standing(run / "drafter", "drafter", lambda made: changes(made, sections, inputs)))
+
+    def differs(made: Manifest) -> str:
+        auto = recipe.train.precision == "auto"  # then it is what the machine was faster in that trained it
+        own = {"precision": made.recipe["train"]["precision"]} if auto and "train" in made.recipe else {}
+        return changes(made, sections | {"train": sections["train"] | own}, inputs)
+
+    return agreed(lambda: standing(run / "drafter", "drafter", differs))
 
 
 def _inputs(recipe: Recipe, store: Store) -> dict[str, str]:

@@ -372,6 +372,20 @@ def test_more_dialogues_go_on_from_those_that_stand(
     assert not standing(make_job(tmp_path, **more | {"seed": 1})).count
 
 
+def test_auto_takes_data_of_another_dtype_and_a_named_dtype_does_not(tmp_path: Path) -> None:
+    """As where a machine made them that is faster in bfloat16."""
+    target = make_target(layers=4)
+    made, job = prepare(make_job(tmp_path, target)), make_job(tmp_path, target)
+    inputs = made.manifest.inputs | {"target_dtype": "bfloat16"}
+    dataclasses.replace(made.manifest, inputs=inputs, fingerprint=job.fingerprint(inputs)).write(made.folder)
+    assert standing(job).store is not None
+    assert standing(make_job(tmp_path, target, max_samples=18)).count
+    assert standing(make_job(tmp_path, target, shape="eagle3")).words
+    named = dataclasses.replace(job.recipe, target=dataclasses.replace(job.recipe.target, dtype="float32"))
+    found = standing(dataclasses.replace(job, recipe=named))
+    assert (found.store, found.changed) == (None, ("the target's dtype was bfloat16, is float32",))
+
+
 def test_more_of_a_stream_are_those_of_a_fresh_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hub dataset is read only as far as it must be, so that a larger number draws other dialogues from the start."""
     rows = [(f"row {number}", {"prompt": f"what is {number:03}?"}) for number in range(99)]

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from coral_core.artifacts import first_difference
 from coral_core.drafter.load import save_drafter
 from coral_core.errors import ArtifactError, CoralError
+from coral_core.kernels import precision
 from coral_core.store.store import Store
 from coral_core.training.checkpoint import Checkpoint, Checkpoints
-from coral_core.training.loop import Reports, train
+from coral_core.training.loop import Reports, identity, train
 from coral_core.training.trainer import learning_rate, unroll_steps
 from coral_core.training.unroll import feature_noise
 from tests.together import ROOT, exit_codes, start_together
@@ -170,7 +171,7 @@ def test_an_exploding_rate_stops_with_the_step(tmp_path):
         run_train(store, tmp_path / "work", learning_rate=1e30, steps=200)
 
 
-def test_bf16_trains_with_float32_weights(tmp_path):
+def test_bf16_trains_with_float32_weights_and_auto_is_it_where_it_is_faster(tmp_path, monkeypatch):
     store = tiny_store(tmp_path / "data")
     exact, _ = run_train(store, tmp_path / "a", steps=3)
     from accelerate.state import AcceleratorState
@@ -182,6 +183,11 @@ def test_bf16_trains_with_float32_weights(tmp_path):
     for name, weight in exact.items():
         assert not torch.equal(mixed[name], weight)
         torch.testing.assert_close(mixed[name], weight, rtol=0, atol=2e-2)  # bf16 against float32: the policy's bound
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: True)
+    chosen, _ = run_train(store, tmp_path / "c", steps=3, precision="auto")
+    assert all(torch.equal(chosen[name], weight) for name, weight in mixed.items())
+    assert identity(tiny_spec(precision="auto"), store, 0, 1) == identity(tiny_spec(precision="bf16"), store, 0, 1)
 
 
 def test_schedule_drawn():

@@ -10,6 +10,7 @@ from coral_cli.main import app
 from coral_core.artifacts import MANIFEST, OWN_SUM, Manifest
 from coral_core.drafter.load import load_drafter
 from coral_core.errors import ArtifactError
+from coral_core.kernels import precision
 from coral_core.recipe.schema import ADDED, PRESETS, REMOVED, Recipe
 from coral_core.training import stage
 from coral_core.training.stage import train_drafter
@@ -175,8 +176,27 @@ def test_data_of_another_recipe_are_refused_naming_the_key(run):
 
 
 def test_keys_that_do_not_change_the_data_may_change(run):
-    say_the_data_was_made_with(run, target={"model": "pico", "device": "cuda"}, data={"batch_size": 1})
+    say_the_data_was_made_with(
+        run, target={"model": "pico", "device": "cuda", "dtype": "bfloat16"}, data={"batch_size": 1}
+    )
     train_drafter(RECIPE, run)
+
+
+def test_the_manifest_says_what_auto_was_and_auto_takes_it_on_another_machine(run, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    def trained(named, faster):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: faster)
+        manifest, done = train_drafter(
+            dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, precision=named)), run
+        )
+        return manifest.recipe["train"]["precision"], done
+
+    assert trained("auto", faster=True) == ("bf16", True)
+    assert trained("auto", faster=False) == ("bf16", False)
+    assert trained("bf16", faster=False) == ("bf16", False)
+    assert trained("no", faster=True) == ("no", True)
 
 
 def test_the_command_prints_a_summary_on_stdout_and_says_when_it_is_done_already(run):
