@@ -35,7 +35,8 @@ from torch.nn.functional import rms_norm
 from coral_core.errors import CoralWarning
 
 FILL, LARGE = 4, 1 << 20
-"""Fewer rows are filled up to FILL where a weight has LARGE elements: the kernel is faster with rows nobody wants."""
+"""Fewer rows are filled up to FILL where a weight has LARGE elements and the kernel is faster with rows nobody wants: by
+AVX-512. By AVX2 it is slower with them (Zen 3, one row, float32, 4,864 x 896: 0.95 ms alone, 1.51 filled)."""
 ALONE = 1 << 17
 """Elements of a float32 weight from which a single row gains too: pico's step took 15.3 ms with all of its weights
 plain, 15.0 with those of 2^17 and more packed, 15.5 with those of 2^16, 15.75 with all."""
@@ -61,14 +62,14 @@ class Packed:
 
     def __init__(self, weight_OI: torch.Tensor) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), FILL)
-        self.large = weight_OI.numel() >= LARGE
+        self.fills = weight_OI.numel() >= LARGE and torch.backends.cpu.get_cpu_capability() == "AVX512"
         self.fewest = 1 if weight_OI.numel() >= ALONE or weight_OI.dtype == torch.bfloat16 else 2
         """Rows from which it is faster than a plain product."""
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
     def linear(self, x_XI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
         """As nn.functional.linear: [...,O] of [...,I]."""
-        if not self.large or (rows := x_XI.numel() // x_XI.shape[-1]) >= FILL:
+        if not self.fills or (rows := x_XI.numel() // x_XI.shape[-1]) >= FILL:
             return self._product(x_XI, self.weight, bias_O, "none", [], "")
         filled_NI = nn.functional.pad(x_XI.reshape(rows, -1), (0, 0, 0, FILL - rows))
         out_NO = self._product(filled_NI, self.weight, bias_O, "none", [], "")

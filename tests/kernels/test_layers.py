@@ -42,6 +42,21 @@ def test_the_product_is_that_of_the_plain_layer(monkeypatch: pytest.MonkeyPatch,
     assert seen == ([rows] if gains and packs(plain.weight) else [])
 
 
+@pytest.mark.parametrize(("instructions", "rows"), [("AVX512", layers.FILL), ("AVX2", 1)])
+def test_a_row_alone_is_filled_up_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, instructions: str, rows: int
+) -> None:
+    weight_OI = torch.randn(LARGE // 512, 512)
+    if not packs(weight_OI):
+        pytest.skip("this PyTorch has no packed products")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    packed, seen = Packed(weight_OI), []
+    product = packed._product
+    monkeypatch.setattr(packed, "_product", lambda x_NI, *rest: seen.append(len(x_NI)) or product(x_NI, *rest))
+    torch.testing.assert_close(packed.linear(torch.ones(1, 512)), weight_OI.sum(1)[None], rtol=0, atol=1e-2)
+    assert seen == [rows]
+
+
 def test_a_weight_that_was_trained_moved_or_loaded_since_is_packed_anew() -> None:
     torch.manual_seed(0)
     layer, x_NI = PackedLinear(32, 48), torch.randn(3, 32)
