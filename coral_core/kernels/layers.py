@@ -35,8 +35,8 @@ from torch.nn.functional import rms_norm
 from coral_core.errors import CoralWarning
 
 FILL, LARGE = 4, 1 << 20
-"""Fewer rows are filled up to FILL where a weight has LARGE elements and the kernel is faster with rows nobody wants: by
-AVX-512. By AVX2 it is slower with them (Zen 3, one row, float32, 4,864 x 896: 0.95 ms alone, 1.51 filled)."""
+"""By AVX-512, fewer rows are filled up to FILL where a weight has LARGE elements: the kernel is faster with rows nobody
+wants. By AVX2 it is slower with them (Zen 3, one row, float32, 4,864 x 896: 0.95 ms alone, 1.51 filled)."""
 ALONE = 1 << 17
 """Elements of a float32 weight from which a single row gains too: pico's step took 15.3 ms with all of its weights
 plain, 15.0 with those of 2^17 and more packed, 15.5 with those of 2^16, 15.75 with all."""
