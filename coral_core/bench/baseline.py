@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
@@ -25,7 +26,7 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.target.target import Target
 
 COPY_LIMIT_BYTES = 2 << 30
-"""A target larger than this is not copied into another dtype just to look for a faster baseline."""
+"""No larger copy of a target in another dtype is made just to look for a faster baseline."""
 
 
 class _FirstToken(BaseStreamer):
@@ -100,9 +101,11 @@ def plain_lanes(target: Target, sampler: Sampler, max_new_tokens: int) -> dict[s
 
 
 def _other_dtypes(target: Target) -> list[Target]:
-    weights_bytes = sum(weight.numel() * weight.element_size() for weight in target.model.parameters())
-    if target.device.type != "cpu" or weights_bytes > COPY_LIMIT_BYTES:
-        return []
     other = torch.bfloat16 if target.dtype == torch.float32 else torch.float32
+    weights = list(target.model.parameters())
+    if target.device.type != "cpu" or sum(weight.numel() for weight in weights) * other.itemsize > COPY_LIMIT_BYTES:
+        return []
+    if sum(weight.nbytes for weight in weights) > psutil.virtual_memory().available:
+        return []
     model = copy.deepcopy(target.model).to(other)
     return [dataclasses.replace(target, model=model, lent=target.lent.to("cpu", other))]

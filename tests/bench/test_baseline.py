@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -114,6 +115,17 @@ def test_every_plain_decoder_says_what_ours_says() -> None:
     assert lanes["plain float32 inexact"]([3, 4, 5]).ids == own
     assert lanes["generate float32"]([3, 4, 5]).ids == own
     assert len(lanes["plain bfloat16 inexact"]([3, 4, 5]).ids) >= 1
+
+
+@pytest.mark.parametrize("short", ["copy", "memory", None])
+def test_another_dtype_races_where_its_copy_has_room(short: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is of the copy's own bytes: in bfloat16 half of what the target's weights take."""
+    target = tiny_target()
+    numbers = sum(weight.numel() for weight in target.model.parameters())
+    monkeypatch.setattr(baseline, "COPY_LIMIT_BYTES", 2 * numbers - (short == "copy"))
+    memory = psutil.virtual_memory()._replace(available=4 * numbers - (short == "memory"))
+    monkeypatch.setattr(baseline.psutil, "virtual_memory", lambda: memory)
+    assert ("generate bfloat16" in plain_lanes(target, Sampler(), 5)) == (short is None)
 
 
 def test_our_own_loop_races_as_fast_as_it_is_without_exact_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
