@@ -152,7 +152,8 @@ def race(options: argparse.Namespace, target: Target) -> list[Row]:
     wanted = asked(options, target, options.limit)
     racers = dict(lanes(options)) | dict(llama_lanes(options, target.tokenizer)) if wanted else {}
     made = [name for one in options.drafters for name in one.made(one.heads[-1])]
-    settings = fingerprint([target.fingerprint, made, sorted(racers), options.tokens, machine()])
+    where = [machine()[key] for key in ("device", "threads")]
+    settings = fingerprint([target.fingerprint, made, sorted(racers), options.tokens, where])
     rows = [row for row in parts(list(read(options.rows)))[1] if row["settings"] == settings]
     done = [(row["bench"], row["question"], row["temperature"]) for row in rows]
     todo = [one for one in wanted if (one.bench, one.question, one.temperature) not in done]

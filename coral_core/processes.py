@@ -17,7 +17,8 @@ may take, or the writing of the last shard."""
 
 def processes() -> accelerate.PartialState:
     """What accelerate knows of the processes of this run; made before a target is loaded, it gives each its GPU."""
-    cpu = not torch.cuda.is_available()  # said: accelerate would take a single process otherwise, or an Apple GPU
+    # Said, since accelerate takes its absence for a single process; training's attention knows no Apple GPU.
+    cpu = not torch.accelerator.is_available() or torch.backends.mps.is_available()
     return accelerate.PartialState(cpu=cpu, timeout=PATIENCE)
 
 

@@ -70,6 +70,7 @@ def _print_estimate(arguments: list[str] | None, runs: Path) -> None:
         ("epochs", f"{expected.epochs:.1f}"),
         ("tokens", f"{expected.tokens:,}"),
         ("parameters of the drafter", f"{expected.parameters:,}"),
+        ("mixed precision", expected.precision),
         ("memory", size_text(expected.peak_bytes)),
         ("time, at most", duration_text(expected.elapsed_s)),
     ]
@@ -86,4 +87,5 @@ def _print_summary(manifest: Manifest) -> None:
     if best := manifest.facts["best"]:
         rows.append((f"tokens per round, step {best['step']:,}", f"{best['tokens_per_round']:.3f}"))
     rows += [("tokens/s", f"{last['tokens_per_s']:,.0f}"), ("steps", f"{last['step']:,}")]
+    rows.append(("mixed precision", manifest.recipe["train"]["precision"]))
     print_table(("training, last steps", manifest.recipe["train"]["preset"]), rows)

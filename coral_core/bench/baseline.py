@@ -25,8 +25,8 @@ from coral_core.decoding.engine import plain
 from coral_core.decoding.sampling import Sampler
 from coral_core.target.target import Target
 
-COPY_LIMIT_BYTES = 2 << 30
-"""No larger copy of a target in another dtype is made just to look for a faster baseline."""
+LIMIT_BYTES = 2 << 30
+"""A target that is larger in 16 bits is not copied into another dtype just to look for a faster baseline."""
 
 
 class _FirstToken(BaseStreamer):
@@ -102,10 +102,9 @@ def plain_lanes(target: Target, sampler: Sampler, max_new_tokens: int) -> dict[s
 
 def _other_dtypes(target: Target) -> list[Target]:
     other = torch.bfloat16 if target.dtype == torch.float32 else torch.float32
-    weights = list(target.model.parameters())
-    if target.device.type != "cpu" or sum(weight.numel() for weight in weights) * other.itemsize > COPY_LIMIT_BYTES:
-        return []
-    if sum(weight.nbytes for weight in weights) > psutil.virtual_memory().available:
+    numbers = sum(weight.numel() for weight in target.model.parameters())
+    room = numbers * torch.float32.itemsize <= psutil.virtual_memory().available  # a copy, and what it is made into
+    if target.device.type != "cpu" or not room or numbers * torch.bfloat16.itemsize > LIMIT_BYTES:
         return []
     model = copy.deepcopy(target.model).to(other)
     return [dataclasses.replace(target, model=model, lent=target.lent.to("cpu", other))]

@@ -1,5 +1,6 @@
 """What a prepare-data run is to make, and how it compares with what stands in its folder already."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -50,8 +51,14 @@ class Job:
 
     @functools.cached_property
     def inputs(self) -> dict[str, str]:
-        """Fingerprints of what is read; prompt files may be large, and are read once for them."""
+        """Fingerprints of what is read; prompt files may be large, and are read once for them.
+
+        `target.dtype: auto` goes on with data of any dtype, from whatever machine.
+        """
         inputs = {"target": self.target.fingerprint, "target_dtype": dtype_name(self.target.dtype)}
+        if self.recipe.target.dtype == "auto":
+            with contextlib.suppress(ArtifactError, KeyError):
+                inputs["target_dtype"] = Manifest.read(self.folder, "data", COMMAND).inputs["target_dtype"]
         named = [share.name for share in shares(self.recipe.data.prompts) if share.name != SELF]
         sums = [file_sha256(path) for path in map(find_file, named) if path]
         inputs |= {"taps": " ".join(map(str, self.taps))} if self.taps else {}
@@ -139,7 +146,7 @@ def standing(job: Job) -> Standing:
         manifest = Manifest.read(job.folder, "data", COMMAND)
     except ArtifactError:
         return Standing(None, damaged=(MANIFEST,))
-    inputs = _inputs(manifest, job)
+    inputs = dict(job.inputs)
     if not job.taps and "taps" in manifest.inputs:  # more than is asked for
         inputs["taps"] = manifest.inputs["taps"]
     if manifest.fingerprint != job.fingerprint(inputs):
@@ -169,22 +176,15 @@ def standing_of_other_count(job: Job) -> Store | None:
     return Store(job.folder, manifest, COMMAND) if _same_but_count(manifest, job) else None
 
 
-def _inputs(manifest: Manifest, job: Job) -> dict[str, str]:
-    """The job's inputs; `target.dtype: auto` is any dtype that the data were made in, on whatever machine."""
-    auto = job.recipe.target.dtype == "auto" and "target_dtype" in manifest.inputs
-    return job.inputs | ({"target_dtype": manifest.inputs["target_dtype"]} if auto else {})
-
-
 def _same_words(manifest: Manifest, job: Job) -> bool:
     """Whether both come from the same prompts, target and seed, answered alike."""
-    both = (manifest.inputs, _inputs(manifest, job))
-    inputs = [{key: value for key, value in given.items() if key != "taps"} for given in both]
+    inputs = [{key: value for key, value in given.items() if key != "taps"} for given in (manifest.inputs, job.inputs)]
     return inputs[0] == inputs[1] and _without(manifest.recipe, TAPPED) == _without(job.sections, TAPPED)
 
 
 def _same_but_count(manifest: Manifest, job: Job) -> bool:
     """Whether one has more dialogues than the other, or holds out more, and nothing else differs."""
-    if manifest.inputs != _inputs(manifest, job) or _determining(manifest.recipe) == _determining(job.sections):
+    if manifest.inputs != job.inputs or _determining(manifest.recipe) == _determining(job.sections):
         return False
     return _without(manifest.recipe, COUNTED) == _without(job.sections, COUNTED)
 

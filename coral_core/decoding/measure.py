@@ -125,9 +125,11 @@ def device_name(device: torch.device) -> str:
 
 
 def instructions() -> str:
-    """AVX2, AVX512, AVX512 with bfloat16, NEON, …"""
-    own = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # a recent PyTorch knows
-    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if own else "")
+    """As PyTorch calls them: AVX2, AVX512, …; and what else makes products faster, where it tells."""
+    found = torch.backends.cpu.get_cpu_capability()
+    more = {"_is_avx512_bf16_supported": " with bfloat16", "_is_amx_tile_supported": " and AMX"}
+    has = [text for name, text in more.items() if getattr(torch.cpu, name, bool)()]
+    return found + "".join(has if found == "AVX512" else [])
 
 
 @torch.no_grad()

@@ -16,9 +16,7 @@ SIZE, MATRICES, ROWS, TURNS = 2048, 4, (1, 32), 4
 
 
 def bfloat16_is_faster() -> bool:
-    """Whether products in bfloat16 are clearly faster on this processor: with AVX-512's bfloat16, and with AMX.
-
-    Each process asks the clock for itself."""
+    """Whether products in bfloat16 are clearly faster on this processor: with AVX-512's bfloat16, and with AMX."""
     return bfloat16_over_float32() * GAIN < 1
 
 
@@ -38,11 +36,8 @@ def bfloat16_over_float32() -> float:
     return spent[torch.bfloat16] / spent[torch.float32]
 
 
-def mixed_precision(named: str) -> str:
-    """accelerate's word for a recipe's `train.precision`: `auto` is bf16 on a GPU that has it and on a processor that
-    is faster in it."""
-    if named != "auto":
-        return named
-    if torch.cuda.is_available():
+def mixed_precision(device: torch.device) -> str:
+    """accelerate's word for `train.precision: auto`: bf16 on a GPU that has it, and on a processor faster in it."""
+    if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if bfloat16_is_faster() else "no"
+    return "bf16" if device.type == "cpu" and bfloat16_is_faster() else "no"

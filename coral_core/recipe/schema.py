@@ -28,8 +28,8 @@ class TargetSpec:
     """For a model without one, or in place of its own: `chatml`, `llama-2`, `vicuna`, `plain` (no turns: the text is
     continued), or a file of Jinja; empty: the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' dtype; `auto` is bfloat16 on a GPU and, for a checkpoint above 100 MB, on a CPU that is faster in it;
-    float32 otherwise."""
+    """Weights' dtype; `auto` is bfloat16 on a GPU and, from 50 million weights on, on a CPU that is faster in it or has
+    no memory for float32; float32 otherwise."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`."""
     trust_remote_code: bool = False

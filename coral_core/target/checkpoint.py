@@ -5,6 +5,7 @@ both with a warning. Here both are refused.
 """
 
 import contextlib
+import math
 import re
 import sys
 import warnings
@@ -41,17 +42,32 @@ def reachable(name: str, source: str, options: dict[str, Any]) -> dict[str, Any]
     return options if hub.answers() else options | {"local_files_only": True}
 
 
-def folder_or_index(source: str, options: dict[str, Any]) -> Path | None:
-    """The folder, or the index of the weights' files on the Hub; None where the Hub has one file, or says nothing."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import hf_hub_download
+def weights(source: str, options: dict[str, Any]) -> int | None:
+    """How many numbers the weights of a folder, or of a model on the Hub, have, by the headers of their files; None
+    where these do not tell."""
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
 
-    asked = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-    try:
-        return Path(hf_hub_download(source, "model.safetensors.index.json", **asked))
-    except (OSError, ValueError):  # no such file, or the whole model is out of reach: loading it tells why
-        return None
+    with contextlib.suppress(Exception):  # no such model, no network, a damaged file: loading it tells why
+        if Path(source).is_dir():
+            return weights_of(Path(source))
+        asked = {"revision": options.get("revision")}
+        if options.get("local_files_only"):
+            return weights_of(Path(snapshot_download(source, local_files_only=True, **asked)))
+        return sum(get_safetensors_metadata(source, **asked).parameter_count.values())
+    return None
+
+
+def weights_of(folder: Path) -> int | None:
+    """The same of a folder. Raises SafetensorError for a file that is damaged."""
+    from safetensors import safe_open
+
+    found = 0
+    for path in folder.glob(WEIGHTS):
+        if not path.name.startswith("consolidated"):  # Mistral's own form, beside transformers'
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                found += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return found or None
 
 
 def load_config(name: str, source: str, options: dict[str, Any]) -> Any:

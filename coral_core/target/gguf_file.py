@@ -21,7 +21,7 @@ import torch
 from coral_core import hub
 from coral_core.artifacts import file_sha256, fingerprint, write_text
 from coral_core.errors import TargetError, first_line
-from coral_core.target import gguf_rope, gguf_splits, template
+from coral_core.target import checkpoint, gguf_rope, gguf_splits, template
 
 ON_THE_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>.+\.gguf)", re.IGNORECASE)
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -87,6 +87,19 @@ def unpack(file: Path, dtype: torch.dtype, *, own_template: bool = False) -> Pat
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
             return folder
+
+
+def weights(file: Path) -> int | None:
+    """How many numbers the file's tensors have; None for one that cannot be read, of which `unpack` tells.
+
+    From what was made of it before, if it was: its vocabulary alone takes seconds to read.
+    """
+    with contextlib.suppress(TargetError, ImportError, OSError), _cache() as cache:
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            if (folder := _known(file, cache, dtype)) and folder.is_dir():
+                return checkpoint.weights_of(folder)
+        return sum(int(tensor.n_elements) for tensor in _read(file)[1].values())
+    return None
 
 
 def add_template(tokenizer: Any, file: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from coral_core.recipe.schema import TrainSpec
 from coral_core.store.store import Store
-from coral_core.training.loop import make_accelerator
+from coral_core.training.loop import make_accelerator, settled
 from coral_core.training.trainer import MicroBatch, Trainer, unroll_steps
 
 LATE = 100
@@ -29,6 +29,7 @@ class Estimate:
     epochs: float
     tokens: int
     parameters: int
+    precision: str
     peak_bytes: int
     """Memory of the device at its highest; on a CPU the whole process's."""
     elapsed_s: float
@@ -37,6 +38,7 @@ class Estimate:
 
 def estimate(spec: TrainSpec, store: Store, seed: int) -> Estimate:
     """Make a few updates of a trainer that is thrown away; write nothing. Raises what `train` would raise."""
+    spec = settled(spec)
     with tempfile.TemporaryDirectory() as folder:
         accelerator = make_accelerator(dataclasses.replace(spec, tracker="none"), Path(folder))
         trainer = Trainer(spec, store, seed, accelerator)
@@ -52,6 +54,7 @@ def estimate(spec: TrainSpec, store: Store, seed: int) -> Estimate:
         epochs=samples / max(1, len(store.train_indices)),
         tokens=total,
         parameters=sum(weight.numel() for weight in trainer.model.parameters()),
+        precision=spec.precision,
         peak_bytes=_peak_bytes(accelerator.device),
         elapsed_s=elapsed_s / tokens * total / accelerator.num_processes,
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import torch
 
 from coral_core.drafter.model import Drafter
 from coral_core.errors import CoralError
 from coral_core.kernels.precision import mixed_precision
+from coral_core.processes import agreed, processes
 from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import TrainSpec
 from coral_core.store.store import Store
@@ -64,6 +64,7 @@ def train(
     highest is returned, else the last; on the CPU, in float32. Raises CoralError when the loss or the gradient is not
     finite, before the update.
     """
+    spec = settled(spec)
     accelerator = make_accelerator(spec, work)
     trainer = Trainer(spec, store, seed, accelerator)
     who = identity(spec, store, seed, accelerator.num_processes) | dict(also or {})
@@ -117,18 +118,20 @@ def keep_best(trainer: Trainer, checkpoints: Checkpoints, reports: Reports) -> N
     trainer.accelerator.wait_for_everyone()
 
 
+def settled(spec: TrainSpec) -> TrainSpec:
+    """With what `precision: auto` is on this machine, as the main process finds it."""
+    if spec.precision != "auto":
+        return spec
+    return dataclasses.replace(spec, precision=agreed(lambda: mixed_precision(processes().device)))
+
+
 def make_accelerator(spec: TrainSpec, work: Path) -> accelerate.Accelerator:
     """accelerate's idea of this machine. Raises CoralError for a precision or a tracker that it does not have."""
     tracker = None if spec.tracker == "none" else spec.tracker
     if tracker and not importlib.util.find_spec(tracker):
         raise CoralError(f"train.tracker={tracker} is not installed. Run: pip install {tracker.replace('_', '-')}")
     try:
-        accelerator = accelerate.Accelerator(
-            cpu=not torch.cuda.is_available(),
-            mixed_precision=mixed_precision(spec.precision),
-            log_with=tracker,
-            project_dir=work.parent,
-        )
+        accelerator = accelerate.Accelerator(mixed_precision=spec.precision, log_with=tracker, project_dir=work.parent)
     except ValueError as error:
         raise CoralError(f"train.precision={spec.precision} does not work on this machine: {error}") from error
     if tracker:
@@ -137,9 +140,9 @@ def make_accelerator(spec: TrainSpec, work: Path) -> accelerate.Accelerator:
 
 
 def identity(spec: TrainSpec, store: Store, seed: int, processes: int) -> dict[str, Any]:
-    """Everything that decides what a training computes, in the recipe's own words; `auto` as it is on this machine."""
-    train = dataclasses.asdict(spec) | {"precision": mixed_precision(spec.precision)}
-    return {"seed": seed, "train": train, "data": store.manifest.fingerprint, "processes": processes}
+    """Everything that decides what a training computes, in the recipe's own words."""
+    data = store.manifest.fingerprint
+    return {"seed": seed, "train": dataclasses.asdict(spec), "data": data, "processes": processes}
 
 
 def refuse_non_finite(trainer: Trainer, meter: Meter) -> None:

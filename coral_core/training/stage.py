@@ -1,6 +1,7 @@
 """The train stage: from runs/NAME/data to the published drafter, runs/NAME/drafter."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from coral_core.recipe.loader import changes, section_fingerprint, to_mapping
 from coral_core.recipe.schema import Recipe
 from coral_core.store.store import Store, Tap
 from coral_core.training.checkpoint import Checkpoints
-from coral_core.training.loop import Measure, Reports, identity, train
+from coral_core.training.loop import Measure, Reports, identity, settled, train
 
 COMMAND = "coral prepare-data"
 CHECKPOINTS = "checkpoints"
@@ -52,9 +53,10 @@ def train_drafter(
     store = open_data(recipe, run, tap)
     final = run / "drafter"
     inputs = _inputs(recipe, store)
-    fingerprint = section_fingerprint(recipe, *SECTIONS, **inputs)
     if finished := drafter_standing(recipe, run).manifest:
         return finished, False
+    recipe = dataclasses.replace(recipe, train=settled(recipe.train))
+    fingerprint = section_fingerprint(recipe, *SECTIONS, **inputs)
     state, work = processes(), partial(final)
     also = _also(recipe, inputs)
     who = identity(recipe.train, store, recipe.seed, state.num_processes) | also
@@ -69,7 +71,6 @@ def train_drafter(
             drafter = train(recipe.train, store, seed=recipe.seed, work=work, reports=reports, also=also)
         facts = _facts(store, drafter, lines, checkpoints.best() if measure else None)
         sections = {name: to_mapping(recipe)[name] for name in SECTIONS}
-        sections["train"] |= {"precision": who["train"]["precision"]}
         manifest = Manifest(kind="drafter", fingerprint=fingerprint, inputs=inputs, recipe=sections, facts=facts)
         state.wait_for_everyone()  # all have read the best checkpoint
         if state.is_main_process:

@@ -20,7 +20,6 @@ from coral_core.drafter.config import DrafterConfig
 from coral_core.drafter.load import load_drafter
 from coral_core.drafter.model import Drafter
 from coral_core.errors import ArtifactError
-from coral_core.kernels.precision import mixed_precision
 from coral_core.recipe.schema import TrainSpec
 from coral_core.store.batches import Batch, batch_of, batches
 from coral_core.store.store import Store
@@ -52,7 +51,7 @@ class Trainer:
         unroll = Unroll(drafter, spec.unroll_steps, through=spec.through_steps)
         optimizer = torch.optim.AdamW(unroll.parameters(), lr=spec.learning_rate, betas=BETAS)
         self.model, self.optimizer = accelerator.prepare(unroll, optimizer)
-        self.lent = store.lent().to(accelerator.device, DTYPES[mixed_precision(spec.precision)])
+        self.lent = store.lent().to(accelerator.device, DTYPES[spec.precision])
         self.objective = make_objective(spec, Candidates.of(store, spec.candidates, accelerator.device))
         self.step = 0
 

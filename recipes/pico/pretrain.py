@@ -27,6 +27,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from coral_core.kernels.precision import mixed_precision
+from coral_core.processes import processes
 from recipes.pico import corpora
 from recipes.pico.tokenizer import VOCABULARY, train_tokenizer
 
@@ -163,7 +165,7 @@ def mean_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     options = arguments()
-    accelerator = Accelerator(mixed_precision="bf16")
+    accelerator = Accelerator(mixed_precision=mixed_precision(processes().device))
     set_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
     with accelerator.main_process_first():

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from coral_core.artifacts import Manifest, fingerprint
 from coral_core.data import plan
 from coral_core.data import stage as module
 from coral_core.data.estimate import estimate
-from coral_core.data.job import INDIFFERENT, standing
+from coral_core.data.job import INDIFFERENT, Job, standing
 from coral_core.data.plan import Fit
 from coral_core.data.prompts import Dialogue, UnusableError
 from coral_core.data.sources import Source
@@ -372,18 +373,30 @@ def test_more_dialogues_go_on_from_those_that_stand(
     assert not standing(make_job(tmp_path, **more | {"seed": 1})).count
 
 
-def test_auto_takes_data_of_another_dtype_and_a_named_dtype_does_not(tmp_path: Path) -> None:
+def test_auto_goes_on_with_data_of_another_dtype_and_a_named_dtype_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where a machine made them that is faster in bfloat16."""
     target = make_target(layers=4)
-    made, job = prepare(make_job(tmp_path, target)), make_job(tmp_path, target)
+
+    def job(**data: Any) -> Job:
+        return make_job(tmp_path, target, **data)
+
+    made = prepare(job())
     inputs = made.manifest.inputs | {"target_dtype": "bfloat16"}
-    dataclasses.replace(made.manifest, inputs=inputs, fingerprint=job.fingerprint(inputs)).write(made.folder)
-    assert standing(job).store is not None
-    assert standing(make_job(tmp_path, target, max_samples=18)).count
-    assert standing(make_job(tmp_path, target, shape="eagle3")).words
-    named = dataclasses.replace(job.recipe, target=dataclasses.replace(job.recipe.target, dtype="float32"))
-    found = standing(dataclasses.replace(job, recipe=named))
+    dataclasses.replace(made.manifest, inputs=inputs, fingerprint=job().fingerprint(inputs)).write(made.folder)
+    whole = contents(made.folder)
+    assert standing(job()).store is not None
+    assert standing(job(max_samples=18)).count
+    assert standing(job(shape="eagle3")).words
+    named = dataclasses.replace(job().recipe, target=dataclasses.replace(job().recipe.target, dtype="float32"))
+    found = standing(dataclasses.replace(job(), recipe=named))
     assert (found.store, found.changed) == (None, ("the target's dtype was bfloat16, is float32",))
+    (made.folder / "shard-00001.safetensors").write_bytes(b"")
+    answered = []
+    monkeypatch.setattr(module, "answer", lambda *rest, answer=module.answer: answered.append(rest) or answer(*rest))
+    assert contents(prepare(job()).folder) == whole
+    assert len(answered) == 1
 
 
 def test_more_of_a_stream_are_those_of_a_fresh_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

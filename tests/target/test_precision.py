@@ -1,39 +1,38 @@
 """`target.dtype: auto`: bfloat16 where it is faster, and the embedded model's answers as they ever were."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from coral_core import embedded
 from coral_core.kernels import precision as kernel
-from coral_core.target import load
-from coral_core.target.load import pick_dtype
+from coral_core.recipe.schema import TargetSpec
+from coral_core.target import checkpoint, load
+from coral_core.target.load import load_target, pick_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize(("faster", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_large_checkpoint_takes_what_is_faster(
-    faster: bool, wanted: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("times", "wanted"), [(0.5, torch.bfloat16), (1.05, torch.float32)])
+@pytest.mark.parametrize("weights", [load.LARGE, None])
+def test_a_large_model_takes_what_is_faster(
+    times: float, wanted: torch.dtype, weights: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "bfloat16_is_faster", lambda: faster)
-    monkeypatch.setattr(load, "bfloat16_over_float32", lambda: 1.0)
-    monkeypatch.setattr(load, "LARGE_BYTES", 10)
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 11)
-    (tmp_path / "model.gguf").write_bytes(b"x" * 4)
-    for checkpoint in (tmp_path, tmp_path / "model.gguf", None):
-        assert pick_dtype("auto", CPU, checkpoint) == wanted
-    assert pick_dtype("float32", CPU, tmp_path) == torch.float32
-    assert pick_dtype("bfloat16", CPU, tmp_path) == torch.bfloat16
+    monkeypatch.setattr(load, "bfloat16_over_float32", lambda: times)
+    assert pick_dtype("auto", CPU, lambda: weights) == wanted
+    assert pick_dtype("bfloat16", CPU, lambda: weights) == torch.bfloat16
 
 
-def test_a_small_one_and_a_gpu_are_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "bfloat16_is_faster", lambda: pytest.fail("measured"))
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 11)
-    assert pick_dtype("auto", CPU, tmp_path) == torch.float32
-    assert pick_dtype("auto", CPU, embedded.FOLDER / "target") == torch.float32
+def test_a_small_one_and_a_gpu_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "bfloat16_over_float32", lambda: pytest.fail("measured"))
+    assert pick_dtype("auto", CPU, lambda: load.LARGE - 1) == torch.float32
+    assert pick_dtype("bfloat16", CPU, lambda: load.LARGE - 1) == torch.bfloat16
+    assert pick_dtype("float32", CPU, lambda: pytest.fail("asked")) == torch.float32
+    assert pick_dtype("auto", GPU, lambda: pytest.fail("asked")) == torch.bfloat16
+    assert pick_dtype("float16", GPU, lambda: pytest.fail("asked")) == torch.float16
+    assert load_target(TargetSpec(model="pico")).dtype == torch.float32
 
 
 def test_the_faster_one_is_told_by_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,56 +50,62 @@ def test_the_faster_one_is_told_by_its_time(monkeypatch: pytest.MonkeyPatch) -> 
     kernel.bfloat16_over_float32.cache_clear()
 
 
-SLOWER = (
-    "target.dtype is bfloat16, and products of many rows take this processor 2.5 times as long in bfloat16 "
-    "as in float32"
-)
+SLOWER = "target.dtype is bfloat16, and products take this processor 2.5 times as long in it as in float32. "
+AUTO = f"{SLOWER}Set target.dtype=auto; float32 takes twice the memory"
+ROOM = f"{SLOWER}Float32 would take 28.0 GB of this machine's 34.0"
 
 
 @pytest.mark.parametrize(
-    ("asked", "times", "free", "wanted", "said"),
+    ("asked", "times", "memory_gb", "wanted", "said"),
     [
-        ("bfloat16", 2.5, 22, torch.bfloat16, f"{SLOWER}. Set target.dtype=auto; float32 takes twice the memory"),
-        ("bfloat16", 2.5, 21, torch.bfloat16, f"{SLOWER}; float32 would take 0.0 GB, of which 0.0 GB are free"),
-        ("bfloat16", 1.05, 21, torch.bfloat16, None),
-        ("auto", 2.5, 22, torch.float32, None),
-        ("auto", 2.5, 21, torch.bfloat16, f"{SLOWER}; float32 would take 0.0 GB, of which 0.0 GB are free"),
-        ("auto", 1.05, 22, torch.float32, None),
-        ("auto", 0.5, 21, torch.bfloat16, None),
+        ("bfloat16", 2.5, 35, torch.bfloat16, AUTO),
+        ("bfloat16", 2.5, 34, torch.bfloat16, ROOM),
+        ("bfloat16", 1.05, 34, torch.bfloat16, None),
+        ("auto", 2.5, 35, torch.float32, None),
+        ("auto", 2.5, 34, torch.bfloat16, ROOM),
+        ("auto", 1.05, 34, torch.bfloat16, None),
+        ("auto", 0.5, 34, torch.bfloat16, None),
     ],
 )
 def test_a_processor_slow_in_bfloat16_takes_it_for_want_of_memory_alone(
     asked: str,
     times: float,
-    free: int,
+    memory_gb: int,
     wanted: torch.dtype,
     said: str | None,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    """Eleven bytes in 16 bits are large here; a folder's files and the index of parts on the Hub say so alike."""
+    """Seven billion weights: four fifths of 35 GB are what they take in float32."""
     monkeypatch.setattr(load, "bfloat16_over_float32", lambda: times)
-    monkeypatch.setattr(kernel, "bfloat16_over_float32", lambda: times)
-    monkeypatch.setattr(load, "LARGE_BYTES", 10)
-    monkeypatch.setattr(load.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    index = tmp_path / "model.safetensors.index.json"
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 11)
-    index.write_text('{"metadata": {"total_size": 11}}')
-    for checkpoint in (tmp_path, index):
-        assert pick_dtype(asked, CPU, checkpoint) == wanted
-        assert pick_dtype("bfloat16", GPU, checkpoint) == torch.bfloat16
-    assert {str(warning.message) for warning in recwarn} == ({said} if said else set())
+    memory = psutil.virtual_memory()._replace(total=memory_gb * 10**9)
+    monkeypatch.setattr(load.psutil, "virtual_memory", lambda: memory)
+    assert pick_dtype(asked, CPU, lambda: 7 * 10**9) == wanted
+    assert [str(warning.message) for warning in recwarn] == ([said] if said else [])
+
+
+def test_the_weights_are_counted_by_the_headers_of_their_files(tmp_path: Path) -> None:
+    """Whatever dtype they are stored in, and once where Mistral's own form lies beside them."""
+    parts = {
+        "model-00001-of-00002": torch.ones(3, 5),
+        "model-00002-of-00002": torch.ones(7).half(),
+        "consolidated": torch.ones(22),
+    }
+    for name, weight in parts.items():
+        save_file({"weight": weight}, tmp_path / f"{name}.safetensors")
+    assert checkpoint.weights(str(tmp_path), {}) == 22
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"damaged")
+    assert checkpoint.weights(str(tmp_path), {}) is None
+    assert checkpoint.weights("owner/absent", {"local_files_only": True}) is None
 
 
 @pytest.mark.parametrize(
-    ("cuda", "faster", "wanted"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "no")]
+    ("device", "faster", "wanted"),
+    [("cuda", False, "bf16"), ("cpu", True, "bf16"), ("cpu", False, "no"), ("meta", True, "no")],
 )
-def test_mixed_precision_is_what_this_machine_is_faster_in(
-    cuda: bool, faster: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+def test_mixed_precision_is_what_a_device_is_faster_in(
+    device: str, faster: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     monkeypatch.setattr(kernel, "bfloat16_is_faster", lambda: faster)
-    assert kernel.mixed_precision("auto") == wanted
-    assert [kernel.mixed_precision(named) for named in ("no", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+    assert kernel.mixed_precision(torch.device(device)) == wanted

@@ -19,7 +19,7 @@ from coral_core.errors import ArtifactError, CoralError
 from coral_core.kernels import precision
 from coral_core.store.store import Store
 from coral_core.training.checkpoint import Checkpoint, Checkpoints
-from coral_core.training.loop import Reports, identity, train
+from coral_core.training.loop import Reports, train
 from coral_core.training.trainer import learning_rate, unroll_steps
 from coral_core.training.unroll import feature_noise
 from tests.together import ROOT, exit_codes, start_together
@@ -187,7 +187,6 @@ def test_bf16_trains_with_float32_weights_and_auto_is_it_where_it_is_faster(tmp_
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: True)
     chosen, _ = run_train(store, tmp_path / "c", steps=3, precision="auto")
     assert all(torch.equal(chosen[name], weight) for name, weight in mixed.items())
-    assert identity(tiny_spec(precision="auto"), store, 0, 1) == identity(tiny_spec(precision="bf16"), store, 0, 1)
 
 
 def test_schedule_drawn():

@@ -199,6 +199,26 @@ def test_the_manifest_says_what_auto_was_and_auto_takes_it_on_another_machine(ru
     assert trained("no", faster=True) == ("no", True)
 
 
+def test_an_unfinished_training_goes_on_under_auto_where_that_is_the_same(run, monkeypatch):
+    def interrupt(_stage, done, _total, _numbers):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    auto = dataclasses.replace(RECIPE, train=dataclasses.replace(RECIPE.train, precision="auto"))
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: False)
+    with pytest.raises(KeyboardInterrupt):
+        train_drafter(RECIPE, run, interrupt)
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: True)
+    with pytest.raises(
+        ArtifactError, match=r"train\.precision no; this run has bf16\. Give train\.precision its"
+    ):
+        train_drafter(auto, run)
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: False)
+    seen = []
+    train_drafter(auto, run, lambda _stage, done, _total, _numbers: seen.append(done))
+    assert seen == [2, 3, 4]
+
+
 def test_the_command_prints_a_summary_on_stdout_and_says_when_it_is_done_already(run):
     arguments = [*OVERRIDES, "--runs", str(run.parent)]
     first = coral(*arguments)
