@@ -5,6 +5,7 @@ Axes: N row, D hidden.
 
 import functools
 import time
+from typing import Literal
 
 import torch
 
@@ -36,7 +37,7 @@ def bfloat16_over_float32() -> float:
     return spent[torch.bfloat16] / spent[torch.float32]
 
 
-def mixed_precision(device: torch.device) -> str:
+def mixed_precision(device: torch.device) -> Literal["no", "bf16"]:
     """accelerate's word for `train.precision: auto`: bf16 on a GPU that has it, and on a processor faster in it."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"

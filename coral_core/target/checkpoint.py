@@ -50,10 +50,10 @@ def weights(source: str, options: dict[str, Any]) -> int | None:
     with contextlib.suppress(Exception):  # no such model, no network, a damaged file: loading it tells why
         if Path(source).is_dir():
             return weights_of(Path(source))
-        asked = {"revision": options.get("revision")}
+        revision = options.get("revision")
         if options.get("local_files_only"):
-            return weights_of(Path(snapshot_download(source, local_files_only=True, **asked)))
-        return sum(get_safetensors_metadata(source, **asked).parameter_count.values())
+            return weights_of(Path(snapshot_download(source, revision=revision, local_files_only=True)))
+        return sum(get_safetensors_metadata(source, revision=revision).parameter_count.values())
     return None
 
 

@@ -122,7 +122,8 @@ def settled(spec: TrainSpec) -> TrainSpec:
     """With what `precision: auto` is on this machine, as the main process finds it."""
     if spec.precision != "auto":
         return spec
-    return dataclasses.replace(spec, precision=agreed(lambda: mixed_precision(processes().device)))
+    precision = agreed(lambda: mixed_precision(processes().device))
+    return dataclasses.replace(spec, precision=precision)
 
 
 def make_accelerator(spec: TrainSpec, work: Path) -> accelerate.Accelerator:
