@@ -11,8 +11,8 @@ decoding (coral's loop, exact and not, and `generate`, float32 and bfloat16), ea
 a grouped head with that too, prompt lookup, and llama.cpp. After the first --heat questions of each bench at a
 temperature, of the lanes that do the same in another dtype or loop only those go on that are at most a tenth slower
 than the fastest; so the plain lane that a speed is compared with is the fastest of six. A row is appended to --rows
-when it is done, and never computed twice. Then results/real.json is written anew. What was not measured now stays in
-it: other models, temperatures and methods.
+when it is done, and never computed twice. Then results/real.json, or what --results names, is written anew. What was
+not measured now stays in it: other models, temperatures and methods.
 """
 
 import argparse
@@ -207,8 +207,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
 
 def write(options: argparse.Namespace, rows: list[Row]) -> None:
-    """results/real.json: what was measured now, and beside it what was not measured again, with all figures anew."""
-    path = RESULTS / "real.json"
+    """The results' file: what was measured now, and beside it what was not measured again, with all figures anew."""
+    path = RESULTS / f"{options.results}.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "rows": []}
     fresh = {measured(row) for row in rows}
     kept = [row for row in old["rows"] if measured(row) not in fresh] + rows
@@ -223,7 +223,7 @@ def write(options: argparse.Namespace, rows: list[Row]) -> None:
     counted = dict.fromkeys(row["method"] for row in rows if "rounds" in row)
     raced = dict.fromkeys(drafts_with(name) for row in rows for name in row.get("lanes", ()) if is_ours(name))
     what = " and ".join(f"{kind} of {', '.join(some)}" for kind, some in (("race", raced), ("rounds", counted)) if some)
-    print(f"written to {record('real', found, kept, f'{options.model}, {what}, T = {warmth}')}")
+    print(f"written to {record(options.results, found, kept, f'{options.model}, {what}, T = {warmth}')}")
 
 
 def measured(row: Row) -> tuple[Any, ...]:
@@ -248,6 +248,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heat", type=int, default=2, help="questions a bench and temperature that every lane answers")
     parser.add_argument("--gguf", type=Path, help="for llama.cpp")
     parser.add_argument("--llamacpp", type=Path, help="the folder that xllamacpp was installed into")
+    parser.add_argument("--results", default="real", help="the file of results: one for each machine")
     parser.add_argument("--rows", type=Path, help="where rows are kept; runs/real-MODEL.jsonl")
     options = parser.parse_args(arguments)
     options.rows = options.rows or Path("runs") / f"real-{options.model}.jsonl"

@@ -18,6 +18,8 @@ from coral_core.decoding.sampling import Sampler
 from coral_core.head.heads import FullHead
 from tests.tiny import tiny_drafter, tiny_target
 
+SMOLLM2 = {"model": "smollm2", "results": "real"}
+
 
 def lane(tokens: int, rounds: int, decode_s: float, **more: Any) -> dict[str, Any]:
     return {"tokens": tokens + 1, "rounds": rounds, "plain_rounds": 0, "prefill_s": 1.0, "decode_s": decode_s, **more}
@@ -148,18 +150,20 @@ def test_what_was_not_measured_again_stays(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["real.py", "smollm2"])
     raced, other = row("gsm8k", "a"), {**row("gsm8k", "a"), "model": "qwen"}
-    options = argparse.Namespace(model="qwen", limit=1, temperatures=[0.0, 1.0])
+    options = argparse.Namespace(model="qwen", results="real", limit=1, temperatures=[0.0, 1.0])
     real.write(options, [other])
-    real.write(argparse.Namespace(model="smollm2", limit=1, temperatures=[0.0]), [raced, *counted("gsm8k", "a")])
-    real.write(argparse.Namespace(model="smollm2", limit=0, temperatures=[0.0]), counted("gsm8k", "b"))
+    real.write(argparse.Namespace(model="smollm2", results="another", limit=1, temperatures=[0.0]), [raced])
+    assert "smollm2" not in json.loads((tmp_path / "real.json").read_text())["figures"]
+    real.write(argparse.Namespace(**SMOLLM2, limit=1, temperatures=[0.0]), [raced, *counted("gsm8k", "a")])
+    real.write(argparse.Namespace(**SMOLLM2, limit=0, temperatures=[0.0]), counted("gsm8k", "b"))
     kept = json.loads((tmp_path / "real.json").read_text())
     assert kept["rows"] == [other, raced, *counted("gsm8k", "b")], "counting alone leaves the race as it was"
     again = {**row("gsm8k", "b"), "settings": "other drafters"}
-    real.write(argparse.Namespace(model="smollm2", limit=1, temperatures=[0.0]), [again])
+    real.write(argparse.Namespace(**SMOLLM2, limit=1, temperatures=[0.0]), [again])
     kept = json.loads((tmp_path / "real.json").read_text())
     assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), again], "a race of other drafters too"
     eagle2 = [{**one, "method": "eagle2"} for one in counted("gsm8k", "b", temperature=1.0)[:1]]
-    real.write(argparse.Namespace(model="smollm2", limit=0, temperatures=[1.0]), eagle2)
+    real.write(argparse.Namespace(**SMOLLM2, limit=0, temperatures=[1.0]), eagle2)
     kept = json.loads((tmp_path / "real.json").read_text())
     assert kept["rows"] == [other, raced, *counted("gsm8k", "b"), again, *eagle2], "and another method, or temperature"
     assert kept["figures"]["smollm2"]["speedup_greedy"] == pytest.approx(2.5)

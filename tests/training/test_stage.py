@@ -209,9 +209,7 @@ def test_an_unfinished_training_goes_on_under_auto_where_that_is_the_same(run, m
     with pytest.raises(KeyboardInterrupt):
         train_drafter(RECIPE, run, interrupt)
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: True)
-    with pytest.raises(
-        ArtifactError, match=r"train\.precision no; this run has bf16\. Give train\.precision its"
-    ):
+    with pytest.raises(ArtifactError, match=r"train\.precision no; this run has bf16\. Give train\.precision its"):
         train_drafter(auto, run)
     monkeypatch.setattr(precision, "bfloat16_is_faster", lambda: False)
     seen = []
