@@ -29,8 +29,8 @@ ENOUGH = 10
 MODELS = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 ABOUT = {
     "real": "Real chat models: EAGLE-2, HASS and CORAL, full and grouped head, against the fastest plain decoding.",
-    "real-avx2": "The same race on a processor without bfloat16 (Zen 3, AVX2), with the drafter that ships. In bfloat16 "
-    "plain decoding is fastest there, and prompts and trees are slowest.",
+    "real-avx2": "The same race on a processor without bfloat16 (Zen 3, AVX2), with the drafter that ships. In "
+    "bfloat16 plain decoding is fastest there, and prompts and trees are slowest.",
     "exact": "Whether a speculative answer has the bits of the plain one, and what that costs.",
     "pico": "pico, the embedded model of 22 million parameters, with the drafter and the head that ship with coral.",
     "decode": "A race of every decoder on the same held-out prompts of pico, in turns, and what a round's parts cost.",
