@@ -107,13 +107,13 @@ class PackedLinear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
-def pack(model: nn.Module, read: Sequence[nn.Module] = ()) -> None:
+def pack(model: nn.Module, read: Sequence[nn.Module]) -> None:
     """Let the linear layers of a model multiply few rows packed, where memory has room for a second copy of them.
 
-    `read` are its parts that decoding calls, where these are not all: others, as a vision tower, are never packed.
+    `read` are its parts that decoding calls: others, as a vision tower, are never packed.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear and packs(module.weight)]
-    called = {module for part in read or [model] for module in part.modules()}
+    called = {module for part in read for module in part.modules()}
     size, free = sum(part.weight.nbytes for part in linears if part in called), psutil.virtual_memory().available
     if size > SPARE * free:
         warnings.warn(

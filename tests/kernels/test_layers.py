@@ -34,7 +34,7 @@ def test_the_product_is_that_of_the_plain_layer(monkeypatch: pytest.MonkeyPatch,
     torch.manual_seed(0)
     plain = nn.Linear(size[1], size[0])
     own, x_BTI = nn.Sequential(copy.deepcopy(plain)), torch.randn(1, rows, size[1])
-    pack(own)
+    pack(own, [own])
     seen = spied(monkeypatch)
     with torch.no_grad():
         torch.testing.assert_close(own(x_BTI), plain(x_BTI), rtol=0, atol=1e-5)
@@ -108,12 +108,12 @@ def test_a_model_is_left_alone_where_memory_has_no_room(monkeypatch: pytest.Monk
     memory = psutil.virtual_memory()._replace(available=2 * 32 * 48 * 4 - 1)
     monkeypatch.setattr(layers.psutil, "virtual_memory", lambda: memory)
     with pytest.warns(UserWarning, match="decoding is slower than it could be: 0.0 GiB of weights"):
-        pack(model)
+        pack(model, [model])
     assert type(model[0]) is nn.Linear
     monkeypatch.setattr(layers.psutil, "virtual_memory", lambda: memory._replace(available=2 * 32 * 48 * 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pack(model)
+        pack(model, [model])
     assert type(model[0]) is PackedLinear
 
 
@@ -125,7 +125,7 @@ def test_layers_of_another_kind_are_left_alone() -> None:
             return super().forward(input) + 1
 
     model = nn.Sequential(Other(8, 8))
-    pack(model)
+    pack(model, [model])
     assert type(model[0]) is Other
 
 
