@@ -13,8 +13,11 @@ from coral_core import embedded
 from coral_core.artifacts import Manifest
 from coral_core.bench.questions import held_out
 from coral_core.drafter.load import load_drafter
-from coral_core.errors import ArtifactError
+from coral_core.errors import ArtifactError, CoralWarning
 from coral_core.recipe.loader import load_recipe
+from coral_core.recipe.schema import TargetSpec
+from coral_core.target.compatibility import refuse_other_target
+from coral_core.target.load import load_target
 from recipes.real import ship
 
 
@@ -51,6 +54,15 @@ def test_what_is_shipped_is_whole_and_in_bfloat16(shipped: Path) -> None:
     )
     assert made.fingerprint == before.fingerprint and not made.damaged(shipped / "drafter")
     assert Manifest.read(shipped / "head", "head", "coral group-head").inputs["drafter"] == made.fingerprint
+
+
+def test_what_is_embedded_serves_the_target_in_float16_too() -> None:
+    """Its smallest weights are rounded there, so that its fingerprint is another's."""
+    target = load_target(TargetSpec(model=embedded.NAME, dtype="float16"))
+    for part in ("drafter", "head"):
+        made = Manifest.read(embedded.FOLDER / part, part, "")
+        with pytest.warns(CoralWarning, match=f"the {part} in .* was made for a sibling of this target"):
+            refuse_other_target(made, embedded.FOLDER / part, "", target)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
