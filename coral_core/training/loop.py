@@ -17,7 +17,7 @@ import accelerate
 
 from coral_core.drafter.model import Drafter
 from coral_core.errors import CoralError
-from coral_core.kernels.precision import mixed_precision
+from coral_core.kernels.precision import mixed_precision, no_gradient_in_bfloat16
 from coral_core.processes import agreed, processes
 from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import TrainSpec
@@ -131,6 +131,9 @@ def make_accelerator(spec: TrainSpec, work: Path) -> accelerate.Accelerator:
     tracker = None if spec.tracker == "none" else spec.tracker
     if tracker and not importlib.util.find_spec(tracker):
         raise CoralError(f"train.tracker={tracker} is not installed. Run: pip install {tracker.replace('_', '-')}")
+    cpu = processes().device.type == "cpu"
+    if spec.precision == "bf16" and cpu and (why := no_gradient_in_bfloat16()):
+        raise CoralError(f"train.precision=bf16 does not work on this machine: {why}. Set train.precision=auto")
     try:
         accelerator = accelerate.Accelerator(mixed_precision=spec.precision, log_with=tracker, project_dir=work.parent)
     except ValueError as error:

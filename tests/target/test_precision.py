@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from coral_core.errors import CoralError
 from coral_core.kernels import precision as kernel
-from coral_core.recipe.schema import TargetSpec
+from coral_core.recipe.schema import TargetSpec, TrainSpec
 from coral_core.target import checkpoint, load
 from coral_core.target.load import load_target, pick_dtype
+from coral_core.training import loop
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -109,3 +111,29 @@ def test_mixed_precision_is_what_a_device_is_faster_in(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     monkeypatch.setattr(kernel, "bfloat16_is_faster", lambda: faster)
     assert kernel.mixed_precision(torch.device(device)) == wanted
+
+
+def test_a_processor_without_gradients_in_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("DNNL does not support bf16/f16 backward on the platform with avx2_vnni_2\nmore")
+
+    assert not kernel.no_gradient_in_bfloat16.__wrapped__()
+    monkeypatch.setattr(kernel, "bfloat16_is_faster", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    monkeypatch.setattr(kernel, "no_gradient_in_bfloat16", kernel.no_gradient_in_bfloat16.__wrapped__)
+    assert kernel.mixed_precision(CPU) == "no"
+    with pytest.raises(CoralError, match=r"bf16 does not work on this machine: DNNL .*2\. Set train\.precision=auto"):
+        monkeypatch.setattr(loop, "no_gradient_in_bfloat16", kernel.no_gradient_in_bfloat16)
+        loop.make_accelerator(TrainSpec(precision="bf16"), Path())
+
+
+def test_one_turn_is_enough_where_bfloat16_is_plainly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slower, products in ((kernel.PLAIN + 1, 1), (kernel.PLAIN - 1, kernel.TURNS)):
+        calls: list[torch.dtype] = []
+        kernel.bfloat16_over_float32.cache_clear()
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x_ND, _, calls=calls: calls.append(x_ND.dtype))
+        cost = {torch.float32: 1, torch.bfloat16: slower}
+        monkeypatch.setattr(kernel.time, "thread_time", lambda calls=calls, cost=cost: sum(map(cost.get, calls)))
+        assert kernel.bfloat16_over_float32() == slower
+        assert len(calls) == products * 2 * kernel.MATRICES * len(kernel.ROWS)
+    kernel.bfloat16_over_float32.cache_clear()
