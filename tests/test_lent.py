@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from coral_core.kernels.layers import FILL
 from coral_core.lent import Lent
 from coral_core.store.store import load_lent, save_lent
+from tests.tiny import tiny_target
 
 
 def a_lent(tied: bool = False) -> Lent:
@@ -36,6 +38,19 @@ def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> N
         logits_NV = lent.logits(feature_ND)
         for rows in (1, 2, 3, 5):
             assert torch.equal(lent.logits(feature_ND[:rows]), logits_NV[:rows])
+
+
+def test_a_row_alone_is_filled_up_for_exact_forwards_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, seen = tiny_target(), []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr("coral_core.lent.packs", lambda _: False)
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda x_ND, *rest: seen.append(len(x_ND)) or linear(x_ND, *rest)
+    )
+    for exact in (True, False):
+        logits_1V = dataclasses.replace(target, exact=exact).logits(torch.ones(1, target.lent.head_VD.shape[1]))
+        assert logits_1V.shape == (1, len(target.lent.head_VD))
+    assert seen == [FILL, 1]
 
 
 def test_gradients_flow_through_few_rows() -> None:

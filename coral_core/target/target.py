@@ -172,7 +172,7 @@ class Target:
 
     def logits(self, feature_XD: torch.Tensor) -> torch.Tensor:
         """The target's own logits [..., V] of what `forward` gives."""
-        return self.lent.logits(feature_XD[..., -self.lent.head_VD.shape[1] :])
+        return self.lent.logits(feature_XD[..., -self.lent.head_VD.shape[1] :], exact=self.exact)
 
     def tapping(self, taps: tuple[int, ...]) -> "Target":
         """The same model, giving the inputs of these layers too. Raises TargetError when it has fewer layers."""
