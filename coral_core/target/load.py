@@ -74,7 +74,7 @@ def _on_a_processor(dtype: str, weights: int | None) -> torch.dtype:
         mend = "Set target.dtype=auto; float32 takes twice the memory"
         if needed > SHARE * memory:
             mend = f"Float32 would take {needed / 1e9:.1f} GB of this machine's {memory / 1e9:.1f}"
-        slower = f"products take this processor {times:.1f} times as long in it as in float32"
+        slower = f"a tree of drafts takes this processor {times:.1f} times as long in it as in float32"
         warnings.warn(f"target.dtype is bfloat16, and {slower}. {mend}", CoralWarning, stacklevel=4)
     return torch.bfloat16
 

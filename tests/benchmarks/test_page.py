@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page, record
+from benchmarks import page, real_figures, record
 from tests.benchmarks.test_real import counted, row
 
 
@@ -55,6 +55,26 @@ def test_what_is_said_of_the_grouped_head_is_in_the_file():
     table = (page.ROOT / "docs" / "grouped-head.md").read_text(encoding="utf-8")
     for values in zip(kept, kept_listed, groups, listed, strict=True):
         assert "| {:.2f}, {:.2f} | {:.2f}, {:.2f} |".format(*values) in table
+
+
+def test_what_the_readme_says_of_a_processor_without_bfloat16_is_in_the_file():
+    text = " ".join((page.ROOT / "README.md").read_text(encoding="utf-8").split())
+    counted, raced = real_figures.parts(page.load("real-avx2")["rows"])
+    assert [sum(row["temperature"] == temperature for row in raced) for temperature in (0, 1)] == [12, 12]
+    greedy, sampled = (
+        real_figures.speed_figures(
+            [row for row in raced if row["temperature"] == temperature],
+            real_figures.LONG,
+            real_figures.made_of(counted, real_figures.LONG),
+        )["speedup_greedy"]
+        for temperature in (0, 1)
+    )
+    assert (
+        f"SmolLM2 was {greedy:.2f} times as fast as the fastest plain decoding at temperature 0 and {sampled:.2f}"
+        in text
+    )
+    equal = [lane["equal"] for row in raced for lane in row["lanes"].values() if "equal" in lane]
+    assert all(equal) and f"All {len(equal)} drafted answers" in text
 
 
 def test_every_file_of_results_is_on_the_page():

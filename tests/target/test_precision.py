@@ -52,7 +52,7 @@ def test_the_faster_one_is_told_by_its_time(monkeypatch: pytest.MonkeyPatch) -> 
     kernel.bfloat16_over_float32.cache_clear()
 
 
-SLOWER = "target.dtype is bfloat16, and products take this processor 2.5 times as long in it as in float32. "
+SLOWER = "target.dtype is bfloat16, and a tree of drafts takes this processor 2.5 times as long in it as in float32. "
 AUTO = f"{SLOWER}Set target.dtype=auto; float32 takes twice the memory"
 ROOM = f"{SLOWER}Float32 would take 28.0 GB of this machine's 34.0"
 
