@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import accelerate
 
 from coral_core.drafter.model import Drafter
-from coral_core.errors import CoralError
-from coral_core.kernels.precision import mixed_precision, no_gradient_in_bfloat16
+from coral_core.errors import CoralError, CoralWarning
+from coral_core.kernels.precision import GAIN, bfloat16_over_float32, mixed_precision, no_gradient_in_bfloat16
 from coral_core.processes import agreed, processes
 from coral_core.progress import Progress, silent
 from coral_core.recipe.schema import TrainSpec
@@ -134,6 +135,9 @@ def make_accelerator(spec: TrainSpec, work: Path) -> accelerate.Accelerator:
     cpu = processes().device.type == "cpu"
     if spec.precision == "bf16" and cpu and (why := no_gradient_in_bfloat16()):
         raise CoralError(f"train.precision=bf16 does not work on this machine: {why}. Set train.precision=auto")
+    if spec.precision == "bf16" and cpu and (times := bfloat16_over_float32()) > GAIN:
+        slower = f"products take this processor {times:.1f} times as long in it as in float32"
+        warnings.warn(f"train.precision is bf16, and {slower}. Set train.precision=auto", CoralWarning, stacklevel=2)
     try:
         accelerator = accelerate.Accelerator(mixed_precision=spec.precision, log_with=tracker, project_dir=work.parent)
     except ValueError as error:

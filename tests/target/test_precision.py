@@ -127,6 +127,19 @@ def test_a_processor_without_gradients_in_bfloat16_trains_in_float32(monkeypatch
         loop.make_accelerator(TrainSpec(precision="bf16"), Path())
 
 
+@pytest.mark.parametrize(("times", "said"), [(2.5, True), (0.5, False)])
+def test_a_training_in_bfloat16_that_is_slow_here_is_told(
+    times: float, said: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(loop, "bfloat16_over_float32", lambda: times)
+    monkeypatch.setattr(loop, "no_gradient_in_bfloat16", lambda: "")
+    monkeypatch.setattr(loop.accelerate, "Accelerator", lambda **_: None)
+    loop.make_accelerator(TrainSpec(precision="bf16"), Path())
+    loop.make_accelerator(TrainSpec(precision="no"), Path())
+    text = "train.precision is bf16, and products take this processor 2.5 times as long in it as in float32. "
+    assert [str(one.message) for one in recwarn] == said * [f"{text}Set train.precision=auto"]
+
+
 def test_one_turn_is_enough_where_bfloat16_is_plainly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     for slower, products in ((kernel.PLAIN + 1, 1), (kernel.PLAIN - 1, kernel.TURNS)):
         calls: list[torch.dtype] = []
