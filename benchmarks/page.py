@@ -91,7 +91,9 @@ def provenance(part: str, made: dict[str, Any]) -> str:
     A `note` says by hand where the command says less than the rows: it ran otherwise then, or was stopped.
     """
     machine, versions = made["machine"], made["versions"]
-    instructions = f", {machine['cpu_capability']}" if "cpu_capability" in machine else ""  # since then in the name
+    instructions = (
+        f", {machine['cpu_capability']}" if "cpu_capability" in machine else ""
+    )  # a newer record has it in the device's name
     where = (
         f"{machine['device']}{instructions}, {machine['threads']} threads; torch {versions['torch']}, transformers "
         f"{versions['transformers']}; commit {versions['git_commit'][:7]}; {made['date']}"

@@ -49,15 +49,15 @@ def weights(source: str, options: dict[str, Any]) -> int | None:
 
     with contextlib.suppress(Exception):  # no such model, no network, a damaged file: loading it tells why
         if Path(source).is_dir():
-            return weights_of(Path(source))
+            return _weights_of(Path(source))
         revision = options.get("revision")
         if options.get("local_files_only"):
-            return weights_of(Path(snapshot_download(source, revision=revision, local_files_only=True)))
+            return _weights_of(Path(snapshot_download(source, revision=revision, local_files_only=True)))
         return sum(get_safetensors_metadata(source, revision=revision).parameter_count.values())
     return None
 
 
-def weights_of(folder: Path) -> int | None:
+def _weights_of(folder: Path) -> int | None:
     """The same of a folder. Raises SafetensorError for a file that is damaged."""
     from safetensors import safe_open
 

@@ -97,7 +97,7 @@ def weights(file: Path) -> int | None:
     with contextlib.suppress(TargetError, ImportError, OSError), _cache() as cache:
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
             if (folder := _known(file, cache, dtype)) and folder.is_dir():
-                return checkpoint.weights_of(folder)
+                return checkpoint.weights(str(folder), {})
         return sum(int(tensor.n_elements) for tensor in _read(file)[1].values())
     return None
 

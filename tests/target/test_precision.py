@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from coral_core.errors import CoralError
 from coral_core.kernels import precision as kernel
 from coral_core.recipe.schema import TargetSpec, TrainSpec
-from coral_core.target import checkpoint, load
+from coral_core.target import checkpoint, gguf_file, load
 from coral_core.target.load import load_target, pick_dtype
 from coral_core.training import loop
 
@@ -99,6 +99,16 @@ def test_the_weights_are_counted_by_the_headers_of_their_files(tmp_path: Path) -
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"damaged")
     assert checkpoint.weights(str(tmp_path), {}) is None
     assert checkpoint.weights("owner/absent", {"local_files_only": True}) is None
+
+
+def test_a_gguf_whose_dequantised_copy_is_damaged_is_left_to_the_loader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr(gguf_file, "_known", lambda *_: tmp_path)
+    assert gguf_file.weights(tmp_path / "model.gguf") is None
+    save_file({"weight": torch.ones(3, 5)}, tmp_path / "model.safetensors")
+    assert gguf_file.weights(tmp_path / "model.gguf") == 15
 
 
 @pytest.mark.parametrize(
