@@ -91,9 +91,8 @@ def provenance(part: str, made: dict[str, Any]) -> str:
     A `note` says by hand where the command says less than the rows: it ran otherwise then, or was stopped.
     """
     machine, versions = made["machine"], made["versions"]
-    instructions = (
-        f", {machine['cpu_capability']}" if "cpu_capability" in machine else ""
-    )  # a newer record has it in the device's name
+    # Records of before 2026-12 keep the instructions apart from the device's name.
+    instructions = f", {machine['cpu_capability']}" if "cpu_capability" in machine else ""
     where = (
         f"{machine['device']}{instructions}, {machine['threads']} threads; torch {versions['torch']}, transformers "
         f"{versions['transformers']}; commit {versions['git_commit'][:7]}; {made['date']}"
